@@ -1,0 +1,55 @@
+"""Interchangeable attention blocks for PyTorch, every one of them verified."""
+
+from attention_zoo.attention import (
+    BLOCKS,
+    AttentionBlock,
+    CosineSimAttention,
+    CrossAttention,
+    FullAttention,
+    SelfAttention,
+)
+from attention_zoo.generation import generate, stream
+from attention_zoo.layers import (
+    GEGLU,
+    FeedForward,
+    KeyValueState,
+    LayerNorm,
+    LearnedPositions,
+    RelativeBias,
+    RMSNorm,
+    Rotary,
+    State,
+    SwiGLU,
+)
+from attention_zoo.models import LanguageModel, Stack, cosine_sim_lm
+from attention_zoo.ops import cosine_sim_attention, reference, softmax_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BLOCKS",
+    "GEGLU",
+    "AttentionBlock",
+    "CosineSimAttention",
+    "CrossAttention",
+    "FeedForward",
+    "FullAttention",
+    "KeyValueState",
+    "LanguageModel",
+    "LayerNorm",
+    "LearnedPositions",
+    "RMSNorm",
+    "RelativeBias",
+    "Rotary",
+    "SelfAttention",
+    "Stack",
+    "State",
+    "SwiGLU",
+    "__version__",
+    "cosine_sim_attention",
+    "cosine_sim_lm",
+    "generate",
+    "reference",
+    "softmax_attention",
+    "stream",
+]

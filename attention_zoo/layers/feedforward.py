@@ -1,0 +1,68 @@
+"""Feedforward layers, plain and gated.
+
+Papers: GELU, https://arxiv.org/abs/1606.08415; GLU variants, https://arxiv.org/abs/2002.05202
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_zoo.layers.checks import check_fraction, check_positive
+
+
+class FeedForward(nn.Module):
+    """W2 gelu(W1 x).
+
+    Args:
+        dim: features d of input and output.
+        mult: hidden features as a multiple of dim.
+        dropout: probability with which a hidden feature is dropped in training.
+        bias: give W1 and W2 biases.
+
+    Raises:
+        ValueError: a size below 1, dropout outside [0, 1).
+    """
+
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.gelu)
+    gated = False
+
+    def __init__(self, dim: int, *, mult: float = 4, dropout: float = 0.0, bias: bool = False) -> None:
+        super().__init__()
+        check_positive(dim=dim)
+        check_fraction(dropout=dropout)
+        hidden = int(dim * mult)
+        if hidden < 1:
+            raise ValueError(f"mult must give at least one hidden feature, got {mult=} with {dim=}")
+        self.dropout = dropout
+        self.to_hidden = nn.Linear(dim, hidden, bias=bias)
+        if self.gated:
+            self.to_gate = nn.Linear(dim, hidden, bias=bias)
+        self.to_out = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        if self.gated:
+            hidden = self.to_hidden(x) * self.activation(self.to_gate(x))
+        else:
+            hidden = self.activation(self.to_hidden(x))
+        out: Tensor = self.to_out(F.dropout(hidden, self.dropout, self.training))
+        return out
+
+
+class GEGLU(FeedForward):
+    """W2 (W1 x * gelu(Wg x)). Arguments as in `FeedForward`."""
+
+    gated = True
+
+
+class SwiGLU(FeedForward):
+    """W2 (W1 x * silu(Wg x)). Arguments as in `FeedForward`."""
+
+    activation = staticmethod(F.silu)
+    gated = True
+
+
+FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {"gelu": FeedForward, "geglu": GEGLU, "swiglu": SwiGLU}

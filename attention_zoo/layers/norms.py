@@ -1,0 +1,80 @@
+"""RMSNorm and LayerNorm, computed in float32 at least whatever the input's dtype.
+
+Papers: Layer Normalization, https://arxiv.org/abs/1607.06450; RMSNorm, https://arxiv.org/abs/1910.07467
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_zoo.layers.checks import check_choice, check_positive
+from attention_zoo.ops.precision import at_least_float32, no_autocast
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean_d x^2 + eps) * weight.
+
+    Args:
+        dim: features d.
+        eps: keeps a zero row finite.
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        check_positive(dim=dim)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d) in the dtype of x."""
+        with no_autocast(x):
+            wide = at_least_float32(x)
+            return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class LayerNorm(nn.Module):
+    """(x - mean_d x) * rsqrt(var_d x + eps) * weight + bias.
+
+    Args:
+        dim: features d.
+        eps: keeps a constant row finite.
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        check_positive(dim=dim)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d) in the dtype of x."""
+        with no_autocast(x):
+            wide = at_least_float32(x)
+            weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+            return F.layer_norm(wide, self.weight.shape, weight, bias, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+def make_norm(norm: str | Callable[[int], nn.Module], dim: int) -> nn.Module:
+    """A norm by its name in NORMS, or by the user's own function of `dim`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if callable(norm):
+        return norm(dim)
+    check_choice("norm", norm, NORMS)
+    return NORMS[norm](dim)

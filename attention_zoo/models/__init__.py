@@ -1,0 +1,8 @@
+"""Whole models: thin compositions of the zoo's blocks."""
+
+from attention_zoo.models.builders import cosine_sim_lm
+from attention_zoo.models.language_model import LanguageModel, LanguageModelState
+from attention_zoo.models.saving import SavedModel
+from attention_zoo.models.stack import Layer, Stack, StackState
+
+__all__ = ["LanguageModel", "LanguageModelState", "Layer", "SavedModel", "Stack", "StackState", "cosine_sim_lm"]

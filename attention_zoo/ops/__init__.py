@@ -1,0 +1,23 @@
+"""Pure functions on tensors: each file holds one idea, its readable reference beside its fast path."""
+
+from attention_zoo.ops.cosine_sim import cosine_sim_attention, l2_normalize
+from attention_zoo.ops.implementation import reference
+from attention_zoo.ops.losses import masked_cross_entropy, next_token_loss
+from attention_zoo.ops.masks import causal_mask, key_mask, visible
+from attention_zoo.ops.rotary import rotate
+from attention_zoo.ops.softmax import DistanceBias, softmax_attention, softmax_attention_weights
+
+__all__ = [
+    "DistanceBias",
+    "causal_mask",
+    "cosine_sim_attention",
+    "key_mask",
+    "l2_normalize",
+    "masked_cross_entropy",
+    "next_token_loss",
+    "reference",
+    "rotate",
+    "softmax_attention",
+    "softmax_attention_weights",
+    "visible",
+]

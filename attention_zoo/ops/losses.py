@@ -1,0 +1,44 @@
+"""Losses that leave padding out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention_zoo.ops.precision import at_least_float32, no_autocast
+
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean cross entropy over the positions that count.
+
+    Args:
+        logits: (b, n, num_tokens).
+        targets: (b, n), token ids.
+        mask: (b, n) bool, True where a position counts. None: all count.
+
+    Returns:
+        A scalar in nats, in at least float32; 0 with zero gradient where no position counts.
+    """
+    with no_autocast(logits):
+        losses = F.cross_entropy(at_least_float32(logits).transpose(1, 2), targets, reduction="none")
+        if mask is None:
+            return losses.mean()
+        # where, not a product: a masked position may hold anything, infinities included
+        losses = torch.where(mask, losses, losses.new_zeros(()))
+        return losses.sum() / mask.sum().clamp(min=1)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cross entropy of every token given those before it.
+
+    Args:
+        logits: (b, n - 1, num_tokens), computed from `tokens[:, :-1]`.
+        tokens: (b, n).
+        mask: (b, n) bool, True = a real token. A pair counts where both the token and the one before it are real.
+
+    Returns:
+        A scalar in nats per predicted token.
+    """
+    counts = None if mask is None else mask[:, :-1] & mask[:, 1:]
+    return masked_cross_entropy(logits, tokens[:, 1:], counts)
