@@ -1,6 +1,6 @@
 """The zoo: one file is one block, and BLOCKS names them all."""
 
-from attention_zoo.attention.base import AttentionBlock, SelfAttention
+from attention_zoo.attention.base import AttentionBlock, Mix, SelfAttention
 from attention_zoo.attention.cosine_sim import CosineSimAttention
 from attention_zoo.attention.cross import CrossAttention
 from attention_zoo.attention.full import FullAttention
@@ -11,4 +11,4 @@ BLOCKS: dict[str, type[AttentionBlock]] = {
     "cosine_sim": CosineSimAttention,
 }
 
-__all__ = ["BLOCKS", "AttentionBlock", "CosineSimAttention", "CrossAttention", "FullAttention", "SelfAttention"]
+__all__ = ["BLOCKS", "AttentionBlock", "CosineSimAttention", "CrossAttention", "FullAttention", "Mix", "SelfAttention"]

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from attention_zoo.layers.checks import check_features, check_fraction, check_padding, check_positive
 from attention_zoo.layers.positions import RelativeBias, Rotary
 from attention_zoo.layers.state import KeyValueState, State
-from attention_zoo.ops.softmax import DistanceBias
+from attention_zoo.ops.softmax import DistanceBias, repeat_heads
+
+
+class Mix(NamedTuple):
+    """The heart of a block's forward: `attention_map(x) @ values` equals `mixed`.
+
+    values: (b, h, j, e), what the weights multiply.
+    mixed: (b, h, i, e), the op's output, before any gate, norm or projection.
+    """
+
+    values: Tensor
+    mixed: Tensor
 
 
 class AttentionBlock(nn.Module):
@@ -67,6 +80,10 @@ class AttentionBlock(nn.Module):
     def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The effective weights (b, h, i, j) that multiply the values, before any gate, norm or projection."""
         raise TypeError(f"{type(self).__name__} must define attention_map")
+
+    def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
+        """The values and what the op makes of them, so that attention_map can be held against the op itself."""
+        raise TypeError(f"{type(self).__name__} must define mix")
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}, causal={self.causal}"
@@ -172,6 +189,11 @@ class SelfAttention(AttentionBlock):
         self._check(x, mask)
         q, k, _ = self._project(x, start=0)
         return self.weights(q, k, mask)
+
+    def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
+        self._check(x, mask)
+        q, k, v = self._project(x, start=0)
+        return Mix(repeat_heads(v, self.heads), self.attend(q, k, v, mask))
 
     def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (

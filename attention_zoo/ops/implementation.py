@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+
+class ReferenceMode:
+    """Reference mode while it is in force.
+
+    Attributes:
+        consulted: whether an op has been run by its reference in it.
+    """
+
+    consulted = False
+
+
 # A plain module-level flag, because torch.compile guards on one and cannot trace a ContextVar.
-_reference_forced = False
+_forced: ReferenceMode | None = None
 
 
 @contextmanager
-def reference() -> Iterator[None]:
+def reference() -> Iterator[ReferenceMode]:
     """Run every op of the library by its reference inside this context.
 
     References are short, follow the paper, work in any floating dtype and are twice differentiable, so this is the
@@ -22,13 +33,13 @@ def reference() -> Iterator[None]:
         >>> with attention_zoo.reference():
         ...     slow = block(x)
     """
-    global _reference_forced
-    before = _reference_forced
-    _reference_forced = True
+    global _forced
+    before = _forced
+    _forced = ReferenceMode()
     try:
-        yield
+        yield _forced
     finally:
-        _reference_forced = before
+        _forced = before
 
 
 def choose(impl: str, known: Sequence[str]) -> str:
@@ -43,4 +54,7 @@ def choose(impl: str, known: Sequence[str]) -> str:
     """
     if impl not in ("auto", "reference", *known):
         raise ValueError(f"impl must be one of {['auto', 'reference', *known]}, got {impl=}")
-    return "reference" if _reference_forced else impl
+    if _forced is None:
+        return impl
+    _forced.consulted = True
+    return "reference"

@@ -21,7 +21,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = 
         A scalar in nats, in at least float32; 0 with zero gradient where no position counts.
     """
     with no_autocast(logits):
-        losses = F.cross_entropy(at_least_float32(logits).transpose(1, 2), targets, reduction="none")
+        losses = F.cross_entropy(at_least_float32(logits).transpose(1, 2), targets.long(), reduction="none")
         if mask is None:
             return losses.mean()
         # where, not a product: a masked position may hold anything, infinities included

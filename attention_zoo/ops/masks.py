@@ -42,22 +42,24 @@ def visible(queries: int, keys: int, *, mask: Tensor | None, causal: bool, devic
     return triangle[None, None] if mask is None else mask & triangle
 
 
-def check_mask(mask: Tensor | None, batch: int, queries: int, keys: int) -> None:
+def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: int) -> None:
     """Refuse a mask that an op would misread.
 
     Raises:
-        TypeError: it is not boolean.
+        TypeError: it is not a boolean tensor.
         ValueError: it is neither (b, j) nor broadcasts to (b, h, i, j).
     """
     if mask is None:
         return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True where a key is visible, got dtype {mask.dtype}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a boolean tensor, True where a key is visible, got {got}")
+    want = (batch, heads, queries, keys)
     if mask.ndim == 2 and mask.shape == (batch, keys):
         return
-    if mask.ndim == 4 and mask.shape[-2] in (1, queries) and mask.shape[-1] in (1, keys):
+    if mask.ndim == 4 and all(got in (1, size) for got, size in zip(mask.shape, want, strict=True)):
         return
     raise ValueError(
-        f"mask must be (b, j) = {(batch, keys)} or broadcast to (b, h, i, j) = ({batch}, heads, {queries}, {keys}), "
+        f"mask must be (b, j) = {(batch, keys)} or, with four axes, broadcast to (b, h, i, j) = {want}, "
         f"got shape {tuple(mask.shape)}"
     )

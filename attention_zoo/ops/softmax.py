@@ -75,7 +75,7 @@ def softmax_attention(
     """
     impl = choose(impl, ("sdpa", "blocks"))
     check_heads(q, k, v)
-    check_mask(mask, q.shape[0], q.shape[-2], k.shape[-2])
+    check_mask(mask, *q.shape[:3], k.shape[2])
     check_bias(bias, q, k)
     if impl == "auto":
         impl = "blocks" if _needs_grad(bias) and q.shape[-2] > 1 else "sdpa"
@@ -149,14 +149,17 @@ def _sdpa(
     seen = None if flag else visible(i, j, mask=mask, causal=causal, device=q.device)
     attn_mask = seen
     if bias is not None:
-        attn_mask = (bias.pairs(i, j) if isinstance(bias, DistanceBias) else bias).to(q.dtype)
+        attn_mask = bias.pairs(i, j) if isinstance(bias, DistanceBias) else bias
         if seen is not None:  # an empty row keeps its finite bias, for a row of -inf is NaN on some backends
             filled = seen.any(-1, keepdim=True)
             attn_mask = attn_mask.masked_fill(~seen & filled, -math.inf)
+        if attn_mask.dtype != q.dtype:  # softmax ignores a row's shift: take the largest to 0, where rounding is finest
+            attn_mask = (attn_mask - attn_mask.detach().amax(-1, keepdim=True)).to(q.dtype)
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask, dropout, is_causal=flag, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
-    )
+    with no_autocast(q):
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout, is_causal=flag, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
     return out if bias is None or seen is None else torch.where(filled, out, out.new_zeros(()))
 
 
@@ -176,7 +179,7 @@ def _blocks(
     outs = []
     for start in range(0, i, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, i)
-        keys = j - i + stop if causal else j  # a causal block ends at its own last key
+        keys = max(j - i + stop, 0) if causal else j  # a causal block ends at its own last key
 
         def attend(q: Tensor, k: Tensor, v: Tensor, start: int = start, stop: int = stop, keys: int = keys) -> Tensor:
             return _reference(
@@ -224,11 +227,14 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse q, k, v that do not belong together.
 
     Raises:
+        TypeError: they are not floating point, or not of one dtype.
         ValueError: they are not (b, h, n, e), or batch, key count, feature size or head counts do not fit.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (b, h, n, e), got shape {tuple(tensor.shape)}")
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must be of one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must have the same number of features, got {q.shape[-1]} and {k.shape[-1]}")
     if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
@@ -244,10 +250,14 @@ def check_bias(bias: Bias | None, q: Tensor, k: Tensor) -> None:
     """Refuse a bias that does not broadcast to the scores (b, h, i, j).
 
     Raises:
+        TypeError: it is not floating point; a mask is no bias.
         ValueError: it does not.
     """
     if bias is None:
         return
+    values = bias.values if isinstance(bias, DistanceBias) else bias
+    if not values.is_floating_point():
+        raise TypeError(f"bias must be floating point, numbers added to the scores, got dtype {values.dtype}")
     b, h, i, j = *q.shape[:3], k.shape[-2]
     if isinstance(bias, DistanceBias):
         if bias.values.shape != (h, i + j - 1):

@@ -1,0 +1,117 @@
+"""The contract kit: the checks that every block of the zoo passes, for blocks of your own.
+
+Example:
+    >>> from attention_zoo.testing import check_block
+    >>> report = check_block(lambda: MyAttention(64), dim=64, causal=True)
+    >>> report.raise_for_failures()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from attention_zoo.testing.agreement import check_compile, check_derivatives, check_fast_path, check_half_precision
+from attention_zoo.testing.basics import check_causality, check_rows, check_shapes
+from attention_zoo.testing.decoding import check_steps
+from attention_zoo.testing.lifecycle import check_arguments, check_map, check_saving
+from attention_zoo.testing.padding import check_empty_rows, check_padding_ignored
+from attention_zoo.testing.report import FAILED, NOT_APPLICABLE, PASSED, NotApplicable, Outcome, Report
+from attention_zoo.testing.subject import MakeInputs, Subject
+
+CHECKS: dict[str, Callable[[Subject], None]] = {
+    "shapes": check_shapes,
+    "causality": check_causality,
+    "rows": check_rows,
+    "padding": check_padding_ignored,
+    "empty rows": check_empty_rows,
+    "steps": check_steps,
+    "fast path": check_fast_path,
+    "derivatives": check_derivatives,
+    "half precision": check_half_precision,
+    "compile": check_compile,
+    "saving": check_saving,
+    "arguments": check_arguments,
+    "map": check_map,
+}
+
+
+def run_check(name: str, subject: Subject) -> Outcome:
+    """Run one check of CHECKS on a block; whatever it raises becomes the outcome."""
+    try:
+        CHECKS[name](subject)
+    except NotApplicable as reason:
+        return Outcome(name, NOT_APPLICABLE, str(reason))
+    except AssertionError as failure:
+        return Outcome(name, FAILED, str(failure))
+    except Exception as error:  # a block that raises where it should compute fails the check that called it
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        return Outcome(name, FAILED, f"{type(error).__name__}: {first}")
+    return Outcome(name, PASSED)
+
+
+def check_block(
+    make_block: Callable[[], nn.Module],
+    *,
+    dim: int,
+    causal: bool,
+    lengths: Sequence[int] = (1, 2, 7, 64, 65, 131),
+    inputs: MakeInputs | None = None,
+    reference: Callable[[], nn.Module] | None = None,
+    checks: Sequence[str] | None = None,
+    **options: Any,
+) -> Report:
+    """Run the contract's checks on a block, the zoo's or your own.
+
+    A block is any nn.Module with `forward(x, *, mask=None)`, and `step(x, state=None, *, mask=None)` where it decodes.
+
+    Args:
+        make_block: gives a fresh block for features of size `dim`.
+        dim: features d.
+        causal: whether the block promises to hide the future.
+        lengths: sequence lengths to test; choose them across the tile edges of the block.
+        inputs: `inputs(batch, length)` gives the other arguments of a block that takes a context, by name.
+        reference: makes the slow twin of a block that does not use this library's ops.
+        checks: names of CHECKS to run. None: all.
+        options: the other fields of `Subject`, for exceptions that a block is entitled to.
+
+    Returns:
+        A report with one outcome a check; `failed` lists what failed and `raise_for_failures()` raises it.
+
+    Raises:
+        ValueError: a name that is no check.
+    """
+    subject = Subject(
+        make_block, dim=dim, causal=causal, lengths=tuple(lengths), inputs=inputs, reference=reference, **options
+    )
+    names = list(CHECKS) if checks is None else list(checks)
+    unknown = [name for name in names if name not in CHECKS]
+    if unknown:
+        raise ValueError(f"checks must be among {list(CHECKS)}, got {unknown[0]!r}")
+    return Report([run_check(name, subject) for name in names])
+
+
+__all__ = [
+    "CHECKS",
+    "NotApplicable",
+    "Outcome",
+    "Report",
+    "Subject",
+    "check_arguments",
+    "check_block",
+    "check_causality",
+    "check_compile",
+    "check_derivatives",
+    "check_empty_rows",
+    "check_fast_path",
+    "check_half_precision",
+    "check_map",
+    "check_padding_ignored",
+    "check_rows",
+    "check_saving",
+    "check_shapes",
+    "check_steps",
+    "run_check",
+]

@@ -1,0 +1,59 @@
+"""What the contract kit found: one outcome a check, and a report of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PASSED = "passed"
+FAILED = "failed"
+NOT_APPLICABLE = "not applicable"
+
+
+class NotApplicable(Exception):
+    """Raised by a check that has nothing to say about a block; its message says why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one check.
+
+    Attributes:
+        check: the check's name.
+        status: "passed", "failed" or "not applicable".
+        message: what failed, where and by how much; or why the check does not apply.
+    """
+
+    check: str
+    status: str
+    message: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.status}" + (f": {self.message}" if self.message else "")
+
+
+@dataclass
+class Report:
+    """The results of all checks on one block."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """The outcomes of the checks that failed."""
+        return [outcome for outcome in self.outcomes if outcome.status == FAILED]
+
+    def __getitem__(self, check: str) -> Outcome:
+        """The outcome of the check with this name."""
+        return next(outcome for outcome in self.outcomes if outcome.check == check)
+
+    def raise_for_failures(self) -> None:
+        """Do nothing where all checks passed or do not apply.
+
+        Raises:
+            AssertionError: a check failed; the message holds one line for each.
+        """
+        if self.failed:
+            raise AssertionError("\n".join(str(outcome) for outcome in self.failed))
+
+    def __str__(self) -> str:
+        return "\n".join(str(outcome) for outcome in self.outcomes)
