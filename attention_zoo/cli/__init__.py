@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -44,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_arguments(commands.add_parser(name, help=doc.partition("\n")[0], description=doc))
     args = parser.parse_args(argv)
     try:
-        return COMMANDS[args.command].run(args)
+        status = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads, `head` say, has seen enough; nor may the flush at exit fail on it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, ImportError, OSError) as error:  # what users can put right; anything else shows where it broke
         print(f"attention-zoo {args.command}: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from attention_zoo.cli.decode import EARLY, LATE, NEW, PROMPT, measure_decoding
 from attention_zoo.cli.measure import Setup, check_device, describe_machine, threads
 from attention_zoo.cli.table import format_number, format_row
 from attention_zoo.layers.checks import check_choice, check_positive
-from attention_zoo.models.saving import write_aside
+from attention_zoo.layers.files import write_aside
 
 SIZES = {
     "dim": (512, "features"),

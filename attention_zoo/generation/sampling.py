@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo.generation.filters import min_p, top_k, top_p
-from attention_zoo.layers.checks import check_padding, check_token_range, check_tokens
+from attention_zoo.layers.checks import check_padding, check_positive, check_token_range, check_tokens
 
 
 class Decoder(Protocol):
@@ -43,8 +43,7 @@ class Sampler:
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got temperature={self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got top_k={self.top_k}")
+        check_positive(top_k=self.top_k)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got top_p={self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -54,9 +53,10 @@ class Sampler:
         """(b, num_tokens) -> (b,) ids."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        # The largest logit is 0 before the division, so that a tiny temperature cannot overflow.
+        # The largest logit is 0 before the division, and stays it: a tiny temperature can neither overflow nor be 0.
         logits = logits.float()
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
         if self.top_k is not None:
             logits = top_k(logits, self.top_k)
         if self.top_p is not None:
@@ -153,6 +153,8 @@ def stream(
 
 
 def _check_prompt(model: Decoder, prompt: Tensor, length: int, mask: Tensor | None) -> None:
+    if not isinstance(length, int):
+        raise TypeError(f"length must be an int, got {length=}")
     if length < 0:
         raise ValueError(f"length must be at least 0, got {length=}")
     num_tokens: int | None = getattr(model, "num_tokens", None)

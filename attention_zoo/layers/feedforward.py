@@ -48,7 +48,9 @@ class FeedForward(nn.Module):
             hidden = self.to_hidden(x) * self.activation(self.to_gate(x))
         else:
             hidden = self.activation(self.to_hidden(x))
-        out: Tensor = self.to_out(F.dropout(hidden, self.dropout, self.training))
+        if self.dropout and self.training:
+            hidden = F.dropout(hidden, self.dropout)
+        out: Tensor = self.to_out(hidden)
         return out
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_zoo.layers.checks import check_choice, check_positive
-from attention_zoo.ops.precision import at_least_float32, no_autocast
+from attention_zoo.ops.precision import at_least_float32
 
 
 class RMSNorm(nn.Module):
@@ -31,9 +31,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d) in the dtype of x."""
-        with no_autocast(x):
-            wide = at_least_float32(x)
-            return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        wide = at_least_float32(x)  # autocast leaves norms alone
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -56,10 +55,9 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d) in the dtype of x."""
-        with no_autocast(x):
-            wide = at_least_float32(x)
-            weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
-            return F.layer_norm(wide, self.weight.shape, weight, bias, self.eps).to(x.dtype)
+        wide = at_least_float32(x)  # autocast leaves norms alone
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return F.layer_norm(wide, self.weight.shape, weight, bias, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

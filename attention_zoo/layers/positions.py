@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo.layers.checks import check_positive
+from attention_zoo.ops.precision import at_least_float32
 from attention_zoo.ops.rotary import rotate
 from attention_zoo.ops.softmax import DistanceBias
 
@@ -174,7 +175,8 @@ class RelativeBias(nn.Module):
     def forward(self, queries: int, keys: int, device: torch.device) -> DistanceBias:
         """The bias of `queries` that stand at the end of `keys`, per distance: (h, queries + keys - 1)."""
         distance = torch.arange(1 - keys, queries, device=device)
-        return DistanceBias(self.weight[self.bucket(distance)].t())
+        # float32, so that the gradients of all distances in a bucket are summed in it
+        return DistanceBias(at_least_float32(self.weight)[self.bucket(distance)].t())
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, buckets={self.weight.shape[0]}, max_distance={self.max_distance}"

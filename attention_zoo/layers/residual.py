@@ -28,7 +28,7 @@ class Residual(nn.Module):
 
     final_norm = False  # whether the stream needs a norm after the last layer
 
-    def __init__(self, dim: int, *, norm: Norm = "rms", depth: int = 1) -> None:
+    def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1) -> None:
         super().__init__()
         self.norm = make_norm(norm, dim)
 
@@ -61,7 +61,7 @@ class SandwichNorm(Residual):
 
     final_norm = True
 
-    def __init__(self, dim: int, *, norm: Norm = "rms", depth: int = 1) -> None:
+    def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1) -> None:
         super().__init__(dim, norm=norm, depth=depth)
         self.norm_out = make_norm(norm, dim)
 
@@ -89,7 +89,7 @@ class DeepNorm(Residual):
     and feedforward, and gain 1 for queries and keys.
     """
 
-    def __init__(self, dim: int, *, norm: Norm = "rms", depth: int = 1) -> None:
+    def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1) -> None:
         super().__init__(dim, norm=norm, depth=depth)
         self.alpha = (2 * depth) ** 0.25
         self.gain = (8 * depth) ** -0.25

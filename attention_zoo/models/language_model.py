@@ -79,7 +79,7 @@ class LanguageModel(SavedModel):
         positions: str | None = "auto",
         feedforward: FeedForwardSpec = "gelu",
         ff_mult: float = 4,
-        norm: Norm = "rms",
+        norm: Norm = "layer",
         residual: str = "pre",
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
@@ -134,10 +134,10 @@ class LanguageModel(SavedModel):
             tokens: (b, n) int with n >= 2.
             mask: (b, n) bool, True = a real token.
         """
-        if tokens.ndim == 2 and tokens.shape[1] < 2:
-            raise ValueError(f"tokens must hold at least two tokens for a loss, got shape {tuple(tokens.shape)}")
         check_tokens(tokens, self.num_tokens)
         check_padding(mask, tokens)
+        if tokens.shape[1] < 2:
+            raise ValueError(f"tokens must hold at least two tokens for a loss, got shape {tuple(tokens.shape)}")
         logits = self(tokens[:, :-1], None if mask is None else mask[:, :-1])
         return next_token_loss(logits, tokens, mask)
 
@@ -162,6 +162,8 @@ class LanguageModel(SavedModel):
         # Under compile a length held in a tensor is no number to decide on.
         known = self.max_seq_len is not None and state is not None and not torch.compiler.is_compiling()
         self._check(tokens, mask, start=state.length if state is not None and known else 0)
+        if state is not None and self.positions is not None:
+            self._check_real(state.real, tokens)
         x, real = self._embed(tokens, mask, None if state is None else state.real)
         x, stack = self.stack.step(x, None if state is None else state.stack, mask=mask)
         return self._logits(x), LanguageModelState(stack, real)
@@ -172,6 +174,14 @@ class LanguageModel(SavedModel):
         total = start + tokens.shape[1]
         if self.max_seq_len is not None and total > self.max_seq_len:
             raise ValueError(f"tokens must fit max_seq_len={self.max_seq_len}, got a sequence of {total} tokens")
+
+    def _check_real(self, real: Tensor | None, tokens: Tensor) -> None:
+        if real is None or real.shape != tokens.shape[:1]:
+            got = "none" if real is None else f"counts of shape {tuple(real.shape)}"
+            raise ValueError(
+                f"state must come from this model and batch: counts of real tokens, (b,) = {tuple(tokens.shape[:1])}, "
+                f"got {got}"
+            )
 
     def _embed(self, tokens: Tensor, mask: Tensor | None, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x = self.token_embedding(tokens)

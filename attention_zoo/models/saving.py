@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from attention_zoo.layers.files import write_all_aside
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -32,7 +33,7 @@ class SavedModel(nn.Module):
         self.arguments = {k: v for k, v in scope.items() if k != "self" and not k.startswith("__")}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the weights and the arguments; a file is replaced only by a whole new one.
+        """Write the weights and the arguments; files are replaced only by whole new ones, and only both.
 
         Raises:
             TypeError: an argument cannot be written as JSON, a callable say; nothing is written then.
@@ -43,8 +44,12 @@ class SavedModel(nn.Module):
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in unique_tensors(self).items()}
-        write_aside(folder / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-        write_aside(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
+        write_all_aside(
+            {
+                folder / WEIGHTS: lambda path: save_file(weights, path, metadata={"format": "pt"}),
+                folder / CONFIG: lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"),
+            }
+        )
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
@@ -146,24 +151,3 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             unique[name] = tensor
     return unique
-
-
-def write_aside(path: Path, write: Callable[[str], object]) -> None:
-    """Call `write` on a file beside `path`, then rename it there: `path` is never half-written."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # reading it means setting it
-    os.umask(mask)
-    return mask

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from attention_zoo.attention import BLOCKS
-from attention_zoo.layers.checks import check_choice, check_features, check_padding, check_positive
+from attention_zoo.layers.checks import check_choice, check_features, check_fraction, check_padding, check_positive
 from attention_zoo.layers.feedforward import FEEDFORWARDS
 from attention_zoo.layers.norms import make_norm
 from attention_zoo.layers.residual import RESIDUALS, Norm, Residual
@@ -114,7 +114,7 @@ class Stack(nn.Module):
         *,
         attention: LayerSpec | Sequence[LayerSpec] = "full",
         feedforward: FeedForwardSpec = "gelu",
-        norm: Norm = "rms",
+        norm: Norm = "layer",
         residual: str = "pre",
         heads: int | None = None,
         dim_head: int | None = None,
@@ -127,6 +127,9 @@ class Stack(nn.Module):
         super().__init__()
         check_positive(dim=dim, depth=depth, heads=heads, dim_head=dim_head)
         check_choice("residual", residual, RESIDUALS)
+        check_fraction(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
+        if ff_dropout and (feedforward is None or callable(feedforward)):
+            raise ValueError(f"ff_dropout must be 0 beside feedforward={feedforward!r}, got {ff_dropout=}")
         self.dim = dim
         self.causal = causal
         wanted = {"heads": heads, "dim_head": dim_head, "dropout": attn_dropout or None, **shared}
@@ -153,7 +156,8 @@ class Stack(nn.Module):
             self.layers.append(Layer(sublayers))
         unused = sorted(set(parts) - used)
         if unused:
-            raise ValueError(f"{unused[0]} must be taken by at least one block, but none of {attention!r} has it")
+            name = "attn_dropout" if unused[0] == "dropout" else unused[0]
+            raise ValueError(f"{name} must be taken by at least one block, but none of {attention!r} has it")
         self.norm = make_norm(norm, dim) if rule.final_norm else nn.Identity()
         self.takes_context = any("context" in sub.takes for sub in self._sublayers())
 
@@ -253,6 +257,9 @@ def parse_layers(attention: LayerSpec | Sequence[LayerSpec]) -> list[list[BlockS
         layers.append(list(layer) if whole else [layer])
     if not layers or not all(layers):
         raise ValueError(f"attention must name at least one block per layer, got {attention!r}")
+    for spec in (spec for layer in layers for spec in layer):
+        if not (isinstance(spec, str) or callable(spec) or is_named(spec)):
+            raise TypeError(f"attention must be made of names, (name, options) and callables, got {spec!r}")
     return layers
 
 
@@ -275,7 +282,8 @@ def make_block(spec: BlockSpec, dim: int, causal: bool, parts: Mapping[str, Any]
         name, options, make = getattr(spec, "__name__", type(spec).__name__), {}, spec
     else:
         raise TypeError(f"attention must be a name, (name, options) or a callable, got {spec!r}")
-    known = {key for key in inspect.signature(make).parameters if key != "dim"}
+    bound = getattr(make, "keywords", {})  # what functools.partial has settled is not overruled
+    known = {key for key in inspect.signature(make).parameters if key != "dim" and key not in bound}
     for option in options:
         check_choice(f"option of {name!r}", option, sorted(known))
     taken = {key: part for key, part in parts.items() if key in known}

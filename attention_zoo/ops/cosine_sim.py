@@ -5,14 +5,17 @@ Paper: Query-Key Normalization for Transformers, https://arxiv.org/abs/2010.0424
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax import softmax_attention
 
 
-def l2_normalize(x: Tensor, *, groups: int = 1, eps: float | None = None) -> Tensor:
+def l2_normalize(x: Tensor, *, groups: int = 1, eps: float | None = None, impl: str = "auto") -> Tensor:
     """x / max(||x||, eps), separately in each of `groups` equal slices of the features.
 
     Args:
@@ -20,6 +23,7 @@ def l2_normalize(x: Tensor, *, groups: int = 1, eps: float | None = None) -> Ten
         groups: number of slices; divides e.
         eps: smallest norm divided by. None: 1e-12, or float16's smallest normal number, whose inverse, the largest
             gradient that a zero row sends back, float16 still holds.
+        impl: "auto", "reference" or "fused" (a backward of its own, twice as fast).
 
     Returns:
         (..., e) in the dtype of `x`; the norm itself is taken in float32 at least.
@@ -30,12 +34,47 @@ def l2_normalize(x: Tensor, *, groups: int = 1, eps: float | None = None) -> Ten
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups must divide the features of a head, got {groups=} and {x.shape[-1]} features")
     eps = max(1e-12, torch.finfo(x.dtype).tiny) if eps is None else eps
+    recorded = x.requires_grad and torch.is_grad_enabled()
+    fused = choose(impl, ("fused",)) != "reference" and recorded
     with no_autocast(x):
-        wide = at_least_float32(x)
-        slices = wide.reshape(*x.shape[:-1], groups, -1)
-        norm: Tensor = torch.linalg.vector_norm(slices, dim=-1, keepdim=True)
-        unit = slices / norm.clamp(min=eps)
+        slices = at_least_float32(x).reshape(*x.shape[:-1], groups, -1)
+        unit: Tensor
+        if fused:
+            unit, _ = _Unit.apply(slices, eps)  # type: ignore[no-untyped-call]
+        else:
+            unit = slices / _norm(slices, eps)
         return unit.reshape(x.shape).to(x.dtype)
+
+
+def _norm(x: Tensor, eps: float) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.clamp(min=eps)
+
+
+class _Unit(torch.autograd.Function):
+    """u = x / r with r = max(||x||, eps); the gradient is g -> (g - u (u . g)) / r, or g / eps below eps.
+
+    r is an output too: what backward reads must be part of the graph for a second derivative to be right.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        norm = _norm(x, eps)
+        unit = x / norm
+        ctx.save_for_backward(unit, norm)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return unit, norm
+
+    @staticmethod
+    def backward(ctx: Any, to_unit: Tensor | None, to_norm: Any) -> tuple[Tensor, None]:
+        unit, norm = ctx.saved_tensors
+        free = norm > ctx.eps
+        if to_unit is None:
+            return to_norm * unit * free, None
+        along = (to_unit * unit).sum(-1, keepdim=True) * free
+        gradient = torch.addcmul(to_unit, unit, along, value=-1) / norm
+        return (gradient if to_norm is None else gradient + to_norm * unit * free), None
 
 
 def cosine_sim_attention(

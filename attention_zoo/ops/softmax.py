@@ -30,8 +30,11 @@ class DistanceBias(NamedTuple):
     values: Tensor
 
     def pairs(self, queries: int, keys: int) -> Tensor:
-        """The bias of every pair, (h, queries, keys), each row one key to the left of the row before it."""
-        return self.values.unfold(-1, keys, 1).flip(-2)
+        """The bias of every pair, (h, queries, keys), each row one key to the left of the row before it.
+
+        In at least float32, in which the gradients of all pairs of a distance can be summed.
+        """
+        return at_least_float32(self.values).unfold(-1, keys, 1).flip(-2)
 
     def rows(self, start: int, stop: int, queries: int, keys: int) -> DistanceBias:
         """The same bias for the queries `start` to `stop` and the first `keys` keys."""
@@ -75,7 +78,7 @@ def softmax_attention(
     """
     impl = choose(impl, ("sdpa", "blocks"))
     check_heads(q, k, v)
-    check_mask(mask, *q.shape[:3], k.shape[2])
+    check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     check_bias(bias, q, k)
     if impl == "auto":
         impl = "blocks" if _needs_grad(bias) and q.shape[-2] > 1 else "sdpa"
@@ -153,8 +156,10 @@ def _sdpa(
         if seen is not None:  # an empty row keeps its finite bias, for a row of -inf is NaN on some backends
             filled = seen.any(-1, keepdim=True)
             attn_mask = attn_mask.masked_fill(~seen & filled, -math.inf)
-        if attn_mask.dtype != q.dtype:  # softmax ignores a row's shift: take the largest to 0, where rounding is finest
-            attn_mask = (attn_mask - attn_mask.detach().amax(-1, keepdim=True)).to(q.dtype)
+        if attn_mask.element_size() > q.element_size():
+            # about to be rounded: softmax ignores the shift of a row that takes its largest to 0, where it is finest
+            attn_mask = attn_mask - attn_mask.detach().amax(-1, keepdim=True)
+        attn_mask = attn_mask.to(q.dtype)
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     with no_autocast(q):
         out = F.scaled_dot_product_attention(
@@ -176,6 +181,8 @@ def _blocks(
 ) -> Tensor:
     """The reference over blocks of queries, each computed again in backward, so that no full score matrix is held."""
     i, j = q.shape[-2], k.shape[-2]
+    if isinstance(bias, DistanceBias):
+        bias = DistanceBias(at_least_float32(bias.values))  # once, so that the blocks' gradients are summed in it
     outs = []
     for start in range(0, i, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, i)

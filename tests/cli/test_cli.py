@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -145,6 +148,18 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             main([*argv, "--help"])
         assert stop.value.code == 0
     assert capsys.readouterr().out.count("usage: attention-zoo") == 1 + len(COMMANDS)
+
+
+def test_the_module_runs_and_ends_quietly_when_nobody_reads_on() -> None:
+    command = [sys.executable, "-m", "attention_zoo", "list"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1 + len(BLOCKS)
+    reading, writing = os.pipe()
+    os.close(reading)
+    cut = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (cut.returncode, cut.stderr) == (1, "")
 
 
 def test_an_allocation_of_ten_megabytes_is_a_peak_of_ten_megabytes() -> None:

@@ -1,0 +1,26 @@
+"""Parts of a training run: text as tokens, and checkpoints to resume from."""
+
+from attention_zoo.training.checkpoint import Checkpoint, StopRequest, read_checkpoint, save_checkpoint
+from attention_zoo.training.text import (
+    Text,
+    as_tokens,
+    gzip_bits_per_byte,
+    random_batch,
+    read_text,
+    unigram_entropy,
+    windows,
+)
+
+__all__ = [
+    "Checkpoint",
+    "StopRequest",
+    "Text",
+    "as_tokens",
+    "gzip_bits_per_byte",
+    "random_batch",
+    "read_checkpoint",
+    "read_text",
+    "save_checkpoint",
+    "unigram_entropy",
+    "windows",
+]

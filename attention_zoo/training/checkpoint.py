@@ -1,0 +1,222 @@
+"""A training run in one file, from which it goes on exactly as if it had not been interrupted; and interrupting it."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from attention_zoo.layers.files import write_aside
+
+FORMAT = "attention_zoo.training.checkpoint"
+VERSION = 1
+FIELDS = ("model", "optimizer", "schedule", "generator", "random", "step", "extra")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `read_checkpoint` found.
+
+    Attributes:
+        path: the file.
+        step: steps that the run had taken.
+        extra: what the caller of `save_checkpoint` added.
+        contents: the whole file.
+    """
+
+    path: Path
+    step: int
+    extra: dict[str, Any]
+    contents: dict[str, Any]
+
+    def restore(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: LRScheduler | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Put a run back where it was, torch's own random state included, or leave all as it is and say why.
+
+        Args:
+            model, optimizer, schedule, generator: built just as for the run that was saved.
+
+        Raises:
+            ValueError: something does not fit what was saved; the message names the field.
+        """
+        self._check_model(model)
+        self._check_part("optimizer", optimizer)
+        self._check_optimizer(optimizer)
+        self._check_part("schedule", schedule)
+        self._check_part("generator", generator)
+        if generator is not None:
+            want, got = _kind(generator.get_state()), _kind(self.contents["generator"]["state"])
+            if want != got:
+                raise ValueError(f"{self.path}: field 'generator' must hold a state of {want}, got {got}")
+        model.load_state_dict(self.contents["model"])
+        optimizer.load_state_dict(self.contents["optimizer"]["state"])
+        if schedule is not None:
+            schedule.load_state_dict(self.contents["schedule"]["state"])
+        if generator is not None:
+            generator.set_state(self.contents["generator"]["state"])
+        torch.set_rng_state(self.contents["random"]["cpu"])
+        # A machine with fewer devices than the old one goes on with those that it has.
+        for device, state in enumerate(self.contents["random"]["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, device)
+
+    def _check_model(self, model: nn.Module) -> None:
+        found, wanted = self.contents["model"], model.state_dict()
+        for name in sorted(wanted.keys() | found.keys()):
+            if name not in found:
+                raise ValueError(f"{self.path}: field 'model' lacks {name!r}, which this model has")
+            if name not in wanted:
+                raise ValueError(f"{self.path}: field 'model' holds {name!r}, which this model has not")
+            want, got = _kind(wanted[name]), _kind(found[name])
+            if want != got:
+                raise ValueError(f"{self.path}: field 'model' must hold {want} as {name!r}, got {got}")
+
+    def _check_part(self, field: str, part: object) -> None:
+        """Each optional part is there in both or in neither, and of one class."""
+        saved = self.contents[field]
+        want = "none" if part is None else type(part).__name__
+        got = "none" if saved is None else saved["class"]
+        if want != got:
+            raise ValueError(f"{self.path}: field {field!r} must hold the state of {want}, got that of {got}")
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        groups = self.contents["optimizer"]["state"]["param_groups"]
+        want = [len(group["params"]) for group in optimizer.param_groups]
+        got = [len(group["params"]) for group in groups]
+        if want != got:
+            raise ValueError(f"{self.path}: field 'optimizer' must have groups of {want} parameters, got {got}")
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    step: int,
+    schedule: LRScheduler | None = None,
+    generator: torch.Generator | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a training run to one file, which is replaced only by a whole new one.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        model, optimizer, schedule: their `state_dict` is written.
+        step: steps taken so far.
+        generator: the source of randomness of the data. torch's own random state is written without asking.
+        extra: what else the run needs: numbers, strings, lists, dicts and tensors by name.
+
+    Raises:
+        TypeError: a value of extra is something else; nothing is written then.
+    """
+    place = Path(path)
+    for name, value in (extra or {}).items():
+        _check_plain(name, value)
+    contents = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model.state_dict(),
+        "optimizer": _part(optimizer, optimizer.state_dict()),
+        "schedule": None if schedule is None else _part(schedule, schedule.state_dict()),
+        "generator": None if generator is None else _part(generator, generator.get_state()),
+        "random": {
+            "cpu": torch.get_rng_state(),
+            "cuda": _cuda_states(),
+        },
+        "step": step,
+        "extra": dict(extra or {}),
+    }
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(place, lambda aside: torch.save(contents, aside))
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read what `save_checkpoint` wrote. Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or something else than a checkpoint.
+    """
+    place = Path(path)
+    if not place.is_file():
+        raise FileNotFoundError(f"{place} does not exist")
+    try:
+        contents = torch.load(place, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can break torch's reader in any way
+        raise ValueError(f"{place} must be a whole checkpoint of a training run, but it cannot be read") from error
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise ValueError(f"{place} must be a checkpoint of a training run, but it holds something else")
+    if contents.get("version") != VERSION:
+        raise ValueError(f"{place}: field 'version' must be {VERSION}, got {contents.get('version')!r}")
+    for field in FIELDS:
+        if field not in contents:
+            raise ValueError(f"{place} must be a whole checkpoint, but the field {field!r} is missing")
+    return Checkpoint(place, contents["step"], contents["extra"], contents)
+
+
+class StopRequest:
+    """Ctrl-C within this context asks for a stop instead of causing one; a second Ctrl-C interrupts at once.
+
+    A loop that looks at `made` between two steps stops where a checkpoint is whole: an exception in the midst of a step
+    could leave half of the weights updated. To be entered in the main thread, where Python delivers signals.
+
+    Attributes:
+        made: whether Ctrl-C was pressed.
+    """
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._make)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _make(self, *_: object) -> None:
+        self.made = True
+        signal.signal(signal.SIGINT, self._before)
+
+
+def _cuda_states() -> list[Tensor]:
+    # Asking a device that was never used would start it.
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch has no type there
+    return torch.cuda.get_rng_state_all() if used else []
+
+
+def _part(owner: object, state: object) -> dict[str, object]:
+    return {"class": type(owner).__name__, "state": state}
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_plain(name: str, value: object) -> None:
+    """Refuse now what `read_checkpoint` would refuse when the run is long over."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:  # pickle raises whatever the value's own methods do
+        raise TypeError(
+            f"extra[{name!r}] must be made of numbers, strings, lists, dicts and tensors, got {value!r}"
+        ) from error
