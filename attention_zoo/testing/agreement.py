@@ -90,7 +90,10 @@ def _second_derivative_is_right_or_raises(subject: Subject, block: nn.Module, tw
 def _second_derivative(block: nn.Module, x: Tensor, weight: Tensor, others: Mapping[str, Tensor]) -> Tensor:
     x = x.clone().requires_grad_()
     (first,) = torch.autograd.grad((block(x, **others) * weight).sum(), x, create_graph=True)
-    return torch.autograd.grad((first * weight).sum(), x)[0]
+    if not first.requires_grad:  # the block is linear: its second derivative is 0
+        return torch.zeros_like(x)
+    (second,) = torch.autograd.grad((first * weight).sum(), x, allow_unused=True, materialize_grads=True)
+    return second
 
 
 def check_half_precision(subject: Subject) -> None:

@@ -1,0 +1,27 @@
+"""Use an installed attention_zoo as a stranger would: import it, train a step, sample, check a block."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+import attention_zoo
+from attention_zoo import LanguageModel, generate
+from attention_zoo.testing import check_block
+
+package = Path(attention_zoo.__file__).parent
+assert (package / "py.typed").exists(), "py.typed is missing from the wheel"
+assert Path.cwd() not in package.parents, f"the wheel must be used, not a checkout, got {package}"
+
+torch.manual_seed(0)
+model = LanguageModel(num_tokens=256, dim=64, depth=2, heads=2, attention=["full", "cosine_sim"])
+tokens = torch.randint(0, 256, (2, 33))
+model.loss(tokens).backward()
+with TemporaryDirectory() as folder:
+    model.save(folder)
+    loaded = LanguageModel.load(folder)
+prompt = tokens[:, :5]
+assert torch.equal(generate(model, prompt, 8, temperature=0), generate(loaded, prompt, 8, temperature=0))
+report = check_block(lambda: attention_zoo.FullAttention(32, heads=2), dim=32, causal=True, lengths=(1, 7))
+report.raise_for_failures()
+print(f"attention_zoo {attention_zoo.__version__} works from its wheel")

@@ -1,0 +1,79 @@
+"""A transformer put together by hand, and the contract kit run on a block of one's own.
+
+    python examples/compose_by_hand.py
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+from attention_zoo import Rotary, Stack
+from attention_zoo.testing import check_block
+
+
+class MovingAverage(nn.Module):
+    """A block of one's own: every token becomes the average of itself and the real tokens up to `span` before it."""
+
+    def __init__(self, dim: int, span: int = 3) -> None:
+        super().__init__()
+        self.span = span
+        self.to_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        n = x.shape[1]
+        distance = torch.arange(n, device=x.device)[:, None] - torch.arange(n, device=x.device)
+        weights = ((distance >= 0) & (distance <= self.span)).to(x.dtype)  # (n, n)
+        if mask is not None:
+            weights = weights * mask[:, None, :]  # (b, n, n)
+        return self.to_out(weights @ x / weights.sum(-1, keepdim=True).clamp(min=1))
+
+
+class Classifier(nn.Module):
+    """Four layers: own block, cosine-sim, full attention with grouped heads, own block; then the mean of the tokens."""
+
+    def __init__(self, num_tokens: int, classes: int, dim: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(num_tokens, dim)
+        self.body = Stack(
+            dim,
+            depth=4,
+            attention=[MovingAverage, "cosine_sim", ("full", {"kv_heads": 2}), MovingAverage],
+            feedforward="swiglu",
+            heads=4,
+            dim_head=16,
+            rotary=Rotary(),  # goes to the blocks that have an argument of this name
+        )
+        self.to_logits = nn.Linear(dim, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.to_logits(self.body(self.embed(tokens)).mean(dim=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=250)
+    steps = parser.parse_args().steps
+    torch.manual_seed(0)
+    model = Classifier(num_tokens=16, classes=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(1, steps + 1):  # which token stands right after the first 0?
+        tokens = torch.randint(0, 16, (64, 24))
+        tokens[:, 12] = 0
+        first = (tokens == 0).int().argmax(dim=1).clamp(max=22)
+        loss = nn.functional.cross_entropy(model(tokens), tokens[torch.arange(64), first + 1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"step {step}: loss {loss.item():.3f}")
+
+    print("\nDoes the block keep the contract?")
+    print(check_block(lambda: MovingAverage(32), dim=32, causal=True, lengths=(1, 2, 7, 65)))
+    print("What fails is what to write next: here, errors that name a bad argument.")
+
+
+if __name__ == "__main__":
+    main()
