@@ -67,9 +67,11 @@ class _Unit(torch.autograd.Function):
         return unit, norm
 
     @staticmethod
-    def backward(ctx: Any, to_unit: Tensor | None, to_norm: Any) -> tuple[Tensor, None]:
+    def backward(ctx: Any, to_unit: Tensor | None, to_norm: Any) -> tuple[Tensor | None, None]:
         unit, norm = ctx.saved_tensors
         free = norm > ctx.eps
+        if to_unit is None and to_norm is None:
+            return None, None
         if to_unit is None:
             return to_norm * unit * free, None
         along = (to_unit * unit).sum(-1, keepdim=True) * free
@@ -119,6 +121,7 @@ def cosine_sim_attention(
         bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
     k = k[:, None] if k.ndim == 3 else k
     v = v[:, None] if v.ndim == 3 else v
-    q, k = l2_normalize(q, groups=groups, eps=eps), l2_normalize(k, groups=groups, eps=eps)
+    norm_impl = "reference" if impl == "reference" else "auto"
+    q, k = (l2_normalize(x, groups=groups, eps=eps, impl=norm_impl) for x in (q, k))
     out = softmax_attention(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, dropout=dropout, impl=impl)
     return out[:, 0] if merged else out

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import signal
+import zipfile
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -64,9 +66,10 @@ class Checkpoint:
             if want != got:
                 raise ValueError(f"{self.path}: field 'generator' must hold a state of {want}, got {got}")
         model.load_state_dict(self.contents["model"])
-        optimizer.load_state_dict(self.contents["optimizer"]["state"])
+        # Both may keep what they are given, and would change it with every step.
+        optimizer.load_state_dict(deepcopy(self.contents["optimizer"]["state"]))
         if schedule is not None:
-            schedule.load_state_dict(self.contents["schedule"]["state"])
+            schedule.load_state_dict(deepcopy(self.contents["schedule"]["state"]))
         if generator is not None:
             generator.set_state(self.contents["generator"]["state"])
         torch.set_rng_state(self.contents["random"]["cpu"])
@@ -155,10 +158,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not place.is_file():
         raise FileNotFoundError(f"{place} does not exist")
     try:
+        with zipfile.ZipFile(place) as archive:
+            if archive.testzip() is not None:  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile("wrong checksum")
         contents = torch.load(place, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a damaged file can break torch's reader in any way
+    except Exception as error:  # a damaged file can break the readers in any way
         raise ValueError(f"{place} must be a whole checkpoint of a training run, but it cannot be read") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise ValueError(f"{place} must be a checkpoint of a training run, but it holds something else")

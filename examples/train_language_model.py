@@ -1,0 +1,228 @@
+"""Train a language model on the bytes of real text, with any blocks of the zoo, and let it write.
+
+    python examples/train_language_model.py                                # Python's own sources, about five minutes
+    python examples/train_language_model.py --attention full,cosine_sim    # blocks, cycled over the layers
+    python examples/train_language_model.py --data my_texts --out runs/mine
+    python examples/train_language_model.py --resume --out runs/mine       # goes on exactly where Ctrl-C stopped it
+
+Needs: pip install attention-zoo[examples]
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import inspect
+import math
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from attention_zoo import BLOCKS, LanguageModel, stream, training
+
+CHECKPOINT = "checkpoint.pt"
+FREE = ("resume", "device", "out")  # options that a resumed run may change
+SAMPLE = 600  # bytes to write at the end
+
+
+def parse_options() -> tuple[argparse.Namespace, training.Checkpoint | None]:
+    """The command line, and the checkpoint to go on from, whose options are then the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--attention", default="full", help=f"blocks, cycled over the layers, of {', '.join(BLOCKS)} (%(default)s)")
+    add("--dim", type=int, default=256, help="features (%(default)s)")
+    add("--depth", type=int, default=4, help="layers (%(default)s)")
+    add("--heads", type=int, default=4, help="heads, each of dim / heads features (%(default)s)")
+    add("--seq-len", type=int, default=256, help="bytes that the model sees at once (%(default)s)")
+    add("--batch", type=int, default=8, help="pieces of text in a step (%(default)s)")
+    add("--lr", type=float, default=3e-3, help="the highest learning rate (%(default)s)")
+    add("--steps", type=int, default=1000, help="steps of training (%(default)s)")
+    add("--seed", type=int, default=0, help="start of all randomness (%(default)s)")
+    add("--data", help="a text file, or a folder of them (the sources of Python's standard library)")
+    add("--prompt", default="def ", help="what the sample goes on from (%(default)r)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train (%(default)s)")
+    add("--out", type=Path, default=Path("runs/language_model"), help="folder of the results (%(default)s)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, with the options saved there")
+    options, checkpoint = parser.parse_args(), None
+    try:
+        if options.resume:
+            checkpoint = training.read_checkpoint(options.out / CHECKPOINT)
+            saved = checkpoint.extra["options"]
+            parser.set_defaults(**saved)
+            options = parser.parse_args()
+            for name in saved:
+                if getattr(options, name) != saved[name]:
+                    raise ValueError(f"--{name} must be {saved[name]!r} as in the run to resume, or be left out")
+        if options.heads < 1 or options.dim % options.heads:
+            raise ValueError(f"--heads must divide --dim, got {options.heads} and {options.dim}")
+        if options.steps < 1 or not options.prompt:
+            raise ValueError(f"--steps must be at least 1 and --prompt not empty, got {options.steps}")
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    return options, checkpoint
+
+
+class Run:
+    """A model in training, and all that changes with every step."""
+
+    def __init__(self, options: argparse.Namespace, checkpoint: training.Checkpoint | None) -> None:
+        torch.manual_seed(options.seed)
+        self.options = options
+        self.model = LanguageModel(
+            num_tokens=256,
+            dim=options.dim,
+            depth=options.depth,
+            attention=[self.block(name) for name in options.attention.split(",")],
+            max_seq_len=options.seq_len,
+        ).to(options.device)
+        weights = list(self.model.parameters())
+        groups = [
+            {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": 0.1},
+            {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},  # gains and biases
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.step = 0
+        self.curves: dict[str, list[Any]] = {"training": [], "validation": []}  # (step, bits per byte)
+        if checkpoint is not None:
+            checkpoint.restore(**self.parts())
+            self.step, self.curves = checkpoint.step, checkpoint.extra["curves"]
+
+    def block(self, name: str) -> Any:
+        """A block by name, its heads as asked for; one whose heads have no size of their own keeps its defaults."""
+        takes = inspect.signature(BLOCKS[name]).parameters if name in BLOCKS else ()
+        heads = {"heads": self.options.heads, "dim_head": self.options.dim // self.options.heads}
+        return (name, heads) if "dim_head" in takes else name
+
+    def rate(self, step: int) -> float:
+        """The learning rate as a part of --lr: up along a line, then down along a cosine to a twentieth."""
+        warmup = max(1, self.options.steps // 20)
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.05 + 0.475 * (1 + math.cos(math.pi * (step - warmup) / (self.options.steps - warmup)))
+
+    def learn(self, text: Tensor) -> float:
+        """Take one step on random pieces of text. Returns the loss in nats."""
+        tokens = training.random_batch(text, self.options.batch, self.options.seq_len + 1, generator=self.generator)
+        loss = self.model.loss(tokens.to(self.options.device))
+        self.optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        self.curves["training"].append((self.step, loss.item() / math.log(2)))
+        return loss.item()
+
+    @torch.no_grad()
+    def evaluate(self, text: Tensor) -> float:
+        """Bits per byte of unseen text, over pieces that are spread evenly over it."""
+        self.model.eval()
+        pieces = training.windows(text, self.options.seq_len + 1, at_most=256).split(self.options.batch)
+        losses = [self.model.loss(tokens.to(self.options.device)) * len(tokens) for tokens in pieces]
+        self.model.train()
+        return float(sum(losses)) / sum(map(len, pieces)) / math.log(2)
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds the state of."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "generator": self.generator,
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint to go on from."""
+        options = {name: value for name, value in vars(self.options).items() if name not in FREE}
+        extra = {"options": options, "curves": self.curves}
+        training.save_checkpoint(self.options.out / CHECKPOINT, **self.parts(), step=self.step, extra=extra)
+
+
+def train(run: Run, text: training.Text) -> bool:
+    """Take the steps that are left, until Ctrl-C. Returns whether all were taken."""
+    options = run.options
+    seen, unseen = training.as_tokens(text.training), training.as_tokens(text.validation)
+    bar = tqdm(total=options.steps, initial=run.step, unit="step", dynamic_ncols=True, smoothing=0.05)
+    with training.StopRequest() as stop, bar:
+        while run.step < options.steps and not stop.made:
+            loss = run.learn(seen)
+            speed = (bar.format_dict["rate"] or 0) * options.batch * options.seq_len
+            bar.set_postfix_str(f"loss {loss:.3f}, {loss / math.log(2):.2f} bits/byte, {speed:,.0f} tokens/s", False)
+            bar.update()
+            if run.step % max(1, options.steps // 6) == 0 or run.step == options.steps:
+                bits = run.evaluate(unseen)
+                run.curves["validation"].append((run.step, bits))
+                bar.write(f"step {run.step}: {bits:.3f} bits per byte of unseen text")
+                run.save()
+        run.save()
+    return run.step == options.steps
+
+
+def write(model: LanguageModel, prompt: str, seed: int) -> None:
+    """Print a sample as it comes."""
+    device = model.token_embedding.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in several bytes
+    text = torch.tensor([list(prompt.encode())], device=device)
+    print(prompt, end="")
+    while text.shape[1] < SAMPLE:
+        seen = text[:, -max(1, model.max_seq_len // 2) :]  # half of what the model can see is old, half new
+        for token in stream(model, seen, model.max_seq_len - seen.shape[1] + 1, temperature=0.8, generator=generator):
+            text = torch.cat((text, token[:, None]), dim=1)
+            print(decoder.decode(bytes([int(token)])), end="", flush=True)
+    print()
+
+
+def plot(run: Run, yardsticks: dict[str, float], path: Path) -> None:
+    """Draw bits per byte against steps."""
+    axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+    steps, bits = torch.tensor(run.curves["training"]).T
+    axes.plot(steps, bits, color="tab:blue", alpha=0.2)
+    width = max(1, len(steps) // 50)
+    smooth = bits.unfold(0, width, 1).mean(-1)
+    axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training, mean of {width} steps")
+    axes.plot(*torch.tensor(run.curves["validation"]).T, "o-", color="tab:orange", label="validation, unseen text")
+    for (name, yardstick), style in zip(yardsticks.items(), ("--", ":"), strict=True):
+        axes.axhline(yardstick, color="gray", linestyle=style, label=f"{name}: {yardstick:.2f}")
+    axes.set(xlabel="steps", ylabel="bits per byte", ylim=(0, None), title=f"attention: {run.options.attention}")
+    axes.legend()
+    axes.figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Say what will be trained, train it, keep it, let it write."""
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold characters that the terminal has not
+    options, checkpoint = parse_options()
+    try:
+        text = training.read_text(options.data)
+        run = Run(options, checkpoint)
+        before = run.evaluate(training.as_tokens(text.validation))  # text and blocks that do not fit show here
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    entropy, zipped = training.unigram_entropy(text.validation), training.gzip_bits_per_byte(text.validation)
+    print(f"text: {text.source}")
+    print(f"  to train on: {text.training_files} files, {len(text.training):,} bytes")
+    print(f"  unseen: {text.validation_files} files, {len(text.validation):,} bytes")
+    print(f"model: {sum(weight.numel() for weight in run.model.parameters()):,} parameters on {options.device}")
+    print(f"bits per byte of unseen text: model {before:.3f}, byte frequencies {entropy:.3f}, gzip {zipped:.3f}")
+    if not train(run, text):
+        print(f"Stopped after step {run.step}. Go on with: python {sys.argv[0]} --resume --out {options.out}")
+        return
+    run.model.save(options.out)
+    plot(run, {"byte frequencies": entropy, "gzip": zipped}, options.out / "loss.png")
+    print(f"The model, its checkpoint and loss.png are in {options.out}. It writes:\n")
+    with suppress(KeyboardInterrupt):
+        write(run.model, options.prompt, options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Every example runs for a few steps, leaves what it promises, and resumes exactly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from attention_zoo import LanguageModel
+from attention_zoo.training import read_checkpoint
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TIMEOUT = 300  # seconds; a busy machine may need a while to import torch
+TINY = ["--dim", "16", "--depth", "2", "--heads", "2", "--seq-len", "16", "--batch", "2"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example and how to run it small.
+
+    Args:
+        script: its file.
+        options: options that make it tiny; `--data` and `--out` come on top.
+        steps: its option for the number of steps.
+        files: what it leaves in the folder of `--out`.
+        load: reads the model that it saved there.
+    """
+
+    script: str
+    options: tuple[str, ...]
+    files: tuple[str, ...]
+    load: Callable[[Path], torch.nn.Module]
+
+
+CASES = [
+    Example(
+        "train_language_model.py",
+        (*TINY, "--attention", "full,cosine_sim"),
+        ("checkpoint.pt", "config.json", "loss.png", "model.safetensors"),
+        LanguageModel.load,
+    ),
+]
+examples = pytest.mark.parametrize("example", CASES, ids=lambda example: example.script)
+
+
+def command(example: Example, folder: Path, out: str, *options: str) -> list[str]:
+    data = folder / "text.txt"
+    data.write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    return [sys.executable, str(EXAMPLES / example.script), "--out", str(folder / out), *options]
+
+
+def environment() -> dict[str, str]:
+    # One thread: the tensors are tiny. Unbuffered: a test waits for what is printed.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+def run(call: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(call, env=environment(), capture_output=True, encoding="utf-8", timeout=TIMEOUT, check=False)
+
+
+@examples
+def test_an_example_trains_and_leaves_what_it_promises(example: Example, tmp_path: Path) -> None:
+    fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "6", *example.options]
+    done = run(command(example, tmp_path, "out", *fresh))
+    assert done.returncode == 0, done.stderr
+    assert tuple(sorted(path.name for path in (tmp_path / "out").iterdir())) == example.files
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    saved, loaded = read_checkpoint(tmp_path / "out" / "checkpoint.pt"), example.load(tmp_path / "out")
+    assert saved.step == 6
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.contents["model"].items())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
+@examples
+def test_an_interrupted_and_resumed_example_ends_where_an_unbroken_one_does(example: Example, tmp_path: Path) -> None:
+    fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "300", *example.options]
+    unbroken = subprocess.Popen(
+        command(example, tmp_path, "unbroken", *fresh), env=environment(), stdout=subprocess.DEVNULL
+    )
+    call = command(example, tmp_path, "broken", *fresh)
+    with subprocess.Popen(call, env=environment(), stdout=subprocess.PIPE, encoding="utf-8") as broken:
+        assert broken.stdout is not None
+        for line in broken.stdout:
+            if line.startswith("step "):
+                broken.send_signal(signal.SIGINT)
+                break
+        rest = broken.stdout.read()
+    assert broken.returncode == 0, rest
+    assert "--resume --out" in rest
+    stopped = read_checkpoint(tmp_path / "broken" / "checkpoint.pt").step
+    assert 0 < stopped < 300
+    done = run(command(example, tmp_path, "broken", "--resume", "--device", "cpu"))
+    assert done.returncode == 0, done.stderr
+    assert unbroken.wait(TIMEOUT) == 0
+    want, got = (read_checkpoint(tmp_path / out / "checkpoint.pt") for out in ("unbroken", "broken"))
+    assert got.extra["curves"] == want.extra["curves"]
+    assert all(torch.equal(tensor, got.contents["model"][name]) for name, tensor in want.contents["model"].items())
+
+
+@examples
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere"], "error: path must be a file or a folder of text, but nowhere does not exist"),
+        (["--resume"], "checkpoint.pt does not exist"),
+        (["--attention", "ful"], "did you mean 'full'?"),
+    ],
+    ids=["no data", "no checkpoint", "unknown block"],
+)
+def test_a_wrong_option_is_answered_with_a_sentence(
+    example: Example, options: list[str], message: str, tmp_path: Path
+) -> None:
+    done = run(command(example, tmp_path, "out", "--data", str(tmp_path / "text.txt"), *options))
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

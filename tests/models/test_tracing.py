@@ -1,0 +1,68 @@
+"""Decoding under torch.compile and torch.export: no graph per token, and a state that crosses the border as a value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.export import Dim, ShapesCollection, export
+from torch.utils import _pytree as pytree
+
+from attention_zoo import LanguageModel
+from attention_zoo.models import LanguageModelState
+
+
+@pytest.fixture
+def model() -> LanguageModel:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 2, "dim_head": 8, "attention": ["full", "cosine_sim"]}
+    return LanguageModel(num_tokens=64, max_seq_len=64, **settings).eval()
+
+
+def test_compiled_decoding_stops_compiling_after_the_first_few_tokens(model: LanguageModel) -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model.step, backend=counter, fullgraph=True)
+    tokens = torch.randint(0, 64, (2, 12))
+    eager_state = state = None
+    with torch.no_grad():
+        for t in range(12):
+            want, eager_state = model.step(tokens[:, t : t + 1], eager_state)
+            got, state = compiled(tokens[:, t : t + 1], state)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            if t == 3:
+                after_the_first = counter.frame_count
+    assert counter.frame_count == after_the_first
+    torch.compiler.reset()
+
+
+class Step(nn.Module):
+    """torch.export takes a module's forward."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, state: LanguageModelState) -> tuple[Tensor, LanguageModelState]:
+        return self.model.step(tokens, state)
+
+
+def test_an_exported_step_runs_at_other_lengths_and_returns_a_state(model: LanguageModel) -> None:
+    tokens = torch.randint(0, 64, (2, 20))
+    with torch.no_grad():
+        _, state = model.step(tokens[:, :7])
+        lengths = ShapesCollection()
+        for leaf in pytree.tree_leaves(state):
+            if leaf.ndim == 4:
+                lengths[leaf] = {2: Dim.DYNAMIC}
+        program = export(Step(model), (tokens[:, :1], state), dynamic_shapes=lengths).module()
+        for n in (7, 13):
+            _, state = model.step(tokens[:, :n])
+            want, _ = model.step(tokens[:, n : n + 1], state)
+            got, new = program(tokens[:, n : n + 1], state)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            assert isinstance(new, LanguageModelState)
+            assert new.length == n + 1

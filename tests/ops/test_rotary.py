@@ -1,0 +1,60 @@
+"""Rotating pairs of features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_zoo.ops import rotate
+from tests.slow import relative_error
+
+
+def table(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of (n, r / 2) angles as `rotate` wants them."""
+    sign = torch.tensor([-1.0, 1.0]).repeat(angle.shape[-1])
+    return angle.cos().repeat_interleave(2, -1), angle.sin().repeat_interleave(2, -1) * sign
+
+
+def turn_as_complex_numbers(x: Tensor, angle: Tensor) -> Tensor:
+    width = 2 * angle.shape[-1]
+    pairs = torch.complex(x[..., 0:width:2].double(), x[..., 1:width:2].double())
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle).to(pairs.dtype)).flatten(-2)
+    return torch.cat((turned, x[..., width:].double()), dim=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("features", "pairs"), [(8, 4), (11, 4), (7, 3), (2, 1)])
+def test_pairs_turn_as_complex_numbers_and_the_rest_stays(dtype: torch.dtype, features: int, pairs: int) -> None:
+    x = torch.randn(2, 3, 5, features).to(dtype).requires_grad_()
+    angle = 100 * torch.randn(5, pairs)
+    out, want = rotate(x, *table(angle)), turn_as_complex_numbers(x, angle)
+    cotangent = torch.randn(out.shape)
+    (grad,) = torch.autograd.grad(out, x, cotangent.to(dtype))
+    (want_grad,) = torch.autograd.grad(want, x, cotangent.to(dtype).double())
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 4e-3}.get(dtype, 1e-6)
+    assert out.dtype == dtype
+    assert torch.equal(out[..., 2 * pairs :], x[..., 2 * pairs :])
+    assert relative_error(out, want) < tolerance
+    assert relative_error(grad, want_grad) < tolerance
+
+
+def test_an_input_without_contiguous_memory_is_read_right_and_left_alone() -> None:
+    x = torch.randn(2, 5, 3, 8).transpose(1, 2)
+    before, angle = x.clone(), torch.randn(5, 4)
+    assert relative_error(rotate(x, *table(angle)), turn_as_complex_numbers(before, angle)) < 1e-6
+    assert torch.equal(x, before)
+
+
+def test_autocast_leaves_the_precision_of_the_input() -> None:
+    x, angle = torch.randn(1, 2, 5, 8), torch.randn(5, 4)
+    want = rotate(x, *table(angle))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rotate(x, *table(angle)), want)
+
+
+def test_rotation_is_twice_differentiable() -> None:
+    x = torch.randn(1, 2, 3, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = table(torch.randn(3, 2))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), x)
+    assert torch.autograd.gradgradcheck(lambda x: rotate(x, cos, sin), x)
