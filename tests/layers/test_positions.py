@@ -1,0 +1,235 @@
+"""Learned positions, the rotary table, and T5's relative bias."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_zoo import FullAttention, LearnedPositions, RelativeBias, Rotary
+from tests.slow import relative_error
+
+CPU = torch.device("cpu")
+
+
+def turned(x: Tensor, start: int, *, width: int, theta: float = 10000.0, freqs: list[float] | None = None) -> Tensor:
+    """RoFormer's rotation in float64: pair p of a token at position n turns by n * theta^(-2p / width)."""
+    n = torch.arange(start, start + x.shape[-2], dtype=torch.float64)[:, None]
+    p = torch.arange(width // 2, dtype=torch.float64)
+    turn = torch.tensor(freqs, dtype=torch.float64) if freqs else theta ** (-2 * p / width)
+    angle = n * turn
+    pairs = torch.complex(x[..., 0:width:2].double(), x[..., 1:width:2].double())
+    pairs = pairs * torch.complex(angle.cos(), angle.sin())
+    return torch.cat((torch.view_as_real(pairs).flatten(-2), x[..., width:].double()), dim=-1)
+
+
+def rotary(dim_head: int, *args: object, **kwargs: object) -> Rotary:
+    part = Rotary(*args, **kwargs)
+    part.prepare(dim_head)
+    return part
+
+
+def test_learned_positions_count_from_one_and_padding_before_stands_at_the_first() -> None:
+    table = LearnedPositions(5, 3)
+    got = table(torch.tensor([[0, 0, 1, 2], [1, 2, 3, 5]]))
+    assert torch.equal(got, table.weight[torch.tensor([[0, 0, 0, 1], [0, 1, 2, 4]])])
+
+
+@pytest.mark.parametrize("start", [0, 7])
+@pytest.mark.parametrize(
+    ("options", "features", "width"),
+    [({}, 8, 8), ({}, 7, 6), ({"dim": 4}, 8, 4), ({"theta": 500.0}, 8, 8), ({"dim": 4, "freqs": [0.5, 0.1]}, 8, 4)],
+)
+def test_rotary_turns_every_pair_by_its_own_speed(options: dict, features: int, width: int, start: int) -> None:
+    x = torch.randn(2, 3, 11, features)
+    rest = {key: value for key, value in options.items() if key != "dim"}
+    assert relative_error(rotary(features, **options)(x, start), turned(x, start, width=width, **rest)) < 1e-6
+
+
+def test_scores_of_rotated_queries_and_keys_depend_on_the_distance_alone() -> None:
+    part = rotary(8)
+    q, k = torch.randn(8), torch.randn(8)
+    scores = part(q.expand(1, 1, 50, 8))[0, 0] @ part(k.expand(1, 1, 50, 8))[0, 0].t()
+    for distance in (-13, 0, 21):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("start", [257, 10_000])
+def test_a_model_in_half_precision_keeps_the_table_exact(dtype: torch.dtype, start: int) -> None:
+    block = FullAttention(16, heads=2, dim_head=8, rotary=Rotary()).to(dtype)
+    x = torch.randn(1, 2, 5, 8).to(dtype)
+    # what is left is the rounding of the result, and of angles in float32 far out
+    assert relative_error(block.rotary(x, start), turned(x, start, width=8)) < 5e-3
+    assert all(table.dtype == torch.float32 for table in block.rotary.table(0, 5, 8, CPU))
+
+
+def test_the_table_is_neither_parameter_nor_buffer() -> None:
+    part = rotary(8)
+    part(torch.randn(1, 1, 5, 8))
+    assert not part.state_dict()
+    assert not list(part.buffers())
+
+
+def test_a_block_made_on_the_meta_device_has_the_right_table() -> None:
+    real = FullAttention(16, heads=2, dim_head=8, rotary=Rotary())
+    with torch.device("meta"):
+        block = FullAttention(16, heads=2, dim_head=8, rotary=Rotary())
+        assert block(torch.randn(1, 5, 16)).device.type == "meta"
+    block.to_empty(device="cpu")
+    block.load_state_dict(real.state_dict())
+    x = torch.randn(1, 5, 16)
+    assert torch.equal(block(x), real(x))
+
+
+def test_growing_leaves_earlier_positions_as_they_were() -> None:
+    part = rotary(8)
+    before = [table.clone() for table in part.table(0, 40, 8, CPU)]
+    part.table(0, 1000, 8, CPU)
+    for old, new in zip(before, part.table(0, 40, 8, CPU), strict=True):
+        assert torch.equal(old, new)
+    x = torch.randn(1, 1, 3, 8)
+    assert relative_error(part(x, 997), turned(x, 997, width=8)) < 1e-4  # float32 angles of some 1000 radians
+
+
+def test_the_table_is_built_anew_only_when_it_has_to_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, built = rotary(8), []
+    build = part._build
+    monkeypatch.setattr(part, "_build", lambda *args: built.append(args) or build(*args))
+    for position in range(1000):
+        part.table(position, position + 1, 8, CPU)
+    assert len(built) <= 6
+
+
+def test_one_part_serves_heads_of_different_sizes() -> None:
+    part = Rotary()
+    for size in (8, 6):
+        part.prepare(size)
+    for size in (8, 6, 8):
+        x = torch.randn(1, 1, 5, size)
+        assert relative_error(part(x), turned(x, 0, width=size)) < 1e-6
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+def test_a_copy_rotates_alike(duplicate) -> None:
+    part, x = rotary(8), torch.randn(1, 1, 5, 8)
+    want = part(x)
+    assert torch.equal(duplicate(part)(x), want)
+
+
+def test_a_table_first_asked_for_in_inference_mode_serves_training() -> None:
+    part, x = rotary(8), torch.randn(1, 1, 5, 8, requires_grad=True)
+    with torch.inference_mode():
+        part(x)
+    part(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_rotary_compiles_as_one_graph_at_any_start() -> None:
+    part, x = rotary(8), torch.randn(1, 2, 5, 8)
+    compiled = torch.compile(part, fullgraph=True, backend="aot_eager")
+    for start in (0, 3, 300):
+        torch.testing.assert_close(compiled(x, start), part(x, start), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Rotary(5), "dim must be even, .* got dim=5"),
+        (lambda: Rotary(0), "dim must be at least 1, got dim=0"),
+        (lambda: Rotary(4, freqs=[1.0]), "freqs must hold dim / 2 numbers, got dim=4 and 1 freqs"),
+        (lambda: rotary(8, 10), "rotary must rotate 2 ... dim_head features, got rotary.dim=10, dim_head=8"),
+        (lambda: rotary(1), "rotary must rotate 2 ... dim_head features, got rotary.dim=None, dim_head=1"),
+        (lambda: LearnedPositions(0, 8), "max_seq_len must be at least 1, got max_seq_len=0"),
+        (lambda: RelativeBias(0), "heads must be at least 1, got heads=0"),
+        (lambda: RelativeBias(2, max_distance=16), "max_distance must exceed .* got max_distance=16 with buckets=32"),
+        (lambda: RelativeBias(2, buckets=2, causal=False), "max_distance must exceed .* got .*buckets=2"),
+        (
+            lambda: FullAttention(8, heads=4, bias=RelativeBias(2)),
+            "bias must have one column per head, got 2 ",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def t5_bucket(distance: int, *, buckets: int, max_distance: int, causal: bool) -> int:
+    """T5's bucket of key position - query position, in whole numbers.
+
+    Half of the buckets hold one distance each. Distance n of the others lies in the t-th where
+    t <= log(n / exact) / log(max_distance / exact) * room, that is (max_distance / exact)^t <= (n / exact)^room.
+    """
+    first = 0
+    if causal:
+        n = max(-distance, 0)
+    else:
+        buckets //= 2
+        first = buckets if distance > 0 else 0
+        n = abs(distance)
+    exact = buckets // 2
+    if n < exact:
+        return first + n
+    room, t = buckets - exact, 0
+    while t < room - 1 and Fraction(max_distance, exact) ** (t + 1) <= Fraction(n, exact) ** room:
+        t += 1
+    return first + exact + t
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("buckets", "max_distance"), [(32, 128), (32, 20), (32, 1000), (8, 64), (33, 100), (16, 128), (4, 3)]
+)
+def test_buckets_are_those_of_t5(buckets: int, max_distance: int, causal: bool) -> None:
+    bias = RelativeBias(1, buckets=buckets, max_distance=max_distance, causal=causal)
+    distances = range(-max_distance - 60, max_distance + 61)
+    want = [t5_bucket(d, buckets=buckets, max_distance=max_distance, causal=causal) for d in distances]
+    assert bias.bucket(torch.tensor(distances)).tolist() == want
+
+
+def test_distances_from_max_distance_on_share_the_last_bucket() -> None:
+    assert RelativeBias(1, max_distance=50).bucket(torch.tensor([-50, -51, -5000])).tolist() == [31, 31, 31]
+    both = RelativeBias(1, max_distance=50, causal=False)
+    assert both.bucket(torch.tensor([-5000, -50, 50, 5000])).tolist() == [15, 15, 31, 31]
+    assert both.bucket(torch.tensor([-1, 0, 1])).tolist() == [1, 0, 17]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 150), (7, 150), (150, 7)])
+def test_every_pair_gets_the_number_of_its_bucket_and_head(queries: int, keys: int, causal: bool) -> None:
+    bias = RelativeBias(3, causal=causal)
+    pairs = bias(queries, keys, CPU).pairs(queries, keys)
+    for i in range(queries):
+        for j in range(0, keys, 11):
+            distance = j - (i + keys - queries)  # the last query stands at the last key
+            bucket = t5_bucket(distance, buckets=32, max_distance=128, causal=causal)
+            assert torch.equal(pairs[:, i, j], bias.weight[bucket])
+
+
+def test_gradients_in_half_precision_are_summed_in_float32() -> None:
+    bias = RelativeBias(2).bfloat16()
+    out = bias(1031, 1031, CPU).pairs(1031, 1031)
+    out.sum().backward()
+    wide = RelativeBias(2).double()
+    wide(1031, 1031, CPU).pairs(1031, 1031).sum().backward()
+    assert relative_error(bias.weight.grad, wide.weight.grad) < 4e-3  # one rounding to bfloat16
+
+
+def test_the_bias_is_learned_through_a_block() -> None:
+    block = FullAttention(8, heads=2, dim_head=4, bias=RelativeBias(2))
+    block(torch.randn(1, 5, 8)).sum().backward()
+    used = block.bias.weight.grad.any(-1)
+    assert used[:5].all()  # distances 0 to 4
+    assert not used[5:].any()
+
+
+def test_the_frequencies_are_those_of_rotary_embedding_torch() -> None:
+    library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding(8)
+    x = torch.randn(1, 2, 5, 8)
+    torch.testing.assert_close(rotary(8)(x), library.rotate_queries_or_keys(x), atol=1e-6, rtol=0)
