@@ -1,6 +1,6 @@
 """A transformer put together by hand, and the contract kit run on a block of one's own.
 
-    python examples/compose_by_hand.py
+Run it with `python examples/compose_by_hand.py`.
 """
 
 from __future__ import annotations
