@@ -1,9 +1,9 @@
 """Recall over segments: pairs of a key and a value are shown once, and one is asked for k segments later.
 
 The model reads one short segment at a time, so the answer can only come through its memory. It learns by memory replay,
-on distances that grow as it masters them; a model whose memory is wiped after every segment learns the same task beside.
+on distances that grow as it masters them; a model whose memory is wiped after every segment learns beside it.
 
-    python examples/recall_across_segments.py                   # about five minutes on two cores
+    python examples/recall_across_segments.py                   # about two minutes on two cores
     python examples/recall_across_segments.py --distance 2      # a shorter way to remember
 
 Needs: pip install attention-zoo[examples]
@@ -118,7 +118,7 @@ def main() -> None:
     add("--dim", type=int, default=64, help="features (%(default)s)")
     add("--batch", type=int, default=64, help="tasks in a step (%(default)s)")
     add("--lr", type=float, default=2e-3, help="the highest learning rate (%(default)s)")
-    add("--steps", type=int, default=4000, help="steps of training (%(default)s)")
+    add("--steps", type=int, default=1500, help="steps of training (%(default)s)")
     add("--seed", type=int, default=0, help="start of all randomness (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train (%(default)s)")
     add("--out", type=Path, default=Path("runs/recall"), help="folder of the results (%(default)s)")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ class MemoryLanguageModel(SavedModel):
         check_positive(num_tokens=num_tokens, segment_len=segment_len)
         if positions is not None:
             check_choice("positions", positions, POSITIONS)
-        shared: dict[str, nn.Module] = {}
+        shared: dict[str, Any] = {}
         if positions == "rotary" or (positions == "auto" and takes_part(attention, "rotary")):
             shared["rotary"] = Rotary()
         elif positions == "t5":
