@@ -11,7 +11,7 @@ from attention_zoo.testing import check_block
 
 package = Path(attention_zoo.__file__).parent
 assert (package / "py.typed").exists(), "py.typed is missing from the wheel"
-assert Path.cwd() not in package.parents, f"the wheel must be used, not a checkout, got {package}"
+assert "site-packages" in package.parts, f"the wheel must be used, not a checkout, got {package}"
 
 torch.manual_seed(0)
 model = LanguageModel(num_tokens=256, dim=64, depth=2, heads=2, attention=["full", "cosine_sim"])
