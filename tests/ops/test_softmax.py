@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import attention_zoo
-from attention_zoo.ops import DistanceBias, softmax, softmax_attention, softmax_attention_weights
+from attention_zoo.ops import DistanceBias, distance_bias, softmax, softmax_attention, softmax_attention_weights
 from tests.slow import attend_one_by_one, bias_of_pairs, relative_error, what_is_seen
 
 PATHS = ("reference", "sdpa", "blocks")
