@@ -76,14 +76,14 @@ def train(options: argparse.Namespace, *, remember: bool) -> Memformer:
         dec_heads=4,
     ).to(options.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    longest, correct = 0, 0.0
+    longest, correct = 0 if remember else options.distance, 0.0
     name = "with memory" if remember else "without"
     bar = tqdm(range(1, options.steps + 1), desc=name, unit="step", dynamic_ncols=True)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, step / 100, 10 * (1 - (step - 1) / options.steps))
         distance = longest if step % 2 else int(torch.randint(longest + 1, ()))
-        task = draw(options.batch, distance if remember else options.distance, options.device)
+        task = draw(options.batch, distance, options.device)
         segments = task.segments if remember else task.segments[-1:]
         optimizer.zero_grad()
         loss = training.memory_replay(model, segments, task.question).loss
@@ -93,7 +93,9 @@ def train(options: argparse.Namespace, *, remember: bool) -> Memformer:
             correct = accuracy(model, longest, remember=True, count=512)
             if correct >= MASTERED and longest < options.distance:
                 longest += 1
-        bar.set_postfix_str(f"loss {float(loss):.3f}, k = {longest}, accuracy {correct:.1%}", refresh=False)
+        bar.set_postfix_str(
+            f"loss {float(loss):.3f}, k = {longest}" + f", accuracy {correct:.1%}" * remember, refresh=False
+        )
     return model
 
 
@@ -126,7 +128,7 @@ def main() -> None:
     if options.distance < 1 or options.steps < 1:
         parser.error(f"--distance and --steps must be at least 1, got {options.distance} and {options.steps}")
     model = train(options, remember=True)
-    forgetful = train(argparse.Namespace(**{**vars(options), "steps": max(1, options.steps // 8)}), remember=False)
+    forgetful = train(argparse.Namespace(**{**vars(options), "steps": max(1, options.steps // 2)}), remember=False)
     distances = range(2 * options.distance + 1)
     found = {
         "memory": [accuracy(model, k, remember=True) for k in distances],

@@ -66,7 +66,7 @@ def distance_biased_attention_backward(
     dtypes = (q.dtype, k.dtype, v.dtype, values.dtype)
     grad, q, k, v = (at_least_float32(tensor) for tensor in (grad, q, k, v))
     to_q, to_k, to_v = (q.new_zeros(tensor.shape) for tensor in (q, k, v))
-    to_values = torch.zeros_like(values, dtype=q.dtype)
+    to_values = values.new_zeros(values.shape, dtype=q.dtype)
     queries = q.shape[2]
     for block in blocks(queries, k.shape[2], causal):
         start, stop, keys = block
@@ -140,7 +140,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, values: Tensor, mask: Tensor | None, caus
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(values)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), values.new_empty(values.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
