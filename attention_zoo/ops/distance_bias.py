@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops.masks import visible
-from attention_zoo.ops.precision import at_least_float32
+from attention_zoo.ops.precision import at_least_float32, no_autocast
 
 QUERY_BLOCK = 64  # queries whose scores are held at a time
 
@@ -149,7 +149,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = distance_biased_attention_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    with no_autocast(grad):
+        grads = distance_biased_attention_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale)
     return *grads, None, None, None
 
 

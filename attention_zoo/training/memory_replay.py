@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops.losses import masked_cross_entropy
+from attention_zoo.ops.precision import no_autocast
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -117,7 +118,8 @@ def memory_replay(
         roots = [(root, seed) for root, seed in roots if root.requires_grad]
         if roots:
             tensors, seeds = zip(*roots, strict=True)
-            torch.autograd.backward(tensors, seeds)
+            with no_autocast(initial):
+                torch.autograd.backward(tensors, seeds)
         gradient = before.grad
     if gradient is not None and initial.requires_grad:
         torch.autograd.backward(initial, gradient)
