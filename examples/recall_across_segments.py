@@ -128,7 +128,7 @@ def main() -> None:
     if options.distance < 1 or options.steps < 1:
         parser.error(f"--distance and --steps must be at least 1, got {options.distance} and {options.steps}")
     model = train(options, remember=True)
-    forgetful = train(argparse.Namespace(**{**vars(options), "steps": max(1, options.steps // 2)}), remember=False)
+    forgetful = train(options, remember=False)
     distances = range(2 * options.distance + 1)
     found = {
         "memory": [accuracy(model, k, remember=True) for k in distances],
