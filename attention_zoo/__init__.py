@@ -15,13 +15,14 @@ from attention_zoo.layers import (
     KeyValueState,
     LayerNorm,
     LearnedPositions,
+    MemoryUpdate,
     RelativeBias,
     RMSNorm,
     Rotary,
     State,
     SwiGLU,
 )
-from attention_zoo.models import LanguageModel, Stack, cosine_sim_lm
+from attention_zoo.models import LanguageModel, Memformer, MemoryLanguageModel, Stack, cosine_sim_lm
 from attention_zoo.ops import cosine_sim_attention, reference, softmax_attention
 
 __version__ = "0.1.0"
@@ -38,6 +39,9 @@ __all__ = [
     "LanguageModel",
     "LayerNorm",
     "LearnedPositions",
+    "Memformer",
+    "MemoryLanguageModel",
+    "MemoryUpdate",
     "RMSNorm",
     "RelativeBias",
     "Rotary",

@@ -60,6 +60,13 @@ CASES = [
     Case("full: grouped heads, rotary", lambda: FullAttention(DIM, kv_heads=2, rotary=Rotary(), **SMALL)),
     Case("full: relative bias", lambda: FullAttention(DIM, bias=RelativeBias(4), **SMALL), lengths=(1, 7, 67, 131)),
     Case(
+        "full: bidirectional, relative bias, biased projections",
+        lambda: FullAttention(
+            DIM, causal=False, bias=RelativeBias(4, causal=False), qkv_bias=True, out_bias=True, **SMALL
+        ),
+        causal=False,
+    ),
+    Case(
         "full: pattern",
         lambda: FullAttention(DIM, pattern=striped(), **SMALL),
         options={"shift_invariant": False},  # the pattern is tied to the index
@@ -68,6 +75,11 @@ CASES = [
         "cross",
         lambda: CrossAttention(DIM, context_dim=24, **SMALL),
         lengths=LENGTHS,
+        options={"inputs": context},
+    ),
+    Case(
+        "cross: biased projections",
+        lambda: CrossAttention(DIM, context_dim=24, qkv_bias=True, out_bias=True, **SMALL),
         options={"inputs": context},
     ),
     Case(
