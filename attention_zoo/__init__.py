@@ -7,6 +7,7 @@ from attention_zoo.attention import (
     CrossAttention,
     FullAttention,
     SelfAttention,
+    TalkingHeadsAttention,
 )
 from attention_zoo.generation import generate, stream
 from attention_zoo.layers import (
@@ -45,6 +46,7 @@ __all__ = [
     "Stack",
     "State",
     "SwiGLU",
+    "TalkingHeadsAttention",
     "__version__",
     "cosine_sim_attention",
     "cosine_sim_lm",
