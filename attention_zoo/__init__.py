@@ -22,7 +22,7 @@ from attention_zoo.layers import (
     State,
     SwiGLU,
 )
-from attention_zoo.models import LanguageModel, Stack, cosine_sim_lm
+from attention_zoo.models import LanguageModel, MultiStreamTransformer, Stack, cosine_sim_lm
 from attention_zoo.ops import cosine_sim_attention, reference, softmax_attention
 
 __version__ = "0.1.0"
@@ -39,6 +39,7 @@ __all__ = [
     "LanguageModel",
     "LayerNorm",
     "LearnedPositions",
+    "MultiStreamTransformer",
     "RMSNorm",
     "RelativeBias",
     "Rotary",

@@ -138,6 +138,11 @@ class TalkingHeadsAttention(AttentionBlock):
         q, k, v = self._project(x)
         return Mix(v, self._attend(q, k, v, mask))
 
+    def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, HeadMix]:
+        """Queries and keys (b, s h, n, e), and the mix before the softmax: what the diversity loss compares."""
+        q, k, _ = self._project(x)
+        return q, k, _mix(self.pre)
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return talking_heads_attention(
             q,

@@ -2,7 +2,18 @@
 
 from attention_zoo.models.builders import cosine_sim_lm
 from attention_zoo.models.language_model import LanguageModel, LanguageModelState
+from attention_zoo.models.multi_stream import MultiStreamState, MultiStreamTransformer
 from attention_zoo.models.saving import SavedModel
 from attention_zoo.models.stack import Layer, Stack, StackState
 
-__all__ = ["LanguageModel", "LanguageModelState", "Layer", "SavedModel", "Stack", "StackState", "cosine_sim_lm"]
+__all__ = [
+    "LanguageModel",
+    "LanguageModelState",
+    "Layer",
+    "MultiStreamState",
+    "MultiStreamTransformer",
+    "SavedModel",
+    "Stack",
+    "StackState",
+    "cosine_sim_lm",
+]
