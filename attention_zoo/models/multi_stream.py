@@ -48,7 +48,8 @@ class MultiStreamState(State):
         def pick(leaf: Tensor) -> Tensor:
             if not leaf.ndim:
                 return leaf
-            return leaf.unflatten(0, (rows, -1)).index_select(0, index).flatten(0, 1)  # rows are (b s) or b
+            by_row = leaf.reshape(rows, -1, *leaf.shape[1:])  # (b s, ...) or (b, ...)
+            return by_row.index_select(0, index).flatten(0, 1)
 
         return type(self)(pytree.tree_map_only(Tensor, pick, self.stack), self.real.index_select(0, index))
 
@@ -103,6 +104,7 @@ class MultiStreamTransformer(SavedModel):
         causal: a language model with `loss` and `step`; False sees both ways, for masked-token training.
         cross_stream: the heads of all streams talk; False: those of one stream alone.
         pre, post: the mixes of talking heads, "linear", "mlp" or None.
+        scale: multiplies the scores of talking heads; dim_head^-0.5 where None.
         separate_embeddings: a token and a position table per stream; False: shared ones and a vector per stream.
         tie_embeddings: logits use the token table; only with shared ones.
         attn_dropout, ff_dropout, ff_mult: see `Stack`.
@@ -126,6 +128,7 @@ class MultiStreamTransformer(SavedModel):
         cross_stream: bool = True,
         pre: str | None = "linear",
         post: str | None = "linear",
+        scale: float | None = None,
         separate_embeddings: bool = True,
         tie_embeddings: bool = False,
         attn_dropout: float = 0.0,
@@ -149,6 +152,7 @@ class MultiStreamTransformer(SavedModel):
                 streams=streams if cross_stream else 1,
                 pre=pre,
                 post=post,
+                scale=scale,
                 causal=causal,
                 dropout=dropout,
             )
@@ -244,7 +248,7 @@ class MultiStreamTransformer(SavedModel):
         return None if mask is None else mask.repeat_interleave(self.streams, dim=0)
 
     def _logits(self, x: Tensor) -> Tensor:
-        x = self.norm(x.unflatten(0, (-1, self.streams)).sum(1))
+        x = self.norm(x.view(-1, self.streams, *x.shape[1:]).sum(1))
         weight = self.token_embedding if self.to_logits is None else self.to_logits.weight
         return F.linear(x, weight)
 

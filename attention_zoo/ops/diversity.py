@@ -52,7 +52,7 @@ def stream_diversity_loss(
 
         def block(q: Tensor, k: Tensor, seen: Tensor | None, counts: Tensor | None) -> Tensor:
             weights = talking_heads_weights(q, k, pre, mask=seen, causal=causal, scale=scale)
-            return _divergence(weights.unflatten(1, (streams, -1)), counts)
+            return _divergence(weights.view(len(weights), streams, -1, *weights.shape[2:]), counts)
 
         seen = slice_mask(mask, start, stop, keys)
         part = checkpoint(block, q[:, :, start:stop], k[:, :, :keys], seen, counts, use_reentrant=False)
