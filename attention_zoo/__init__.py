@@ -7,6 +7,7 @@ from attention_zoo.attention import (
     CrossAttention,
     FullAttention,
     SelfAttention,
+    TalkingHeadsAttention,
 )
 from attention_zoo.generation import generate, stream
 from attention_zoo.layers import (
@@ -22,7 +23,14 @@ from attention_zoo.layers import (
     State,
     SwiGLU,
 )
-from attention_zoo.models import LanguageModel, Memformer, MemoryLanguageModel, Stack, cosine_sim_lm
+from attention_zoo.models import (
+    LanguageModel,
+    Memformer,
+    MemoryLanguageModel,
+    MultiStreamTransformer,
+    Stack,
+    cosine_sim_lm,
+)
 from attention_zoo.ops import cosine_sim_attention, reference, softmax_attention
 
 __version__ = "0.1.0"
@@ -42,6 +50,7 @@ __all__ = [
     "Memformer",
     "MemoryLanguageModel",
     "MemoryUpdate",
+    "MultiStreamTransformer",
     "RMSNorm",
     "RelativeBias",
     "Rotary",
@@ -49,6 +58,7 @@ __all__ = [
     "Stack",
     "State",
     "SwiGLU",
+    "TalkingHeadsAttention",
     "__version__",
     "cosine_sim_attention",
     "cosine_sim_lm",

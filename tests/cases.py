@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_zoo import CosineSimAttention, CrossAttention, FullAttention, RelativeBias, Rotary
+from attention_zoo import CosineSimAttention, CrossAttention, FullAttention, RelativeBias, Rotary, TalkingHeadsAttention
 from attention_zoo.testing import Subject
 
 DIM = 32
@@ -91,5 +91,21 @@ CASES = [
         "cosine_sim: bidirectional, bias",
         lambda: CosineSimAttention(DIM, causal=False, bias=RelativeBias(4, causal=False), **SMALL),
         causal=False,
+    ),
+    Case("talking_heads", lambda: TalkingHeadsAttention(DIM, **SMALL), lengths=LENGTHS),
+    Case("talking_heads: mlp", lambda: TalkingHeadsAttention(DIM, pre="mlp", post="mlp", **SMALL)),
+    Case("talking_heads: pre only", lambda: TalkingHeadsAttention(DIM, post=None, **SMALL)),
+    Case("talking_heads: post only", lambda: TalkingHeadsAttention(DIM, pre=None, **SMALL)),
+    Case("talking_heads: none", lambda: TalkingHeadsAttention(DIM, pre=None, post=None, **SMALL)),
+    Case(
+        "talking_heads: 2 streams, bidirectional",
+        lambda: TalkingHeadsAttention(DIM, streams=2, causal=False, post="mlp", **SMALL),
+        causal=False,
+        options={"streams": 2},
+    ),
+    Case(
+        "talking_heads: 3 streams",
+        lambda: TalkingHeadsAttention(DIM, streams=3, **SMALL),
+        options={"streams": 3},
     ),
 ]

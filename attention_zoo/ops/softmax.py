@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_zoo.ops.distance_bias import distance_biased_attention
 from attention_zoo.ops.implementation import choose
-from attention_zoo.ops.masks import check_mask, key_mask, visible
+from attention_zoo.ops.masks import check_mask, key_mask, slice_mask, visible
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
 QUERY_BLOCK = 128  # queries whose scores are held at a time where a bias learns
@@ -209,7 +209,7 @@ def _blocks(
                 q[..., start:stop, :],
                 k[..., :keys, :],
                 v[..., :keys, :],
-                mask=_slice_mask(mask, start, stop, keys),
+                mask=slice_mask(mask, start, stop, keys),
                 causal=causal,
                 bias=_slice_bias(bias, start, stop, i, keys),
                 scale=scale,
@@ -218,13 +218,6 @@ def _blocks(
 
         outs.append(checkpoint(attend, q, k, v, use_reentrant=False) if torch.is_grad_enabled() else attend(q, k, v))
     return torch.cat(outs, dim=-2)
-
-
-def _slice_mask(mask: Tensor | None, start: int, stop: int, keys: int) -> Tensor | None:
-    if mask is None or mask.ndim == 2:
-        return mask if mask is None else mask[:, :keys]
-    rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
-    return rows if rows.shape[-1] == 1 else rows[..., :keys]
 
 
 def _slice_bias(bias: Bias | None, start: int, stop: int, queries: int, keys: int) -> Bias | None:
