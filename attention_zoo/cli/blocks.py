@@ -87,7 +87,7 @@ def mixing(block: AttentionBlock, length: int, setup: Setup) -> Mixing:
     if isinstance(block, SelfAttention):
 
         def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = block.prepare(q, k, 0)  # a norm of queries and keys is part of how a block mixes
+            q, k = block.prepare(q, 0), block.prepare(k, 0)  # a norm of queries and keys is part of how a block mixes
             return block.attend(q, k, v, None)
 
         return Mixing(mix, head_inputs(length, setup), block.causal)
