@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo.attention import BLOCKS, AttentionBlock, CrossAttention, SelfAttention
+from attention_zoo.attention import BLOCKS, AttentionBlock, CrossAttention, SelfAttention, TalkingHeadsAttention
 from attention_zoo.cli.measure import Call, Setup, compare, median_seconds, peak_bytes
 from attention_zoo.ops.softmax import softmax_attention
 
@@ -91,6 +91,8 @@ def mixing(block: AttentionBlock, length: int, setup: Setup) -> Mixing:
             return block.attend(q, k, v, None)
 
         return Mixing(mix, head_inputs(length, setup), block.causal)
+    if isinstance(block, TalkingHeadsAttention):
+        return Mixing(lambda q, k, v: block.talk(q, k, v, None), head_inputs(length, setup), block.causal)
     if isinstance(block, CrossAttention):
         return Mixing(softmax_attention, head_inputs(length, setup), causal=False)
     return Mixing(block, block_inputs(block, length, setup), block.causal, whole=True)
