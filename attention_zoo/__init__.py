@@ -7,6 +7,7 @@ from attention_zoo.attention import (
     CrossAttention,
     FullAttention,
     SelfAttention,
+    TalkingHeadsAttention,
 )
 from attention_zoo.generation import generate, stream
 from attention_zoo.layers import (
@@ -15,13 +16,21 @@ from attention_zoo.layers import (
     KeyValueState,
     LayerNorm,
     LearnedPositions,
+    MemoryUpdate,
     RelativeBias,
     RMSNorm,
     Rotary,
     State,
     SwiGLU,
 )
-from attention_zoo.models import LanguageModel, Stack, cosine_sim_lm
+from attention_zoo.models import (
+    LanguageModel,
+    Memformer,
+    MemoryLanguageModel,
+    MultiStreamTransformer,
+    Stack,
+    cosine_sim_lm,
+)
 from attention_zoo.ops import cosine_sim_attention, reference, softmax_attention
 
 __version__ = "0.1.0"
@@ -38,6 +47,10 @@ __all__ = [
     "LanguageModel",
     "LayerNorm",
     "LearnedPositions",
+    "Memformer",
+    "MemoryLanguageModel",
+    "MemoryUpdate",
+    "MultiStreamTransformer",
     "RMSNorm",
     "RelativeBias",
     "Rotary",
@@ -45,6 +58,7 @@ __all__ = [
     "Stack",
     "State",
     "SwiGLU",
+    "TalkingHeadsAttention",
     "__version__",
     "cosine_sim_attention",
     "cosine_sim_lm",

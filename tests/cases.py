@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_zoo import CosineSimAttention, CrossAttention, FullAttention, RelativeBias, Rotary
+from attention_zoo import CosineSimAttention, CrossAttention, FullAttention, RelativeBias, Rotary, TalkingHeadsAttention
 from attention_zoo.testing import Subject
 
 DIM = 32
@@ -60,6 +60,13 @@ CASES = [
     Case("full: grouped heads, rotary", lambda: FullAttention(DIM, kv_heads=2, rotary=Rotary(), **SMALL)),
     Case("full: relative bias", lambda: FullAttention(DIM, bias=RelativeBias(4), **SMALL), lengths=(1, 7, 67, 131)),
     Case(
+        "full: bidirectional, relative bias, biased projections",
+        lambda: FullAttention(
+            DIM, causal=False, bias=RelativeBias(4, causal=False), qkv_bias=True, out_bias=True, **SMALL
+        ),
+        causal=False,
+    ),
+    Case(
         "full: pattern",
         lambda: FullAttention(DIM, pattern=striped(), **SMALL),
         options={"shift_invariant": False},  # the pattern is tied to the index
@@ -71,6 +78,11 @@ CASES = [
         options={"inputs": context},
     ),
     Case(
+        "cross: biased projections",
+        lambda: CrossAttention(DIM, context_dim=24, qkv_bias=True, out_bias=True, **SMALL),
+        options={"inputs": context},
+    ),
+    Case(
         "cosine_sim",
         lambda: CosineSimAttention(DIM, groups=2, kv_heads=1, rotary=Rotary(), **SMALL),
         lengths=LENGTHS,
@@ -79,5 +91,21 @@ CASES = [
         "cosine_sim: bidirectional, bias",
         lambda: CosineSimAttention(DIM, causal=False, bias=RelativeBias(4, causal=False), **SMALL),
         causal=False,
+    ),
+    Case("talking_heads", lambda: TalkingHeadsAttention(DIM, **SMALL), lengths=LENGTHS),
+    Case("talking_heads: mlp", lambda: TalkingHeadsAttention(DIM, pre="mlp", post="mlp", **SMALL)),
+    Case("talking_heads: pre only", lambda: TalkingHeadsAttention(DIM, post=None, **SMALL)),
+    Case("talking_heads: post only", lambda: TalkingHeadsAttention(DIM, pre=None, **SMALL)),
+    Case("talking_heads: none", lambda: TalkingHeadsAttention(DIM, pre=None, post=None, **SMALL)),
+    Case(
+        "talking_heads: 2 streams, bidirectional",
+        lambda: TalkingHeadsAttention(DIM, streams=2, causal=False, post="mlp", **SMALL),
+        causal=False,
+        options={"streams": 2},
+    ),
+    Case(
+        "talking_heads: 3 streams",
+        lambda: TalkingHeadsAttention(DIM, streams=3, **SMALL),
+        options={"streams": 3},
     ),
 ]

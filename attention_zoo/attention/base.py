@@ -117,6 +117,7 @@ class SelfAttention(AttentionBlock):
         kv_heads: heads of keys and values, each shared by heads / kv_heads query heads. None: as many as heads.
         rotary: turns queries and keys by their position.
         bias: adds to the scores by the distance of key and query.
+        qkv_bias, out_bias: give the projections to queries, keys and values, and the one to the output, biases.
 
     Raises:
         ValueError: kv_heads does not divide heads, or the bias has another number of heads.
@@ -133,6 +134,8 @@ class SelfAttention(AttentionBlock):
         dropout: float = 0.0,
         rotary: Rotary | None = None,
         bias: RelativeBias | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
     ) -> None:
         super().__init__(dim, heads=heads, dim_head=dim_head, causal=causal, dropout=dropout)
         check_positive(kv_heads=kv_heads)
@@ -145,10 +148,10 @@ class SelfAttention(AttentionBlock):
             bias.check_heads(heads)
         self.rotary = rotary
         self.bias = bias
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_k = nn.Linear(dim, self.kv_heads * dim_head, bias=False)
-        self.to_v = nn.Linear(dim, self.kv_heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=qkv_bias)
+        self.to_k = nn.Linear(dim, self.kv_heads * dim_head, bias=qkv_bias)
+        self.to_v = nn.Linear(dim, self.kv_heads * dim_head, bias=qkv_bias)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(b, h, i, e) queries at the end of (b, kv_h, j, e) keys, mask (b, j) over the keys -> (b, h, i, e)."""

@@ -33,7 +33,8 @@ class CosineSimAttention(SelfAttention):
         bias: adds to the scores by the distance of key and query.
 
     Raises:
-        ValueError: groups does not divide dim_head, kv_heads does not divide heads, scale is not positive.
+        ValueError: groups does not divide dim_head or, beside rotary, leaves slices of odd size; kv_heads does not
+            divide heads; scale is not positive.
     """
 
     def __init__(
@@ -62,6 +63,9 @@ class CosineSimAttention(SelfAttention):
         )
         if groups < 1 or dim_head % groups:
             raise ValueError(f"groups must divide dim_head, got {groups=}, {dim_head=}")
+        if rotary is not None and groups > 1 and dim_head // groups % 2:
+            # the norm of a slice that holds half a pair changes as the pair turns: absolute positions would show
+            raise ValueError(f"groups must leave rotary whole pairs in a slice, got {groups=}, {dim_head=}")
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale=}")
         self.scale = scale

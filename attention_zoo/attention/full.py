@@ -29,6 +29,7 @@ class FullAttention(SelfAttention):
         dropout: probability with which an attention weight is dropped in training.
         rotary: turns queries and keys by their position.
         bias: adds to the scores by the distance of key and query.
+        qkv_bias, out_bias: give the projections to queries, keys and values, and the one to the output, biases.
         pattern: (N, N) bool, True where query i (row) may see key j (column), for sequences of up to N tokens; it
             combines with `causal` and with masks, and is saved with the weights.
 
@@ -50,6 +51,8 @@ class FullAttention(SelfAttention):
         dropout: float = 0.0,
         rotary: Rotary | None = None,
         bias: RelativeBias | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
         pattern: Tensor | None = None,
     ) -> None:
         super().__init__(
@@ -61,6 +64,8 @@ class FullAttention(SelfAttention):
             dropout=dropout,
             rotary=rotary,
             bias=bias,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
         )
         if pattern is not None and (not isinstance(pattern, Tensor) or pattern.dtype != torch.bool):
             raise TypeError(f"pattern must be a boolean tensor, got {getattr(pattern, 'dtype', type(pattern))}")

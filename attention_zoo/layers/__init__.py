@@ -1,6 +1,7 @@
 """Small parts that several blocks and models share."""
 
 from attention_zoo.layers.feedforward import FEEDFORWARDS, GEGLU, FeedForward, SwiGLU
+from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.norms import NORMS, LayerNorm, RMSNorm
 from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary
 from attention_zoo.layers.residual import RESIDUALS, DeepNorm, PostNorm, PreNorm, Residual, SandwichNorm
@@ -13,9 +14,11 @@ __all__ = [
     "RESIDUALS",
     "DeepNorm",
     "FeedForward",
+    "InitialMemory",
     "KeyValueState",
     "LayerNorm",
     "LearnedPositions",
+    "MemoryUpdate",
     "PostNorm",
     "PreNorm",
     "RMSNorm",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_zoo import LanguageModel
+from attention_zoo import LanguageModel, Memformer
 from attention_zoo.training import read_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -75,6 +75,16 @@ def test_an_example_trains_and_leaves_what_it_promises(example: Example, tmp_pat
     saved, loaded = read_checkpoint(tmp_path / "out" / "checkpoint.pt"), example.load(tmp_path / "out")
     assert saved.step == 6
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.contents["model"].items())
+
+
+def test_the_recall_example_leaves_its_model_and_its_picture(tmp_path: Path) -> None:
+    options = ["--steps", "6", "--dim", "16", "--batch", "2", "--device", "cpu", "--out", str(tmp_path)]
+    done = run([sys.executable, str(EXAMPLES / "recall_across_segments.py"), *options])
+    assert done.returncode == 0, done.stderr
+    assert "chance 6.2%" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "recall.png"]
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+    Memformer.load(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
