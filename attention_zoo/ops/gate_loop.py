@@ -59,19 +59,19 @@ def gate_loop(
     check_heads(q, k, v)
     _check(q, v, gate, state)
     with no_autocast(q):
-        wide = tuple(at_least_float32(tensor) for tensor in (q, k, v))
-        dtype = torch.complex128 if wide[0].dtype == torch.float64 else torch.complex64
+        q, k, wide = at_least_float32(q), at_least_float32(k), at_least_float32(v)
+        dtype = torch.complex128 if q.dtype == torch.float64 else torch.complex64
         gate = gate.to(dtype)
         if state is None:
             state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype, device=q.device)
         if impl == "reference":
-            out, state = _reference(*wide, gate, state)
+            out, state = _reference(q, k, wide, gate, state)
         elif impl == "auto" and q.shape[3] == v.shape[3] == 1:
-            out, state = _elementwise(*wide, gate, state)
+            out, state = _elementwise(q, k, wide, gate, state)
         else:
             pairs = torch.view_as_real(state)
             stacked = torch.cat((pairs[..., 0], pairs[..., 1]), dim=-2)  # (b, h, 2e, e_v)
-            out, stacked = _chunked(*wide, torch.view_as_real(gate), stacked)
+            out, stacked = _chunked(q, k, wide, torch.view_as_real(gate), stacked)
             state = torch.complex(*stacked.chunk(2, dim=-2))
         return GateLoop(out.to(v.dtype), state)
 
@@ -82,7 +82,7 @@ def gate_loop_weights(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
         scores = at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
         pairs = torch.view_as_real(gate.to(torch.complex128 if q.dtype == torch.float64 else torch.complex64))
         log, cos, sin = _log_and_phase(pairs)
-        weights = scores * _products(log, cos, sin)[0]
+        weights = scores * _real(log, cos, sin)
     return weights.to(q.dtype)
 
 
@@ -131,13 +131,19 @@ def _log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return log, phase.cos().to(gate.dtype), phase.sin().to(gate.dtype)
 
 
-def _products(log: Tensor, cos: Tensor, sin: Tensor, *, imaginary: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Real and imaginary part of D_ij = a_{j+1} ... a_i, (..., c, c), 0 for j > i."""
-    size = (log[..., :, None] - log[..., None, :]).to(cos.dtype).exp().tril()
-    real = torch.stack((cos, sin), -1) @ torch.stack((cos, sin), -2)
-    if not imaginary:
-        return real.mul_(size), None
-    return real.mul_(size), size.mul_(torch.stack((sin, -cos), -1) @ torch.stack((cos, sin), -2))
+def _sizes(log: Tensor, dtype: torch.dtype) -> Tensor:
+    """|D_ij| of D_ij = a_{j+1} ... a_i, (..., c, c), 0 for j > i."""
+    return (log[..., :, None] - log[..., None, :]).to(dtype).exp().tril()
+
+
+def _real(log: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Re D_ij, (..., c, c)."""
+    return _sizes(log, cos.dtype) * (torch.stack((cos, sin), -1) @ torch.stack((cos, sin), -2))
+
+
+def _imaginary(log: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Im D_ij, (..., c, c)."""
+    return _sizes(log, cos.dtype) * (torch.stack((sin, -cos), -1) @ torch.stack((cos, sin), -2))
 
 
 class _Chunks(NamedTuple):
@@ -217,7 +223,7 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> tu
     b, h, n, _ = q.shape
     chunks = _cut(q, k, v, gate)
     before, after = _memories(chunks, state.flatten(0, 1))
-    scores = (chunks.q @ chunks.k.transpose(-1, -2)).mul_(_products(chunks.log, chunks.cos, chunks.sin)[0])
+    scores = (chunks.q @ chunks.k.transpose(-1, -2)).mul_(_real(chunks.log, chunks.cos, chunks.sin))
     out = (scores @ chunks.v).add_(chunks.read() @ before)
     return out.view(b, h, -1, v.shape[3])[:, :, :n].clone(), after.reshape(state.shape).clone()
 
@@ -237,7 +243,8 @@ def _chunked_backward(
         to_after[:, index] = later
         later = earlier
 
-    real, imaginary = _products(chunks.log, chunks.cos, chunks.sin, imaginary=True)
+    real = _real(chunks.log, chunks.cos, chunks.sin)
+    imaginary = _imaginary(chunks.log, chunks.cos, chunks.sin)
     scores = chunks.q @ chunks.k.transpose(-1, -2)
     pairs = grad @ chunks.v.transpose(-1, -2)
     from_memory = grad @ before.transpose(-1, -2)  # (B, N, c, 2e)

@@ -92,9 +92,9 @@ def test_states_and_gates_that_do_not_fit_are_refused() -> None:
     q, k, v, gate, state = make(9)
     with pytest.raises(ValueError, match=r"state must be \(b, h, e, e_v\) = \(2, 3, 5, 3\), got shape \(1, 3, 5, 3\)"):
         gate_loop(q, k, v, gate, state=state[:1])
-    with pytest.raises(TypeError, match="state must be of dtype torch.complex128.*got torch.complex64"):
+    with pytest.raises(TypeError, match=r"state must be of dtype torch.complex128.*got torch.complex64"):
         gate_loop(q, k, v, gate, state=state.to(torch.complex64))
-    with pytest.raises(TypeError, match="gate must be complex, got dtype torch.float64"):
+    with pytest.raises(TypeError, match=r"gate must be complex, got dtype torch.float64"):
         gate_loop(q, k, v, gate.real)
     with pytest.raises(ValueError, match=r"gate must be \(b, h, n\)"):
         gate_loop(q, k, v, gate[:, :, 1:])

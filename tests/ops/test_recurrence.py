@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attention_zoo.ops import recurrence
 from attention_zoo.ops.recurrence import linear_recurrence
 from tests.slow import relative_error
 
@@ -18,11 +19,14 @@ def make(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("n", [1, 2, 7, 16, 17, 131])
-def test_the_scan_equals_the_loop_in_outputs_and_gradients(n: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("fast", ["scan", "numba"])
+def test_a_fast_way_equals_the_loop_in_outputs_and_gradients(n: int, dtype: torch.dtype, fast: str) -> None:
+    if fast == "numba":
+        pytest.importorskip("numba")
     leaves = make(n, dtype)
     weight = torch.randn(2, n, 3, dtype=dtype)
     found = []
-    for impl in ("reference", "scan"):
+    for impl in ("reference", fast):
         out, last = linear_recurrence(leaves[0], leaves[1], state=leaves[2], impl=impl)
         loss = (out * weight).sum().abs() + last.abs().sum()
         found.append((out, *torch.autograd.grad(loss, leaves)))
@@ -65,3 +69,11 @@ def test_half_precision_runs_in_float32_and_bad_states_are_refused() -> None:
         linear_recurrence(a, x, state=state[:1])
     with pytest.raises(TypeError, match="state must be of dtype"):
         linear_recurrence(a, x, state=state.double())
+
+
+def test_numba_that_is_absent_is_refused_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrence, "HAS_NUMBA", False)
+    a, x = torch.rand(1, 4, 2), torch.randn(1, 4, 2)
+    with pytest.raises(ImportError, match=r"attention-zoo\[fast\]"):
+        linear_recurrence(a, x, impl="numba")
+    assert linear_recurrence(a, x).out.shape == x.shape
