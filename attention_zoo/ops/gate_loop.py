@@ -21,6 +21,7 @@ from attention_zoo.ops.recurrence import linear_recurrence
 from attention_zoo.ops.softmax import check_heads
 
 CHUNK = 64  # tokens whose weights are held as one square
+GROUP = 16  # chunks that are computed side by side on the CPU
 SMALLEST = 1e-300  # magnitude that stands for a gate of 0 in the logarithm: whatever it multiplies is 0 in float32
 
 
@@ -170,11 +171,11 @@ class _Chunks(NamedTuple):
         return self.first[:, :, -1]
 
     def read(self) -> Tensor:
-        """(B, N, c, 2e), what reads a memory stacked as real over imaginary part."""
+        """(..., c, 2e), what reads a memory stacked as real over imaginary part."""
         return torch.cat((self.q * self.first[..., :1], self.q * -self.first[..., 1:]), dim=-1)
 
     def write(self) -> Tensor:
-        """(B, N, c, 2e), what writes values into the memory after the chunk."""
+        """(..., c, 2e), what writes values into the memory after the chunk."""
         return torch.cat((self.k * self.last[..., :1], self.k * self.last[..., 1:]), dim=-1)
 
 
@@ -223,8 +224,12 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> tu
     b, h, n, _ = q.shape
     chunks = _cut(q, k, v, gate)
     before, after = _memories(chunks, state.flatten(0, 1))
-    scores = (chunks.q @ chunks.k.transpose(-1, -2)).mul_(_real(chunks.log, chunks.cos, chunks.sin))
-    out = (scores @ chunks.v).add_(chunks.read() @ before)
+    flat, before = _flat(chunks), before.flatten(0, 1)
+    out = flat.v.new_empty(flat.v.shape)
+    for part in _groups(flat):
+        given = _Chunks(*(tensor[part] for tensor in flat))
+        scores = (given.q @ given.k.transpose(-1, -2)).mul_(_real(given.log, given.cos, given.sin))
+        out[part] = (scores @ given.v).add_(given.read() @ before[part])
     return out.view(b, h, -1, v.shape[3])[:, :, :n].clone(), after.reshape(state.shape).clone()
 
 
@@ -243,11 +248,37 @@ def _chunked_backward(
         to_after[:, index] = later
         later = earlier
 
+    flat, around = _flat(chunks), [tensor.flatten(0, 1) for tensor in (grad, before, to_after)]
+    grads = [tensor.new_empty(tensor.shape) for tensor in (flat.q, flat.k, flat.v, flat.first)]
+    for part in _groups(flat):
+        given = _Chunks(*(tensor[part] for tensor in flat))
+        for whole, piece in zip(grads, _chunk_gradients(given, *(t[part] for t in around)), strict=True):
+            whole[part] = piece
+    to_q, to_k, to_v, to_gate = (
+        tensor.view(*q.shape[:2], -1, tensor.shape[-1])[:, :, : q.shape[2]].clone() for tensor in grads
+    )
+    return to_q, to_k, to_v, to_gate, later.reshape(state.shape).clone()
+
+
+def _flat(chunks: _Chunks) -> _Chunks:
+    """The chunks of all heads in a row, (b h N, c, ...)."""
+    return _Chunks(*(tensor.flatten(0, 1) for tensor in chunks))
+
+
+def _groups(chunks: _Chunks) -> list[slice]:
+    """All chunks in groups: on the CPU few enough at a time for its caches."""
+    total = chunks.q.shape[0]
+    size = GROUP if chunks.q.device.type == "cpu" else total
+    return [slice(start, start + size) for start in range(0, total, size)]
+
+
+def _chunk_gradients(chunks: _Chunks, grad: Tensor, before: Tensor, to_after: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v and the gates (..., c, 2) of chunks between known memories and their gradients."""
     real = _real(chunks.log, chunks.cos, chunks.sin)
     imaginary = _imaginary(chunks.log, chunks.cos, chunks.sin)
     scores = chunks.q @ chunks.k.transpose(-1, -2)
     pairs = grad @ chunks.v.transpose(-1, -2)
-    from_memory = grad @ before.transpose(-1, -2)  # (B, N, c, 2e)
+    from_memory = grad @ before.transpose(-1, -2)  # (..., c, 2e)
     into_memory = chunks.v @ to_after.transpose(-1, -2)
     to_v = ((scores * real).transpose(-1, -2) @ grad).add_(chunks.write() @ to_after)
     weighted = pairs * real
@@ -255,37 +286,41 @@ def _chunked_backward(
     read, write = from_memory.chunk(2, dim=-1), into_memory.chunk(2, dim=-1)
     to_q = weighted @ chunks.k + (read[0] * first[..., :1] - read[1] * first[..., 1:])
     to_k = weighted.transpose(-1, -2) @ chunks.q + (write[0] * last[..., :1] + write[1] * last[..., 1:])
-
-    reads = torch.complex((chunks.q * read[0]).sum(-1), (chunks.q * read[1]).sum(-1))
+    reads = torch.stack([(chunks.q * part).sum(-1) for part in read], dim=-1)
     writes = torch.complex((chunks.k * write[0]).sum(-1), -(chunks.k * write[1]).sum(-1))
     whole = _inner(to_after, before)
-    to_gate = _gate_gradient(chunks, scores.mul_(pairs), torch.complex(real, imaginary), reads, writes, whole)
-    unfolded = (t.reshape(*q.shape[:2], -1, t.shape[-1])[:, :, : q.shape[2]] for t in (to_q, to_k, to_v, to_gate))
-    to_q, to_k, to_v, to_gate = (tensor.clone() for tensor in unfolded)
-    return to_q, to_k, to_v, to_gate, later.reshape(state.shape).clone()
+    return to_q, to_k, to_v, _gate_gradient(chunks, scores.mul_(pairs), real, imaginary, reads, writes, whole)
 
 
 def _inner(grad: Tensor, memory: Tensor) -> Tensor:
-    """sum conj(grad) memory over the features of stacked memories: (B, N) complex."""
+    """sum conj(grad) memory over the features of stacked memories: (...) complex."""
     (a, b), (c, d) = grad.chunk(2, dim=-2), memory.chunk(2, dim=-2)
     return torch.complex((a * c + b * d).sum((-1, -2)), (a * d - b * c).sum((-1, -2)))
 
 
 def _gate_gradient(
-    chunks: _Chunks, pairs: Tensor, products: Tensor, reads: Tensor, writes: Tensor, whole: Tensor
+    chunks: _Chunks, pairs: Tensor, real: Tensor, imaginary: Tensor, reads: Tensor, writes: Tensor, whole: Tensor
 ) -> Tensor:
-    """The gradient to every gate, (B, N, c, 2), with no division, so that a gate of 0 has its true one.
+    """The gradient to every gate, (..., c, 2), with no division, so that a gate of 0 has its true one.
 
     The loss is Re of sum_ij pairs_ij D_ij + sum_i reads_i first_i + sum_j writes_j last_j + whole * (all gates). Each
     product that holds a_t is (product after t) a_t (product before t), and the gradient is the conjugate of the rest.
     """
-    before = torch.cat((torch.zeros_like(products[..., :1, :]), products[..., :-1, :]), dim=-2)  # D_{t-1, j}
-    first = torch.view_as_complex(chunks.first)
-    first = torch.cat((torch.ones_like(first[..., :1]), first[..., :-1]), dim=-1)  # the product up to t - 1
-    inner = torch.complex(pairs @ before.real.transpose(-1, -2), pairs @ before.imag.transpose(-1, -2))  # (i, t)
-    inner = inner.addcmul_(reads[..., :, None], first[..., None, :])
-    outer = (before @ writes[..., None]).squeeze(-1) + whole[..., None] * first
-    rest = (products * inner).sum(-2) + torch.view_as_complex(chunks.last) * outer
+    start = torch.tensor([1.0, 0.0], dtype=real.dtype, device=real.device).expand_as(chunks.first[..., :1, :])
+    first = torch.cat((start, chunks.first[..., :-1, :]), dim=-2)  # the product up to t - 1
+    zero = torch.zeros_like(real[..., :1, :])
+    before = [torch.cat((zero, part[..., :-1, :]), dim=-2) for part in (real, imaginary)]  # D_{t-1, j}
+    left = torch.cat((pairs, reads), dim=-1)  # (i, j + 2)
+    inner = left @ torch.cat((before[0], first[..., :1], -first[..., 1:]), dim=-1).transpose(-1, -2)  # (i, t)
+    turned = left @ torch.cat((before[1], first.flip(-1)), dim=-1).transpose(-1, -2)
+    near_real = (real * inner).sub_(imaginary * turned).sum(-2)
+    near_imaginary = turned.mul_(real).add_(inner.mul_(imaginary)).sum(-2)
+
+    columns = torch.view_as_real(writes)
+    through = torch.complex(before[0] @ columns[..., :1], before[0] @ columns[..., 1:])
+    through = through + 1j * torch.complex(before[1] @ columns[..., :1], before[1] @ columns[..., 1:])
+    outer = through.squeeze(-1) + whole[..., None] * torch.view_as_complex(first)
+    rest = torch.complex(near_real, near_imaginary) + torch.view_as_complex(chunks.last) * outer
     return torch.view_as_real(rest.conj().resolve_conj())
 
 

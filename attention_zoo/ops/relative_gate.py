@@ -66,9 +66,10 @@ def relative_gate_attention(
             stop = min(start + QUERY_BLOCK, q.shape[2])
 
             def attend(*parts: Tensor, start: int = start, stop: int = stop) -> Tensor:
-                scores = _scores(*parts[:5], start, stop)
+                q, k, log, cos, sin, values = parts
+                scores = _scores(q, k, log, cos, sin, start, stop)
                 weights = _weigh(scores, None if mask is None else mask[:, : scores.shape[-1]], softmax, dropout)
-                return weights @ parts[5][:, :, : scores.shape[-1]]
+                return weights @ values[:, :, : scores.shape[-1]]
 
             parts = (q, k, log, cos, sin, wide)
             grad = torch.is_grad_enabled()
