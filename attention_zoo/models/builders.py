@@ -84,6 +84,7 @@ def gate_loop_lm(
         attention=attention,
         heads=heads,
         dim_head=dim_head,
+        feedforward=("gelu", {"bias": True}),
         ff_mult=ff_mult,
         norm="layer" if post_norm else "rms",
         residual="post" if post_norm else "pre",

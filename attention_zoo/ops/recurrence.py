@@ -17,6 +17,7 @@ from torch import Tensor
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
+WIDE = 2048  # features of a token, over the batch, from which one step at a time is as fast as memory, and two are not
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
@@ -41,7 +42,7 @@ def linear_recurrence(a: Tensor, x: Tensor, *, state: Tensor | None = None, impl
         x: (b, n, d) inputs; complex where a is.
         state: (b, d), h before the first token, in the dtype in which the recurrence runs. None: 0.
         impl: "reference" (a loop over the sequence, twice differentiable), "scan" (two levels of about sqrt(n) steps
-            each), "numba" (one pass at memory speed, on the CPU, with the extra `fast`) or "auto" (numba where it can
+            each, or one level where a single step is work enough), "numba" (one pass at memory speed, on the CPU, with the extra `fast`) or "auto" (numba where it can
             run, otherwise the scan). A second derivative of the last three raises.
 
     Returns:
@@ -111,7 +112,13 @@ def _fast_backward(to_out: Tensor, a: Tensor, out: Tensor, start: Tensor, impl: 
 def _forward(a: Tensor, x: Tensor, start: Tensor, impl: str) -> Tensor:
     if impl == "numba":
         return _numba(a, x, start)
-    return _scan(a, x, start).clone()
+    b, n, d = x.shape
+    if b * d < WIDE:
+        return _scan(a, x, start).clone()
+    out = x.new_empty(x.shape)
+    for t in range(n):
+        start = torch.addcmul(x[:, t], a[:, t], start, out=out[:, t])
+    return out
 
 
 @_fast.register_fake

@@ -5,6 +5,8 @@ Paper: GateLoop, https://arxiv.org/abs/2311.01927
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -144,7 +146,7 @@ def _log_and_phase(gate: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     """Of the gates multiplied up along the sequence: log-magnitude in float64, cosine and sine of the phase."""
     zero = gate == 0
     re, im = torch.view_as_real(torch.where(zero, torch.ones_like(gate), gate)).double().unbind(-1)
-    log = torch.hypot(re, im).clamp(min=SMALLEST).log().masked_fill(zero, torch.tensor(SMALLEST).double().log().item())
+    log = torch.hypot(re, im).clamp(min=SMALLEST).log().masked_fill(zero, math.log(SMALLEST))
     phase = torch.atan2(im, re).cumsum(2)
     return log.cumsum(2), phase.cos().to(dtype), phase.sin().to(dtype)
 

@@ -114,7 +114,9 @@ def test_upstreams_language_model_gives_upstreams_numbers() -> None:
     gammas = [f"layers.{layer}.{branch}.norm.gamma" for layer in range(2) for branch in range(2)]
     new |= {f"{name}.weight": old[key] for name, key in zip(norms, [*gammas, "to_logits.0.gamma"], strict=True)}
     feeds = [key for key in model.state_dict() if key not in new]  # weights and biases of the feedforwards, in order
-    theirs = [f"layers.{layer}.1.fn.{part}.{kind}" for layer in range(2) for part in (0, 2) for kind in ("weight", "bias")]
+    theirs = [
+        f"layers.{layer}.1.fn.{part}.{kind}" for layer in range(2) for part in (0, 2) for kind in ("weight", "bias")
+    ]
     new |= {key: old[name] for key, name in zip(feeds, theirs, strict=True)}
     model.load_state_dict(new)
     check(model, record)
@@ -173,7 +175,7 @@ def test_bad_arguments_are_refused_by_name() -> None:
         GateLoopAttention(16, heads=5)
     with pytest.raises(ValueError, match=r"gradient_fraction must lie in \[0, 1\], got gradient_fraction=1.5"):
         GateLoopAttention(16, gradient_fraction=1.5)
-    with pytest.raises(ValueError, match="dim_head must be even.*got dim_head=7"):
+    with pytest.raises(ValueError, match=r"dim_head must be even.*got dim_head=7"):
         RelativeGateAttention(16, dim_head=7)
     with pytest.raises(ValueError, match="step needs a block built with reverse=False, got reverse=True"):
         SimpleGateLoop(16, reverse=True).step(torch.randn(1, 2, 16))

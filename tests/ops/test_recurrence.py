@@ -77,3 +77,10 @@ def test_numba_that_is_absent_is_refused_with_the_extra_that_brings_it(monkeypat
     with pytest.raises(ImportError, match=r"attention-zoo\[fast\]"):
         linear_recurrence(a, x, impl="numba")
     assert linear_recurrence(a, x).out.shape == x.shape
+
+
+def test_wide_tokens_are_taken_one_by_one_and_agree() -> None:
+    a, x = torch.rand(2, 9, 1100, dtype=torch.float64), torch.randn(2, 9, 1100, dtype=torch.float64)
+    assert (
+        relative_error(linear_recurrence(a, x, impl="scan").out, linear_recurrence(a, x, impl="reference").out) < 1e-14
+    )
