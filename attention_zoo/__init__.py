@@ -6,7 +6,10 @@ from attention_zoo.attention import (
     CosineSimAttention,
     CrossAttention,
     FullAttention,
+    GateLoopAttention,
+    RelativeGateAttention,
     SelfAttention,
+    SimpleGateLoop,
     TalkingHeadsAttention,
 )
 from attention_zoo.generation import generate, stream
@@ -30,6 +33,7 @@ from attention_zoo.models import (
     MultiStreamTransformer,
     Stack,
     cosine_sim_lm,
+    gate_loop_lm,
 )
 from attention_zoo.ops import cosine_sim_attention, reference, softmax_attention
 
@@ -43,6 +47,7 @@ __all__ = [
     "CrossAttention",
     "FeedForward",
     "FullAttention",
+    "GateLoopAttention",
     "KeyValueState",
     "LanguageModel",
     "LayerNorm",
@@ -53,8 +58,10 @@ __all__ = [
     "MultiStreamTransformer",
     "RMSNorm",
     "RelativeBias",
+    "RelativeGateAttention",
     "Rotary",
     "SelfAttention",
+    "SimpleGateLoop",
     "Stack",
     "State",
     "SwiGLU",
@@ -62,6 +69,7 @@ __all__ = [
     "__version__",
     "cosine_sim_attention",
     "cosine_sim_lm",
+    "gate_loop_lm",
     "generate",
     "reference",
     "softmax_attention",

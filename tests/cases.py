@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_zoo import CosineSimAttention, CrossAttention, FullAttention, RelativeBias, Rotary, TalkingHeadsAttention
+from attention_zoo import (
+    CosineSimAttention,
+    CrossAttention,
+    FullAttention,
+    GateLoopAttention,
+    RelativeBias,
+    RelativeGateAttention,
+    Rotary,
+    SimpleGateLoop,
+    TalkingHeadsAttention,
+)
 from attention_zoo.testing import Subject
 
 DIM = 32
@@ -107,5 +117,33 @@ CASES = [
         "talking_heads: 3 streams",
         lambda: TalkingHeadsAttention(DIM, streams=3, **SMALL),
         options={"streams": 3},
+    ),
+    Case("gate_loop", lambda: GateLoopAttention(DIM), options={"gradient_is_exact": False}),
+    Case("gate_loop: exact gradients", lambda: GateLoopAttention(DIM, gradient_fraction=1.0), lengths=LENGTHS),
+    Case("gate_loop: 4 heads", lambda: GateLoopAttention(DIM, heads=4, gradient_fraction=1.0), lengths=LENGTHS),
+    Case(
+        "gate_loop: inner features, sub-norm",
+        lambda: GateLoopAttention(DIM, heads=4, dim_inner=48, sub_norm=True, gradient_fraction=1.0),
+        options={"empty_is_zero": True},  # the sub-norm's bias waits for the first real token
+    ),
+    Case(
+        "gate_loop: real gate, no swish",
+        lambda: GateLoopAttention(DIM, heads=8, real_gate=True, swish_gate=False, gradient_fraction=1.0),
+        options={"bf16_error": 0.1},  # the gate jumps from -1/2 to 1/2 where z changes its sign, as rounding may
+    ),
+    Case("gate_loop: no transition", lambda: GateLoopAttention(DIM, heads=4, transition=False)),
+    Case("simple_gate_loop", lambda: SimpleGateLoop(DIM), lengths=LENGTHS),
+    Case("simple_gate_loop: no norm, post-norm", lambda: SimpleGateLoop(DIM, norm=False, post_norm=True)),
+    Case("simple_gate_loop: reverse", lambda: SimpleGateLoop(DIM, reverse=True), causal=False),
+    Case(
+        "relative_gate",
+        lambda: RelativeGateAttention(DIM, gradient_fraction=1.0, **SMALL),
+        lengths=(1, 2, 7, 31, 33, 67),
+    ),
+    Case(
+        "relative_gate: raw scores, rotary, biased output",
+        lambda: RelativeGateAttention(
+            DIM, softmax=False, rotary=Rotary(), out_bias=True, swish_gate=False, gradient_fraction=1.0, **SMALL
+        ),
     ),
 ]

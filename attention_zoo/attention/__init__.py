@@ -4,6 +4,9 @@ from attention_zoo.attention.base import AttentionBlock, Mix, SelfAttention
 from attention_zoo.attention.cosine_sim import CosineSimAttention
 from attention_zoo.attention.cross import CrossAttention
 from attention_zoo.attention.full import FullAttention
+from attention_zoo.attention.gate_loop import GateLoopAttention
+from attention_zoo.attention.relative_gate import RelativeGateAttention
+from attention_zoo.attention.simple_gate_loop import SimpleGateLoop
 from attention_zoo.attention.talking_heads import TalkingHeadsAttention
 
 BLOCKS: dict[str, type[AttentionBlock]] = {
@@ -11,6 +14,9 @@ BLOCKS: dict[str, type[AttentionBlock]] = {
     "cross": CrossAttention,
     "cosine_sim": CosineSimAttention,
     "talking_heads": TalkingHeadsAttention,
+    "gate_loop": GateLoopAttention,
+    "relative_gate": RelativeGateAttention,
+    "simple_gate_loop": SimpleGateLoop,
 }
 
 __all__ = [
@@ -19,7 +25,10 @@ __all__ = [
     "CosineSimAttention",
     "CrossAttention",
     "FullAttention",
+    "GateLoopAttention",
     "Mix",
+    "RelativeGateAttention",
     "SelfAttention",
+    "SimpleGateLoop",
     "TalkingHeadsAttention",
 ]

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo.attention import BLOCKS, AttentionBlock, CrossAttention, SelfAttention, TalkingHeadsAttention
+from attention_zoo.attention import (
+    BLOCKS,
+    AttentionBlock,
+    CrossAttention,
+    GateLoopAttention,
+    SelfAttention,
+    TalkingHeadsAttention,
+)
 from attention_zoo.cli.measure import Call, Setup, compare, median_seconds, peak_bytes
+from attention_zoo.ops.gate_loop import gate_loop, unit_gate
 from attention_zoo.ops.softmax import softmax_attention
 
 PHASES = ("forward", "training")
@@ -95,6 +103,14 @@ def mixing(block: AttentionBlock, length: int, setup: Setup) -> Mixing:
         return Mixing(lambda q, k, v: block.talk(q, k, v, None), head_inputs(length, setup), block.causal)
     if isinstance(block, CrossAttention):
         return Mixing(softmax_attention, head_inputs(length, setup), causal=False)
+    if isinstance(block, GateLoopAttention):
+        q, k, v = (_random(setup, 1, length, block.heads, block.dim_head).transpose(1, 2) for _ in range(3))
+
+        def loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return gate_loop(q, k, v, gate).out
+
+        gate = unit_gate(_random(setup, 1, length, block.heads, 2)).transpose(1, 2)
+        return Mixing(loop, (q, k, v), causal=True)
     return Mixing(block, block_inputs(block, length, setup), block.causal, whole=True)
 
 

@@ -1,6 +1,6 @@
 """Whole models: thin compositions of the zoo's blocks."""
 
-from attention_zoo.models.builders import cosine_sim_lm
+from attention_zoo.models.builders import cosine_sim_lm, gate_loop_lm
 from attention_zoo.models.language_model import LanguageModel, LanguageModelState
 from attention_zoo.models.memformer import Memformer, MemformerOutput, TargetDecoder
 from attention_zoo.models.memory_lm import MemoryLanguageModel, MemoryOutput, MemoryState
@@ -24,4 +24,5 @@ __all__ = [
     "StackState",
     "TargetDecoder",
     "cosine_sim_lm",
+    "gate_loop_lm",
 ]
