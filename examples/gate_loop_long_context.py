@@ -10,6 +10,7 @@ Needs: pip install attention-zoo[examples]; with attention-zoo[fast] the recurre
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 
@@ -57,7 +58,7 @@ def read(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, 
     """Read a text in steps. Returns bits per byte of every position, and (bytes read, state bytes, ms per byte)."""
     bits, held, state, start = [], [], None, 0
     while start + 1 < tokens.shape[1]:
-        piece, wanted = tokens[:, start : start + CHUNK][:, : tokens.shape[1] - 1 - start], None
+        piece = tokens[:, start : min(start + CHUNK, tokens.shape[1] - 1)]
         logits, state = model.step(piece, state)
         wanted = tokens[:, start + 1 : start + 1 + piece.shape[1]]
         bits.append(F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(0) / math.log(2))
@@ -65,7 +66,7 @@ def read(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, 
         begin = time.perf_counter()
         for _ in range(5):  # one more byte, five times from the same state
             model.step(tokens[:, start : start + 1], state)
-        held.append((start, sum(block.nbytes for block in [state]), (time.perf_counter() - begin) / 5 * 1000))
+        held.append((start, state.nbytes, (time.perf_counter() - begin) / 5 * 1000))
     return torch.cat(bits), held
 
 
@@ -79,7 +80,7 @@ def main() -> None:
     found = {}
     for name, make in (("gate loop", gate_loop_lm), ("full attention", LanguageModel)):
         torch.manual_seed(0)
-        model = make(**sizes)
+        model = make(**sizes, dim_head=max(2, options.dim // 8))
         learn(model, seen, options, name)
         found[name] = read(model.eval(), pieces)
     print("\nbits per byte by position" + "".join(f"{name:>18}" for name in found))
@@ -87,7 +88,8 @@ def main() -> None:
     edges = [0, edge]
     while edges[-1] < options.long_len:
         edges.append(min(2 * edges[-1], options.long_len))
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
+        means = [float(bits[start:stop].mean()) for bits, _ in found.values()]
         print(
             f"{start:>11} ... {stop:<9}"
             + "".join(f"{float(bits[start:stop].mean()):>18.3f}" for bits, _ in found.values())

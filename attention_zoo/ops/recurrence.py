@@ -42,8 +42,9 @@ def linear_recurrence(a: Tensor, x: Tensor, *, state: Tensor | None = None, impl
         x: (b, n, d) inputs; complex where a is.
         state: (b, d), h before the first token, in the dtype in which the recurrence runs. None: 0.
         impl: "reference" (a loop over the sequence, twice differentiable), "scan" (two levels of about sqrt(n) steps
-            each, or one level where a single step is work enough), "numba" (one pass at memory speed, on the CPU, with the extra `fast`) or "auto" (numba where it can
-            run, otherwise the scan). A second derivative of the last three raises.
+            each, or one level where a single step is work enough), "numba" (one pass at memory speed, on the CPU, with
+            the extra `fast`) or "auto" (numba where it can run, otherwise the scan). A second derivative of the last
+            three raises.
 
     Returns:
         The recurrence's `out` and `state`.
