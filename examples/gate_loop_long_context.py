@@ -10,9 +10,9 @@ Needs: pip install attention-zoo[examples]; with attention-zoo[fast] the recurre
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import time
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -88,12 +88,9 @@ def main() -> None:
     edges = [0, edge]
     while edges[-1] < options.long_len:
         edges.append(min(2 * edges[-1], options.long_len))
-    for start, stop in itertools.pairwise(edges):
+    for start, stop in pairwise(edges):
         means = [float(bits[start:stop].mean()) for bits, _ in found.values()]
-        print(
-            f"{start:>11} ... {stop:<9}"
-            + "".join(f"{float(bits[start:stop].mean()):>18.3f}" for bits, _ in found.values())
-        )
+        print(f"{start:>11} ... {stop:<9}" + "".join(f"{mean:>18.3f}" for mean in means))
     print("\ndecoding after n bytes   " + "".join(f"{name:>26}" for name in found))
     rows = list(zip(*(held for _, held in found.values()), strict=True))
     for row in [rows[0], rows[len(rows) // 2], rows[-1]]:

@@ -71,9 +71,8 @@ class CosineSimAttention(SelfAttention):
         self.scale = scale
         self.groups = groups
 
-    def prepare(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        q, k = super().prepare(q, k, start)
-        return l2_normalize(q, groups=self.groups), l2_normalize(k, groups=self.groups)
+    def prepare(self, qk: Tensor, start: int) -> Tensor:
+        return l2_normalize(super().prepare(qk, start), groups=self.groups)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         bias = self.score_bias(q, k)

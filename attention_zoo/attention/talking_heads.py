@@ -110,7 +110,7 @@ class TalkingHeadsAttention(AttentionBlock):
         """
         self._check(x, mask)
         q, k, v = self._project(x)
-        return self._merge(self._attend(q, k, v, mask), x)
+        return self._merge(self.talk(q, k, v, mask), x)
 
     def step(
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None
@@ -124,7 +124,7 @@ class TalkingHeadsAttention(AttentionBlock):
             state = state.append(k, v, mask)
         else:
             state = KeyValueState(k, v, mask)
-        return self._merge(self._attend(q, state.keys, state.values, state.mask), x), state
+        return self._merge(self.talk(q, state.keys, state.values, state.mask), x), state
 
     def attention_map(self, x: Tensor, *, mask: Tensor | None = None, mixed: bool = True) -> Tensor:
         """The weights (b, s h, i, j) that multiply the values; `mixed=False` for the softmax before the last mix."""
@@ -136,14 +136,15 @@ class TalkingHeadsAttention(AttentionBlock):
     def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
         self._check(x, mask)
         q, k, v = self._project(x)
-        return Mix(v, self._attend(q, k, v, mask))
+        return Mix(v, self.talk(q, k, v, mask))
 
     def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, HeadMix]:
         """Queries and keys (b, s h, n, e), and the mix before the softmax: what the diversity loss compares."""
         q, k, _ = self._project(x)
         return q, k, _mix(self.pre)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def talk(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(b, s h, i, e) queries at the end of (b, s h, j, e) keys, mask (b, j) over the keys -> (b, s h, i, e)."""
         return talking_heads_attention(
             q,
             k,

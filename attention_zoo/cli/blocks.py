@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo.attention import BLOCKS, AttentionBlock, CrossAttention, GateLoopAttention, SelfAttention
+from attention_zoo.attention import (
+    BLOCKS,
+    AttentionBlock,
+    CrossAttention,
+    GateLoopAttention,
+    SelfAttention,
+    TalkingHeadsAttention,
+)
 from attention_zoo.cli.measure import Call, Setup, compare, median_seconds, peak_bytes
 from attention_zoo.ops.gate_loop import gate_loop, unit_gate
 from attention_zoo.ops.softmax import softmax_attention
@@ -88,10 +95,12 @@ def mixing(block: AttentionBlock, length: int, setup: Setup) -> Mixing:
     if isinstance(block, SelfAttention):
 
         def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = block.prepare(q, k, 0)  # a norm of queries and keys is part of how a block mixes
+            q, k = block.prepare(q, 0), block.prepare(k, 0)  # a norm of queries and keys is part of how a block mixes
             return block.attend(q, k, v, None)
 
         return Mixing(mix, head_inputs(length, setup), block.causal)
+    if isinstance(block, TalkingHeadsAttention):
+        return Mixing(lambda q, k, v: block.talk(q, k, v, None), head_inputs(length, setup), block.causal)
     if isinstance(block, CrossAttention):
         return Mixing(softmax_attention, head_inputs(length, setup), causal=False)
     if isinstance(block, GateLoopAttention):

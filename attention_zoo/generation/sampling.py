@@ -53,10 +53,11 @@ class Sampler:
         """(b, num_tokens) -> (b,) ids."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        # The largest logit is 0 before the division, and stays it: a tiny temperature can neither overflow nor be 0.
         logits = logits.float()
-        temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+        if self.temperature != 1:
+            # The largest logit is 0 before the division and after it, so a tiny temperature overflows nothing.
+            temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
+            logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
         if self.top_k is not None:
             logits = top_k(logits, self.top_k)
         if self.top_p is not None:
@@ -189,12 +190,13 @@ def _stream(
     with _bar(length, progress) as bar:
         for _ in range(length):
             # both modes close before each yield: the caller's own code must not run inside them
-            with evaluating(model), torch.no_grad():
+            with evaluating(model), torch.inference_mode():
                 logits, state = model.step(tokens, state, mask=mask)
                 token = sampler(logits[:, -1])
-                if eos is not None:
-                    token = token.masked_fill(done, eos)
-                    done = done | (token == eos)
+            token = token.clone()  # what leaves is an ordinary tensor, that training may use
+            if eos is not None:
+                token = token.masked_fill(done, eos)
+                done = done | (token == eos)
             tokens, mask = token[:, None], None
             bar.update(1)
             yield token

@@ -4,6 +4,7 @@ from attention_zoo.layers.feedforward import FEEDFORWARDS, GEGLU, FeedForward, S
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.norms import NORMS, LayerNorm, RMSNorm
 from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary
+from attention_zoo.layers.projections import Projections
 from attention_zoo.layers.residual import RESIDUALS, DeepNorm, PostNorm, PreNorm, Residual, SandwichNorm
 from attention_zoo.layers.state import KeyValueState, State, count_tokens, register_state
 
@@ -21,6 +22,7 @@ __all__ = [
     "MemoryUpdate",
     "PostNorm",
     "PreNorm",
+    "Projections",
     "RMSNorm",
     "RelativeBias",
     "Residual",

@@ -87,6 +87,23 @@ def test_the_recall_example_leaves_its_model_and_its_picture(tmp_path: Path) -> 
     Memformer.load(tmp_path)
 
 
+def test_the_streams_example_scores_both_models_and_leaves_its_picture(tmp_path: Path) -> None:
+    call = command(Example("multi_stream.py", (), (), LanguageModel.load), tmp_path, "out", *TINY, "--steps", "3")
+    done = run([*call, "--data", str(tmp_path / "text.txt")])
+    assert done.returncode == 0, done.stderr
+    assert "1 stream: " in done.stdout
+    assert "2 streams: " in done.stdout
+    assert (tmp_path / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_example_composed_by_hand_trains_and_shows_what_the_kit_finds() -> None:
+    done = run([sys.executable, str(EXAMPLES / "compose_by_hand.py"), "--steps", "50"])
+    assert done.returncode == 0, done.stderr
+    assert "step 50: loss" in done.stdout
+    assert "causality: passed" in done.stdout
+    assert "arguments: failed" in done.stdout
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
 @examples
 def test_an_interrupted_and_resumed_example_ends_where_an_unbroken_one_does(example: Example, tmp_path: Path) -> None:

@@ -421,3 +421,10 @@ def test_an_eos_outside_the_vocabulary_is_refused_before_any_work() -> None:
     model = LanguageModel(num_tokens=7, dim=16, depth=1, heads=2)
     with pytest.raises(ValueError, match=r"eos must lie in 0 \.\.\. num_tokens - 1 = 6, got eos=7"):
         generate(model, torch.zeros(1, 2, dtype=torch.int64), 3, eos=7)
+
+
+def test_sampled_tokens_are_ordinary_tensors_that_a_training_step_may_use() -> None:
+    model = LanguageModel(num_tokens=7, dim=16, depth=1, heads=2)
+    tokens = generate(model, torch.zeros(2, 2, dtype=torch.int64), 5)
+    assert not tokens.is_inference()
+    model.loss(tokens).backward()

@@ -43,6 +43,9 @@ def test_upstreams_weights_give_upstreams_numbers(record: str) -> None:
     options.pop("attn_l2norm_groups", None)  # never reached the layer: those weights were trained without groups
     model = cosine_sim_lm(scale=options.pop("attn_scale"), **options)
     weights = {ours(name, pre_norm=options["pre_norm"]): value for name, value in data["state_dict"].items()}
+    for name in [name for name in weights if name.endswith(".to_q.weight")]:
+        block = name.removesuffix("to_q.weight")
+        weights[f"{block}to_qkv.weight"] = torch.cat([weights.pop(f"{block}to_{one}.weight") for one in "qkv"])
     model.load_state_dict(weights)  # strict: none is left over on either side
     out = model(data["inputs"]["x"])
     assert relative_error(out, data["outputs"]["out"]) < 1e-5
@@ -66,7 +69,8 @@ def transformer(
         return x @ weights[f"{name}.weight"].t()
 
     def attention(x: Tensor, name: str) -> Tensor:
-        q, k, v = (linear(x, f"{name}.to_{one}").unflatten(-1, (heads, -1)).transpose(1, 2) for one in "qkv")
+        parts = linear(x, f"{name}.to_qkv").chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
         scale = q.shape[-1] ** -0.5
         if cosine_sim:
             q, k, scale = unit_slices(q, 2, 1e-12), unit_slices(k, 2, 1e-12), 3.0
@@ -123,15 +127,15 @@ def test_postnorm_weights_start_as_deepnet_and_upstream_have_them() -> None:
     assert spread(model.to_logits.weight) == pytest.approx(math.sqrt(2 / (256 + 128)), **near)
     attention, feedforward = (sub.block for sub in model.stack.layers[2].sublayers)
     gain = (8 * 4) ** -0.25
-    for linear, factor in (
-        (attention.to_q, 1),
-        (attention.to_k, 1),
-        (attention.to_v, gain),
-        (attention.to_out, gain),
-        (feedforward.to_hidden, gain),
-        (feedforward.to_out, gain),
+    for weight, factor in (
+        (attention.to_qkv.part("q"), 1),
+        (attention.to_qkv.part("k"), 1),
+        (attention.to_qkv.part("v"), gain),
+        (attention.to_out.weight, gain),
+        (feedforward.to_hidden.weight, gain),
+        (feedforward.to_out.weight, gain),
     ):
-        assert spread(linear.weight) == pytest.approx(factor * math.sqrt(2 / sum(linear.weight.shape)), **near)
+        assert spread(weight) == pytest.approx(factor * math.sqrt(2 / sum(weight.shape)), **near)
 
 
 def test_scale_and_groups_have_upstreams_defaults() -> None:

@@ -40,10 +40,11 @@ def target(batch: int = 2, length: int = 5) -> Tensor:
 
 def set_attention(block: nn.Module, old: dict[str, Tensor], name: str) -> None:
     for kind in ("weight", "bias"):
-        block.get_parameter(f"to_q.{kind}").data.copy_(old[f"{name}.to_q.{kind}"])
         keys, values = old[f"{name}.to_kv.{kind}"].chunk(2)
-        block.get_parameter(f"to_k.{kind}").data.copy_(keys)
-        block.get_parameter(f"to_v.{kind}").data.copy_(values)
+        for part, value in (("q", old[f"{name}.to_q.{kind}"]), ("k", keys), ("v", values)):
+            fused = getattr(block, "to_qkv", None)
+            weight = block.get_parameter(f"to_{part}.{kind}").data if fused is None else fused.part(part, kind)
+            weight.copy_(value)
         block.get_parameter(f"to_out.{kind}").data.copy_(old[f"{name}.to_out.{kind}"])
 
 
