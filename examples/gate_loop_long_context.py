@@ -78,9 +78,10 @@ def main() -> None:
     sizes = {"num_tokens": 256, "dim": options.dim, "depth": options.depth}
     pieces = training.windows(unseen, options.long_len + 1, at_most=2)
     found = {}
-    for name, make in (("gate loop", gate_loop_lm), ("full attention", LanguageModel)):
+    heads = {"dim_head": max(2, options.dim // 8)}
+    for name, make, own in (("gate loop", gate_loop_lm, {}), ("full attention", LanguageModel, heads)):
         torch.manual_seed(0)
-        model = make(**sizes, dim_head=max(2, options.dim // 8))
+        model = make(**sizes, **own)
         learn(model, seen, options, name)
         found[name] = read(model.eval(), pieces)
     print("\nbits per byte by position" + "".join(f"{name:>18}" for name in found))
