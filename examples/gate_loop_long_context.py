@@ -78,7 +78,7 @@ def main() -> None:
     sizes = {"num_tokens": 256, "dim": options.dim, "depth": options.depth}
     pieces = training.windows(unseen, options.long_len + 1, at_most=2)
     found = {}
-    heads = {"dim_head": max(2, options.dim // 8)}
+    heads = {"dim_head": max(4, options.dim // 8)}
     for name, make, own in (("gate loop", gate_loop_lm, {}), ("full attention", LanguageModel, heads)):
         torch.manual_seed(0)
         model = make(**sizes, **own)
