@@ -58,7 +58,7 @@ def read(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, 
     """Read a text in steps. Returns bits per byte of every position, and (bytes read, state bytes, ms per byte)."""
     bits, held, state, start = [], [], None, 0
     while start + 1 < tokens.shape[1]:
-        piece, wanted = tokens[:, start : start + CHUNK][:, : tokens.shape[1] - 1 - start], None
+        piece = tokens[:, start : min(start + CHUNK, tokens.shape[1] - 1)]
         logits, state = model.step(piece, state)
         wanted = tokens[:, start + 1 : start + 1 + piece.shape[1]]
         bits.append(F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(0) / math.log(2))
@@ -66,7 +66,7 @@ def read(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[tuple[int, 
         begin = time.perf_counter()
         for _ in range(5):  # one more byte, five times from the same state
             model.step(tokens[:, start : start + 1], state)
-        held.append((start, sum(block.nbytes for block in [state]), (time.perf_counter() - begin) / 5 * 1000))
+        held.append((start, state.nbytes, (time.perf_counter() - begin) / 5 * 1000))
     return torch.cat(bits), held
 
 
@@ -78,9 +78,10 @@ def main() -> None:
     sizes = {"num_tokens": 256, "dim": options.dim, "depth": options.depth}
     pieces = training.windows(unseen, options.long_len + 1, at_most=2)
     found = {}
-    for name, make in (("gate loop", gate_loop_lm), ("full attention", LanguageModel)):
+    heads = {"dim_head": max(4, options.dim // 8)}
+    for name, make, own in (("gate loop", gate_loop_lm, {}), ("full attention", LanguageModel, heads)):
         torch.manual_seed(0)
-        model = make(**sizes)
+        model = make(**sizes, **own)
         learn(model, seen, options, name)
         found[name] = read(model.eval(), pieces)
     print("\nbits per byte by position" + "".join(f"{name:>18}" for name in found))
@@ -89,10 +90,8 @@ def main() -> None:
     while edges[-1] < options.long_len:
         edges.append(min(2 * edges[-1], options.long_len))
     for start, stop in pairwise(edges):
-        print(
-            f"{start:>11} ... {stop:<9}"
-            + "".join(f"{float(bits[start:stop].mean()):>18.3f}" for bits, _ in found.values())
-        )
+        means = [float(bits[start:stop].mean()) for bits, _ in found.values()]
+        print(f"{start:>11} ... {stop:<9}" + "".join(f"{mean:>18.3f}" for mean in means))
     print("\ndecoding after n bytes   " + "".join(f"{name:>26}" for name in found))
     rows = list(zip(*(held for _, held in found.values()), strict=True))
     for row in [rows[0], rows[len(rows) // 2], rows[-1]]:

@@ -148,3 +148,17 @@ def test_a_wrong_option_is_answered_with_a_sentence(
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_long_context_example_prints_both_tables(tmp_path: Path) -> None:
+    data = tmp_path / "text.txt"
+    data.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    sizes = ["--dim", "16", "--depth", "1", "--train-len", "16", "--long-len", "64", "--batch", "2", "--steps", "2"]
+    script = str(EXAMPLES / "gate_loop_long_context.py")
+    ran = subprocess.run(
+        [sys.executable, script, "--data", str(data), *sizes],
+        env=environment(), capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "bits per byte by position" in ran.stdout
+    assert "decoding after n bytes" in ran.stdout
