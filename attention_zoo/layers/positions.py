@@ -80,7 +80,8 @@ class Rotary(nn.Module):
             from rotary_embedding_torch import RotaryEmbedding  # imports einx, which takes a second
 
             with torch.device("cpu"):  # also where the model is being built on the meta device
-                self._freqs[dim] = RotaryEmbedding(dim, theta=self.theta).freqs.tolist()
+                # of a single pair the package knows no frequency: it is theta^0
+                self._freqs[dim] = [1.0] if dim == 2 else RotaryEmbedding(dim, theta=self.theta).freqs.tolist()
 
     def table(self, start: int, stop: int, dim_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions start ... stop - 1 as `ops.rotate` wants them, (stop - start, r) each."""
