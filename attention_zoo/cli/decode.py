@@ -55,7 +55,7 @@ def measure_decoding(block: str, setup: Setup) -> Decoding:
     """
     known = inspect.signature(BLOCKS[block]).parameters
     # a block whose heads have no size of their own decodes with its own number of them
-    heads = {"heads": setup.heads, "dim_head": setup.dim_head} if "dim_head" in known else {}
+    heads: dict[str, Any] = {"heads": setup.heads, "dim_head": setup.dim_head} if "dim_head" in known else {}
     model = LanguageModel(num_tokens=NUM_TOKENS, dim=setup.dim, depth=setup.depth, attention=block, **heads)
     model = model.to(setup.device, setup.dtype).eval()
     prompt = torch.randint(NUM_TOKENS, (1, PROMPT), device=setup.device)
