@@ -109,7 +109,8 @@ def talking_heads_attention(
         return _attend(q, k, v, pre, post, mask, causal, scale, dropout, None)
     # The seed, not the dropped weights, is what backward needs to drop them again.
     seed = torch.randint(2**62, (), device="cpu") if dropout else torch.zeros((), dtype=torch.int64)
-    out: Tensor = _blocks(q, k, v, _parts(pre), _parts(post), mask, causal, scale, dropout, seed)
+    with no_autocast(q):  # it reaches into the op, and backward, which computes the maps again, runs without it
+        out: Tensor = _blocks(q, k, v, _parts(pre), _parts(post), mask, causal, scale, dropout, seed)
     return out
 
 
@@ -211,7 +212,7 @@ def _blocks_backward(
     """The gradients to q, k, v and the parts of the mixes, each block computed again."""
     wide_q, wide_k, wide_v = at_least_float32(q) * scale, at_least_float32(k), at_least_float32(v)
     to_q, to_k, to_v = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (wide_q, wide_k, wide_v))
-    to_parts = [torch.zeros_like(part, dtype=wide_q.dtype) for part in (*pre, *post)]
+    to_parts = [torch.zeros(part.shape, dtype=wide_q.dtype, device=part.device) for part in (*pre, *post)]
     rooms = _Rooms(4, q, k)
     for row, block in _all_blocks(q, k, mask, causal):
         scores, weights, spare, to_maps = rooms.views(block)
@@ -284,7 +285,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     q, k, v, mask, seed, *parts = ctx.saved_tensors
-    found = _blocks_backward(gradient, q, k, v, parts[: ctx.pre], parts[ctx.pre :], mask, *ctx.settings, seed)
+    with no_autocast(gradient):
+        found = _blocks_backward(gradient, q, k, v, parts[: ctx.pre], parts[ctx.pre :], mask, *ctx.settings, seed)
     to_pre, to_post = found[3 : 3 + ctx.pre], found[3 + ctx.pre :]
     return *found[:3], to_pre, to_post, None, None, None, None, None
 

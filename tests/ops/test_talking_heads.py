@@ -91,6 +91,20 @@ def test_half_precision_is_near_float64_and_keeps_its_dtype(dtype: torch.dtype) 
     assert relative_error(got, want) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp", None])
+def test_autocast_changes_neither_the_output_nor_the_gradients_of_the_fast_path(kind: str | None) -> None:
+    q, k, v = inputs(131, 131)
+    pre, post = mix(kind), mix(kind)
+    weight = torch.randn(2, HEADS, 131, 5)
+    results = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = talking_heads_attention(q, k, v, pre, post)
+            results.append([out, *torch.autograd.grad((out * weight).sum(), [q, k, v, *leaves(pre, post)])])
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < 1e-6
+
+
 def test_dropout_is_the_same_in_forward_and_backward_and_new_every_time() -> None:
     q, k, v = inputs(131, 131, torch.float64, batch=1)
     mixes = mix("linear", torch.float64), mix("linear", torch.float64)
