@@ -3,6 +3,9 @@
 from attention_zoo.attention import (
     BLOCKS,
     AttentionBlock,
+    AxialAttention,
+    BlockSparseAttention,
+    ConvAttention,
     CosineSimAttention,
     CrossAttention,
     FullAttention,
@@ -20,9 +23,21 @@ from attention_zoo.layers import (
     Rotary,
     State,
     SwiGLU,
+    TextImageRotary,
 )
 from attention_zoo.models import LanguageModel, Stack, cosine_sim_lm
-from attention_zoo.ops import cosine_sim_attention, reference, softmax_attention
+from attention_zoo.ops import (
+    TextImageLayout,
+    axial_attention,
+    axial_mask,
+    block_sparse_attention,
+    block_sparse_mask,
+    conv_attention,
+    conv_mask,
+    cosine_sim_attention,
+    reference,
+    softmax_attention,
+)
 
 __version__ = "0.1.0"
 
@@ -30,6 +45,9 @@ __all__ = [
     "BLOCKS",
     "GEGLU",
     "AttentionBlock",
+    "AxialAttention",
+    "BlockSparseAttention",
+    "ConvAttention",
     "CosineSimAttention",
     "CrossAttention",
     "FeedForward",
@@ -45,7 +63,15 @@ __all__ = [
     "Stack",
     "State",
     "SwiGLU",
+    "TextImageLayout",
+    "TextImageRotary",
     "__version__",
+    "axial_attention",
+    "axial_mask",
+    "block_sparse_attention",
+    "block_sparse_mask",
+    "conv_attention",
+    "conv_mask",
     "cosine_sim_attention",
     "cosine_sim_lm",
     "generate",

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from attention_zoo.layers.checks import check_features, check_fraction, check_padding, check_positive
-from attention_zoo.layers.positions import RelativeBias, Rotary
+from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
 from attention_zoo.layers.state import KeyValueState, State
+from attention_zoo.ops.pattern import Pattern, pattern_attention, pattern_weights
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads
 
 
@@ -117,9 +118,11 @@ class SelfAttention(AttentionBlock):
         kv_heads: heads of keys and values, each shared by heads / kv_heads query heads. None: as many as heads.
         rotary: turns queries and keys by their position.
         bias: adds to the scores by the distance of key and query.
+        rotate_values: `rotary` turns the values too.
+        out_bias: give the output projection a bias.
 
     Raises:
-        ValueError: kv_heads does not divide heads, or the bias has another number of heads.
+        ValueError: kv_heads does not divide heads, the bias has another number of heads, rotate_values without rotary.
     """
 
     def __init__(
@@ -131,8 +134,10 @@ class SelfAttention(AttentionBlock):
         dim_head: int = 64,
         causal: bool = True,
         dropout: float = 0.0,
-        rotary: Rotary | None = None,
+        rotary: RotaryEmbedding | None = None,
         bias: RelativeBias | None = None,
+        rotate_values: bool = False,
+        out_bias: bool = False,
     ) -> None:
         super().__init__(dim, heads=heads, dim_head=dim_head, causal=causal, dropout=dropout)
         check_positive(kv_heads=kv_heads)
@@ -143,12 +148,15 @@ class SelfAttention(AttentionBlock):
             rotary.prepare(dim_head)
         if bias is not None:
             bias.check_heads(heads)
+        if rotate_values and rotary is None:
+            raise ValueError(f"rotary must be given with {rotate_values=}, got rotary=None")
         self.rotary = rotary
+        self.rotate_values = rotate_values
         self.bias = bias
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_k = nn.Linear(dim, self.kv_heads * dim_head, bias=False)
         self.to_v = nn.Linear(dim, self.kv_heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(b, h, i, e) queries at the end of (b, kv_h, j, e) keys, mask (b, j) over the keys -> (b, h, i, e)."""
@@ -200,6 +208,8 @@ class SelfAttention(AttentionBlock):
             to(x).view(*x.shape[:2], -1, self.dim_head).transpose(1, 2)  # (b, h, n, e)
             for to in (self.to_q, self.to_k, self.to_v)
         )
+        if self.rotate_values and self.rotary is not None:
+            v = self.rotary(v, start)
         return *self.prepare(q, k, start), v
 
     def _merge(self, out: Tensor) -> Tensor:
@@ -213,3 +223,26 @@ class SelfAttention(AttentionBlock):
                 f"state must come from this block and batch: (b, kv_heads, n, dim_head) = {want}, "
                 f"got keys of shape {tuple(state.keys.shape)}"
             )
+
+
+class PatternAttention(SelfAttention):
+    """Self-attention under a fixed pattern of what sees what; a subclass says under which.
+
+    Args:
+        dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
+        rotary, rotate_values, out_bias: see `SelfAttention`.
+    """
+
+    def pattern(self) -> Pattern:
+        """What sees what."""
+        raise TypeError(f"{type(self).__name__} must define pattern")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        pattern = self.pattern()
+        pattern.check(k.shape[2], name="x")
+        return pattern_attention(pattern, q, k, v, mask=mask, dropout=self._drop)
+
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        pattern = self.pattern()
+        pattern.check(k.shape[2], name="x")
+        return pattern_weights(pattern, q, k, mask=mask)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.attention.base import SelfAttention
-from attention_zoo.layers.positions import RelativeBias, Rotary
+from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
 from attention_zoo.ops.masks import key_mask
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
@@ -29,6 +29,8 @@ class FullAttention(SelfAttention):
         dropout: probability with which an attention weight is dropped in training.
         rotary: turns queries and keys by their position.
         bias: adds to the scores by the distance of key and query.
+        rotate_values: `rotary` turns the values too.
+        out_bias: give the output projection a bias.
         pattern: (N, N) bool, True where query i (row) may see key j (column), for sequences of up to N tokens; it
             combines with `causal` and with masks, and is saved with the weights.
 
@@ -48,8 +50,10 @@ class FullAttention(SelfAttention):
         dim_head: int = 64,
         causal: bool = True,
         dropout: float = 0.0,
-        rotary: Rotary | None = None,
+        rotary: RotaryEmbedding | None = None,
         bias: RelativeBias | None = None,
+        rotate_values: bool = False,
+        out_bias: bool = False,
         pattern: Tensor | None = None,
     ) -> None:
         super().__init__(
@@ -61,6 +65,8 @@ class FullAttention(SelfAttention):
             dropout=dropout,
             rotary=rotary,
             bias=bias,
+            rotate_values=rotate_values,
+            out_bias=out_bias,
         )
         if pattern is not None and (not isinstance(pattern, Tensor) or pattern.dtype != torch.bool):
             raise TypeError(f"pattern must be a boolean tensor, got {getattr(pattern, 'dtype', type(pattern))}")

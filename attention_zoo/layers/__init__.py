@@ -2,7 +2,7 @@
 
 from attention_zoo.layers.feedforward import FEEDFORWARDS, GEGLU, FeedForward, SwiGLU
 from attention_zoo.layers.norms import NORMS, LayerNorm, RMSNorm
-from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary
+from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary, RotaryEmbedding, TextImageRotary
 from attention_zoo.layers.residual import RESIDUALS, DeepNorm, PostNorm, PreNorm, Residual, SandwichNorm
 from attention_zoo.layers.state import KeyValueState, State, count_tokens, register_state
 
@@ -22,9 +22,11 @@ __all__ = [
     "RelativeBias",
     "Residual",
     "Rotary",
+    "RotaryEmbedding",
     "SandwichNorm",
     "State",
     "SwiGLU",
+    "TextImageRotary",
     "count_tokens",
     "register_state",
 ]

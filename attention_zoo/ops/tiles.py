@@ -149,9 +149,7 @@ def _run_backward(
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """One tile's output (b, h, i, e) and log-sum-exp (b, h, i)."""
     if _has_flash(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
-            q, k, v, attn_mask=_additive(seen, q.dtype)
-        )
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=_additive(seen, q.dtype))
     scores = _scores(q, k, seen)
     weight = scores.logsumexp(-1)
     safe = weight.masked_fill(weight == -math.inf, 0.0)
@@ -163,9 +161,9 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one tile adds to the gradients of its q, k and v, given the merged output and log-sum-exp of its queries."""
     if _has_flash(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
-            grad, q, k, v, out, lse, 0.0, False, attn_mask=_additive(seen, q.dtype)
-        )
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        to_q, to_k, to_v = flash(grad, q, k, v, out, lse, 0.0, False, attn_mask=_additive(seen, q.dtype))
+        return to_q, to_k, to_v
     weights = (_scores(q, k, seen) - lse[..., None]).exp()
     grad, out, q, k, v = (at_least_float32(t) for t in (grad, out, q, k, v))
     scores = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
@@ -204,7 +202,8 @@ def _has_flash(q: Tensor) -> bool:
 
 
 def _take(x: Tensor, keys: slice | Tensor) -> Tensor:
-    return x[:, :, keys] if isinstance(keys, slice) else x.index_select(2, keys)
+    taken: Tensor = x[:, :, keys] if isinstance(keys, slice) else x.index_select(2, keys)
+    return taken
 
 
 def _add(total: Tensor, place: slice | Tensor, part: Tensor) -> None:
