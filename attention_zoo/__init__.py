@@ -11,7 +11,7 @@ from attention_zoo.attention import (
     FullAttention,
     SelfAttention,
 )
-from attention_zoo.generation import generate, stream
+from attention_zoo.generation import draw_image_tokens, draw_images, generate, stream, write_and_draw, write_text
 from attention_zoo.layers import (
     GEGLU,
     FeedForward,
@@ -25,7 +25,7 @@ from attention_zoo.layers import (
     SwiGLU,
     TextImageRotary,
 )
-from attention_zoo.models import LanguageModel, Stack, cosine_sim_lm
+from attention_zoo.models import GreyTokenizer, LanguageModel, Stack, TextToImageTransformer, cosine_sim_lm
 from attention_zoo.ops import (
     TextImageLayout,
     axial_attention,
@@ -52,6 +52,7 @@ __all__ = [
     "CrossAttention",
     "FeedForward",
     "FullAttention",
+    "GreyTokenizer",
     "KeyValueState",
     "LanguageModel",
     "LayerNorm",
@@ -65,6 +66,7 @@ __all__ = [
     "SwiGLU",
     "TextImageLayout",
     "TextImageRotary",
+    "TextToImageTransformer",
     "__version__",
     "axial_attention",
     "axial_mask",
@@ -74,8 +76,12 @@ __all__ = [
     "conv_mask",
     "cosine_sim_attention",
     "cosine_sim_lm",
+    "draw_image_tokens",
+    "draw_images",
     "generate",
     "reference",
     "softmax_attention",
     "stream",
+    "write_and_draw",
+    "write_text",
 ]

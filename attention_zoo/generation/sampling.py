@@ -184,7 +184,7 @@ def _stream(
 ) -> Iterator[Tensor]:
     tokens, state = prompt, None
     done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    with evaluating(model), _bar(length, progress) as bar:
+    with evaluating(model), progress_bar(length, progress) as bar:
         for _ in range(length):
             # no_grad closes before each yield: the caller's own code must not run inside it
             with torch.no_grad():
@@ -219,7 +219,8 @@ class _NoBar:
 
 
 @contextmanager
-def _bar(length: int, show: bool) -> Iterator[Any]:
+def progress_bar(length: int, show: bool) -> Iterator[Any]:
+    """A bar of `length` tokens with `update(count)`, or something silent in its place."""
     if not show:
         yield _NoBar()
         return

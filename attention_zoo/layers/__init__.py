@@ -1,10 +1,13 @@
 """Small parts that several blocks and models share."""
 
 from attention_zoo.layers.feedforward import FEEDFORWARDS, GEGLU, FeedForward, SwiGLU
+from attention_zoo.layers.layer_scale import LayerScale
 from attention_zoo.layers.norms import NORMS, LayerNorm, RMSNorm
 from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary, RotaryEmbedding, TextImageRotary
 from attention_zoo.layers.residual import RESIDUALS, DeepNorm, PostNorm, PreNorm, Residual, SandwichNorm
+from attention_zoo.layers.reversible import reversible
 from attention_zoo.layers.state import KeyValueState, State, count_tokens, register_state
+from attention_zoo.layers.token_shift import TokenShift, TokenShiftState
 
 __all__ = [
     "FEEDFORWARDS",
@@ -15,6 +18,7 @@ __all__ = [
     "FeedForward",
     "KeyValueState",
     "LayerNorm",
+    "LayerScale",
     "LearnedPositions",
     "PostNorm",
     "PreNorm",
@@ -27,6 +31,9 @@ __all__ = [
     "State",
     "SwiGLU",
     "TextImageRotary",
+    "TokenShift",
+    "TokenShiftState",
     "count_tokens",
     "register_state",
+    "reversible",
 ]

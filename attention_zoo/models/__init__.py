@@ -1,8 +1,21 @@
 """Whole models: thin compositions of the zoo's blocks."""
 
 from attention_zoo.models.builders import cosine_sim_lm
+from attention_zoo.models.image_tokenizer import GreyTokenizer, ImageTokenizer
 from attention_zoo.models.language_model import LanguageModel, LanguageModelState
 from attention_zoo.models.saving import SavedModel
 from attention_zoo.models.stack import Layer, Stack, StackState
+from attention_zoo.models.text_to_image import TextToImageTransformer
 
-__all__ = ["LanguageModel", "LanguageModelState", "Layer", "SavedModel", "Stack", "StackState", "cosine_sim_lm"]
+__all__ = [
+    "GreyTokenizer",
+    "ImageTokenizer",
+    "LanguageModel",
+    "LanguageModelState",
+    "Layer",
+    "SavedModel",
+    "Stack",
+    "StackState",
+    "TextToImageTransformer",
+    "cosine_sim_lm",
+]

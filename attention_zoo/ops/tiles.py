@@ -149,11 +149,14 @@ def _run_backward(
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """One tile's output (b, h, i, e) and log-sum-exp (b, h, i)."""
     if _has_flash(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=_additive(seen, q.dtype))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        found: tuple[Tensor, Tensor] = flash(q, k, v, attn_mask=_additive(seen, q.dtype))
+        return found
     scores = _scores(q, k, seen)
     weight = scores.logsumexp(-1)
     safe = weight.masked_fill(weight == -math.inf, 0.0)
-    return ((scores - safe[..., None]).exp() @ at_least_float32(v)).to(v.dtype), weight
+    part: Tensor = (scores - safe[..., None]).exp() @ at_least_float32(v)
+    return part.to(v.dtype), weight
 
 
 def _differentiate(
@@ -162,8 +165,9 @@ def _differentiate(
     """What one tile adds to the gradients of its q, k and v, given the merged output and log-sum-exp of its queries."""
     if _has_flash(q):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        to_q, to_k, to_v = flash(grad, q, k, v, out, lse, 0.0, False, attn_mask=_additive(seen, q.dtype))
-        return to_q, to_k, to_v
+        additive = _additive(seen, q.dtype)
+        grads: tuple[Tensor, Tensor, Tensor] = flash(grad, q, k, v, out, lse, 0.0, False, attn_mask=additive)
+        return grads
     weights = (_scores(q, k, seen) - lse[..., None]).exp()
     grad, out, q, k, v = (at_least_float32(t) for t in (grad, out, q, k, v))
     scores = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
@@ -171,7 +175,7 @@ def _differentiate(
 
 
 def _scores(q: Tensor, k: Tensor, seen: Tensor | None) -> Tensor:
-    scores = q.shape[-1] ** -0.5 * at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
+    scores: Tensor = q.shape[-1] ** -0.5 * at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
     return scores if seen is None else scores.masked_fill(~seen, -math.inf)
 
 
