@@ -40,7 +40,8 @@ def test_features_come_from_the_neighbours_of_the_definition_in_forward_and_in_s
                 out, state = shift.step(x[:, part], state, mask=None if mask is None else mask[:, part])
                 outs.append(out)
             assert torch.equal(torch.cat(outs, dim=1), want)
-            assert state is not None and state.length == n
+            assert state is not None
+            assert state.length == n
 
 
 def test_an_old_state_keeps_its_meaning() -> None:
