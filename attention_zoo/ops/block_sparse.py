@@ -136,7 +136,8 @@ def block_sparse_attention(
 ) -> Tensor:
     """softmax(e^-0.5 q k^T) v under `block_sparse_mask`.
 
-    One tile per block of queries, over its visible blocks of keys gathered side by side. Time in proportion to the
+    What all rows see is one tile; per block of queries, the run of blocks up to its own is another, and the other
+    blocks are gathered side by side. Time in proportion to the
     visible blocks, memory O(n).
 
     Args:
@@ -161,22 +162,48 @@ def block_sparse_attention(
 
 
 def block_sparse_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, device: torch.device) -> list[Tile]:
-    """One tile per block of queries: its visible blocks, its own last where it is causal."""
+    """One tile for what all rows see; per row of blocks one for the run up to its own, and one for the rest, gathered."""
     if extra is None:
         raise ValueError("blocks must be given, got None")
     size, causal = numbers
+    count = -(-n // size)
+    rows = extra[:count, :count].tolist()
+    common = _common(rows)
     tiles = []
-    for row, columns in enumerate(extra[: -(-n // size)].tolist()):
-        start, stop = row * size, min((row + 1) * size, n)
-        runs = [(c * size, min((c + 1) * size, n)) for c, seen in enumerate(columns) if seen and c * size < n]
-        if causal:
-            runs = [run for run in runs if run[0] <= start]
-        keys = torch.cat([torch.arange(*run, device=device) for run in runs]) if runs else None
-        if keys is None:
-            keys = torch.empty(0, dtype=torch.int64, device=device)
-        seen = keys <= torch.arange(start, stop, device=device)[:, None] if causal else None
-        tiles.append(Tile(slice(start, stop), keys, seen))
+    if 0 < common < count:
+        tiles.append(Tile(slice(common * size, n), slice(0, common * size)))
+    for row, columns in enumerate(rows):
+        queries = slice(row * size, min((row + 1) * size, n))
+        skipped = common if row >= common else 0
+        more = skipped > 0
+        own = row  # the first block of the run that ends with the row's own
+        while own > skipped and columns[own - 1]:
+            own -= 1
+        if columns[row]:
+            keys = slice(own * size, queries.stop)
+            index = torch.arange(n, device=device)
+            seen = index[keys] <= index[queries, None] if causal else None
+            tiles.append(Tile(queries, keys, seen, more))
+            more = True
+        rest = [c for c in range(skipped, row if causal else count) if columns[c] and not own <= c <= row]
+        if rest or not more:
+            tiles.append(Tile(queries, _places(rest, size, n, device), None, more))
     return tiles
+
+
+def _common(rows: list[list[bool]]) -> int:
+    """How many first blocks are seen by all rows from their own on."""
+    for column in range(len(rows)):
+        if not all(columns[column] for columns in rows[column:]):
+            return column
+    return len(rows)
+
+
+def _places(blocks: list[int], size: int, n: int, device: torch.device) -> Tensor:
+    """The tokens of some blocks."""
+    within = torch.arange(size, device=device)
+    places = (torch.tensor(blocks, dtype=torch.int64, device=device)[:, None] * size + within).flatten()
+    return places[places < n]
 
 
 _block_sparse_op = define_tiled_op("block_sparse_attention", block_sparse_tiles)

@@ -231,7 +231,7 @@ def bad() -> dict[str, tuple[Callable[[Tensor], object], str]]:
         "even kernel": (lambda x: conv(x, kernel_size=4), "kernel_size must be odd, got"),
         "no kernel": (
             lambda x: conv_mask(layout, kernel_size=-1),
-            "kernel_size must be at least 1, got kernel_size=-1",
+            "kernel_size must be at least 1, got kernel",
         ),
         "dilation": (lambda x: conv_mask(layout, dilation=0), "dilation must be at least 1, got dilation=0"),
         "window": (lambda x: conv_mask(layout, window="full"), "window must be one of .*got window='full'"),
