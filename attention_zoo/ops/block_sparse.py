@@ -162,7 +162,7 @@ def block_sparse_attention(
 
 
 def block_sparse_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, device: torch.device) -> list[Tile]:
-    """One tile for what all rows see; per row of blocks one for the run up to its own, and one for the rest, gathered."""
+    """One tile for what all rows see; per row of blocks a run up to its own, and the rest gathered."""
     if extra is None:
         raise ValueError("blocks must be given, got None")
     size, causal = numbers

@@ -8,7 +8,7 @@ On the CPU a tile is torch's own flash kernel, which takes runs of keys with any
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,13 +102,13 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tiles: li
     out = _like_projected(q)
     lse = q.new_empty(q.shape[:3], dtype=at_least_float32(q).dtype)
     with no_autocast(q):
-        for tile in tiles:
-            rows, seen = tile.queries, _seen(mask, tile)
-            part, weight = _attend(q[:, :, rows], _take(k, tile.keys), _take(v, tile.keys), seen)
-            if mask is not None and seen is not None:  # a query that sees none of these keys has no weight at all
-                weight = weight.masked_fill(~seen.any(-1), -math.inf)
+        for tile, hidden in zip(tiles, _hidden(mask, tiles, q.dtype), strict=True):
+            rows = tile.queries
+            part, weight = _attend(q[:, :, rows], _take(k, tile.keys), _take(v, tile.keys), hidden)
+            if mask is not None and hidden is not None:  # a query that sees none of these keys has no weight at all
+                weight = weight.masked_fill((hidden == -math.inf).all(-1), -math.inf)
             if tile.more:
-                _merge(out[:, :, rows], lse[:, :, rows], part, weight)
+                _merge(out[:, :, rows], lse[:, :, rows], part, weight, padded=mask is not None)
             else:
                 out[:, :, rows], lse[:, :, rows] = part, weight
     return out, lse
@@ -129,7 +129,7 @@ def _run_backward(
     wide = at_least_float32(q[:0]).dtype
     totals = tuple(_like_projected(t, dtype=wide).zero_() for t in (q, k, v))  # tiles overlap: summed in float32
     with no_autocast(q):
-        for tile in tiles:
+        for tile, hidden in zip(tiles, _hidden(mask, tiles, q.dtype), strict=True):
             rows = tile.queries
             places = (rows, tile.keys, tile.keys)
             parts = _differentiate(
@@ -139,20 +139,20 @@ def _run_backward(
                 _take(v, tile.keys),
                 out[:, :, rows],
                 lse[:, :, rows],
-                _seen(mask, tile),
+                hidden,
             )
             for total, place, part in zip(totals, places, parts, strict=True):
                 _add(total, place, part)
     return totals[0].to(q.dtype), totals[1].to(k.dtype), totals[2].to(v.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
     """One tile's output (b, h, i, e) and log-sum-exp (b, h, i)."""
     if _has_flash(q):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        found: tuple[Tensor, Tensor] = flash(q, k, v, attn_mask=_additive(seen, q.dtype))
+        found: tuple[Tensor, Tensor] = flash(q, k, v, attn_mask=hidden)
         return found
-    scores = _scores(q, k, seen)
+    scores = _scores(q, k, hidden)
     weight = scores.logsumexp(-1)
     safe = weight.masked_fill(weight == -math.inf, 0.0)
     part: Tensor = (scores - safe[..., None]).exp() @ at_least_float32(v)
@@ -160,44 +160,52 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tenso
 
 
 def _differentiate(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one tile adds to the gradients of its q, k and v, given the merged output and log-sum-exp of its queries."""
     if _has_flash(q):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        additive = _additive(seen, q.dtype)
-        grads: tuple[Tensor, Tensor, Tensor] = flash(grad, q, k, v, out, lse, 0.0, False, attn_mask=additive)
+        grads: tuple[Tensor, Tensor, Tensor] = flash(grad, q, k, v, out, lse, 0.0, False, attn_mask=hidden)
         return grads
-    weights = (_scores(q, k, seen) - lse[..., None]).exp()
+    weights = (_scores(q, k, hidden) - lse[..., None]).exp()
     grad, out, q, k, v = (at_least_float32(t) for t in (grad, out, q, k, v))
     scores = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
     return scores @ k, scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
 
 
-def _scores(q: Tensor, k: Tensor, seen: Tensor | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
     scores: Tensor = q.shape[-1] ** -0.5 * at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
-    return scores if seen is None else scores.masked_fill(~seen, -math.inf)
+    return scores if hidden is None else scores + hidden
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, weight: Tensor) -> None:
+def _merge(out: Tensor, lse: Tensor, part: Tensor, weight: Tensor, *, padded: bool) -> None:
     """Add a tile's keys to the queries whose other keys gave `out` and `lse`, in place."""
-    share = torch.sigmoid(weight - lse).nan_to_num_(nan=0.0)  # NaN: neither has seen a key, and both outputs are 0
+    share = torch.sigmoid(weight - lse)
+    if padded:
+        share.nan_to_num_(nan=0.0)  # NaN: neither has seen a key, and both outputs are 0
     out.lerp_(part, share[..., None].to(out.dtype))
     torch.logaddexp(lse, weight, out=lse)
 
 
-def _seen(mask: Tensor | None, tile: Tile) -> Tensor | None:
-    """The tile's pairs and the padding together: (i, j), (b, 1, i, j), or None where all is visible."""
-    if mask is None:
-        return tile.seen
-    real = mask[:, None, None, tile.keys]
-    queries = range(*tile.queries.indices(tile.queries.stop))
-    return real.expand(-1, -1, len(queries), -1) if tile.seen is None else real & tile.seen
+def _hidden(mask: Tensor | None, tiles: list[Tile], dtype: torch.dtype) -> Iterator[Tensor | None]:
+    """What is added to the scores of each tile: -inf where a key is hidden, (i, j) or (b, 1, i, j); None for nothing."""
+    known: dict[tuple[int, torch.Size], Tensor] = {}
+    for tile in tiles:
+        if mask is not None:
+            real = mask[:, None, None, tile.keys]
+            queries = len(range(*tile.queries.indices(tile.queries.stop)))
+            seen = real.expand(-1, -1, queries, -1) if tile.seen is None else real & tile.seen
+            yield _additive(seen, dtype)
+        elif tile.seen is None:
+            yield None
+        else:  # most tiles of a pattern see the same part of one table
+            key = tile.seen.data_ptr(), tile.seen.shape
+            if key not in known:
+                known[key] = _additive(tile.seen, dtype)
+            yield known[key]
 
 
-def _additive(seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if seen is None:
-        return None
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
