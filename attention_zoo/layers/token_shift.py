@@ -96,24 +96,31 @@ class TokenShift(nn.Module):
         return y, TokenShiftState(block_state, recent, count_tokens(seen, x.shape[1]))
 
     def _shift(self, x: Tensor, mask: Tensor | None, recent: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift tokens that stand at seen, seen + 1, ... after `recent`; decides nothing by a tensor's value."""
+        """Shift tokens that stand at seen, seen + 1, ... after `recent`."""
         t, width, quarter = x.shape[1], self.layout.width, self.dim // 4
         half = x[..., : 2 * quarter]
         if mask is not None:
             half = torch.where(mask[..., None], half, half.new_zeros(()))
         known = torch.cat((recent, half), dim=1)  # (b, width + t, d / 2)
-        index = torch.arange(t, device=x.device) + seen.to(x.device) - self.layout.text_len
-        is_text, inside_row, below_first = index < 0, index % width > 0, index >= width
         before, above = known[:, width - 1 : -1], known[:, :t]
-        shifted = torch.cat(
-            (
-                torch.where(is_text[:, None], before[..., :quarter], above[..., :quarter] * below_first[:, None]),
-                before[..., quarter:] * (is_text | inside_row)[:, None],
-                x[..., 2 * quarter :],
-            ),
-            dim=-1,
-        )
-        return shifted, known[:, t:]
+        if t == 1 and not torch.compiler.is_compiling():
+            first, second = self._of_one(before, above, int(seen) - self.layout.text_len)
+        else:
+            index = torch.arange(t, device=x.device) + seen.to(x.device) - self.layout.text_len
+            is_text, inside_row, below_first = index < 0, index % width > 0, index >= width
+            upper = above[..., :quarter] * below_first[:, None]
+            first = torch.where(is_text[:, None], before[..., :quarter], upper)
+            second = before[..., quarter:] * (is_text | inside_row)[:, None]
+        return torch.cat((first, second, x[..., 2 * quarter :]), dim=-1), known[:, t:]
+
+    def _of_one(self, before: Tensor, above: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """Both quarters for the token at this place of the image, below 0 for text, without any arithmetic."""
+        quarter, width = self.dim // 4, self.layout.width
+        first, second = before[..., :quarter], before[..., quarter:]
+        if place >= 0:
+            first = above[..., :quarter] if place >= width else torch.zeros_like(first)
+            second = second if place % width else torch.zeros_like(second)
+        return first, second
 
     def _nothing(self, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], self.layout.width, self.dim // 2)

@@ -39,13 +39,13 @@ class AxialPattern:
     def mask(self, start: int, stop: int, device: torch.device) -> Tensor:
         return axial_mask(self.layout, axis=self.axis, start=start, stop=stop, device=device)
 
-    def keys(self, position: int) -> list[int] | slice:
+    def keys(self, position: int) -> list[slice | list[int]]:
         text, width = self.layout.text_len, self.layout.width
         if position < text:
-            return slice(0, position + 1)
+            return [slice(0, position + 1)]
         row, column = divmod(position - text, width)
         first, step = (text + row * width, 1) if self.axis == "row" else (text + column, width)
-        return [*range(text), *range(first, position + 1, step)]
+        return [slice(0, text), slice(first, position + 1, step)]
 
     def tiled(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         layout = self.layout

@@ -113,10 +113,17 @@ class BlockSparsePattern:
             self.blocks, block_size=self.block_size, causal=self.causal, start=start, stop=stop
         ).to(device)
 
-    def keys(self, position: int) -> list[int] | slice:
+    def keys(self, position: int) -> list[slice | list[int]]:
         size = self.block_size
         seen = self.blocks[position // size].nonzero()[:, 0].tolist()
-        return [key for block in seen for key in range(block * size, min((block + 1) * size, position + 1))]
+        runs: list[tuple[int, int]] = []
+        for block in seen:
+            first, last = block * size, min((block + 1) * size, position + 1)
+            if runs and runs[-1][1] == first:
+                first = runs.pop()[0]
+            if first < last:
+                runs.append((first, last))
+        return [slice(*run) for run in runs]
 
     def tiled(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return _block_sparse_op(q, k, v, mask, self.blocks, [self.block_size, int(self.causal)])[0]

@@ -49,10 +49,10 @@ class ConvPattern:
             device=device,
         )
 
-    def keys(self, position: int) -> list[int] | slice:
+    def keys(self, position: int) -> list[slice | list[int]]:
         text, width = self.layout.text_len, self.layout.width
         if position < text:
-            return slice(0, position + 1)
+            return [slice(0, position + 1)]
         row, column = divmod(position - text, width)
         side = (self.kernel_size - 1) * self.dilation
         left, right = (side, 0) if self.window == "quadrant" else (side // 2, side // 2)
@@ -63,7 +63,7 @@ class ConvPattern:
             for c in range(column - left, column + right + 1, self.dilation)
             if r >= 0 and 0 <= c < width and (r < row or c <= column)
         ]
-        return [*range(text), *near]
+        return [slice(0, text), near]
 
     def tiled(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         layout = self.layout

@@ -23,8 +23,8 @@ class Pattern(Protocol):
     def mask(self, start: int, stop: int, device: torch.device) -> Tensor:
         """The definition: (stop - start, stop) bool, what the queries start ... stop - 1 see of the first stop keys."""
 
-    def keys(self, position: int) -> list[int] | slice:
-        """The keys that the last of position + 1 tokens sees."""
+    def keys(self, position: int) -> list[slice | list[int]]:
+        """The keys that the last of position + 1 tokens sees, in parts: runs, with steps or without; single ones."""
 
     def tiled(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The whole sequence by tiles."""
@@ -65,12 +65,9 @@ def pattern_attention(
     if impl == "tiles" and i == j and not dropout:
         return pattern.tiled(q, k, v, mask)
     if impl == "gather" and i == 1:
-        keys = pattern.keys(j - 1)
-        if isinstance(keys, slice):
-            k, v, mask = k[:, :, keys], v[:, :, keys], None if mask is None else mask[:, keys]
-        else:
-            index = torch.tensor(keys, device=q.device)
-            k, v, mask = k[:, :, index], v[:, :, index], None if mask is None else mask[:, index]
+        parts = pattern.keys(j - 1)
+        k, v = _gather(k, parts, axis=2), _gather(v, parts, axis=2)
+        mask = None if mask is None else _gather(mask, parts, axis=1)
         return softmax_attention(q, k, v, mask=mask, dropout=dropout)
     if impl in ("tiles", "gather"):
         raise ValueError(f"impl must fit the queries, got {impl=} for {i} queries of {j} keys and {dropout=}")
@@ -88,6 +85,16 @@ def _cheapest(queries: int, keys: int, dropout: float) -> str:
     if queries == 1 and keys > 1 and not torch.compiler.is_compiling():  # a trace would hold the keys of one position
         return "gather"
     return "tiles" if queries == keys and keys > DENSE_UP_TO and not dropout else "dense"
+
+
+def _gather(x: Tensor, parts: list[slice | list[int]], *, axis: int) -> Tensor:
+    """Parts of x along an axis, side by side: runs as they lie, and only single ones picked one by one."""
+    before = (slice(None),) * axis
+    taken = [
+        x[*before, part] if isinstance(part, slice) else x.index_select(axis, torch.tensor(part, device=x.device))
+        for part in parts
+    ]
+    return taken[0] if len(taken) == 1 else torch.cat(taken, dim=axis)
 
 
 def _seen(pattern: Pattern, queries: int, keys: int, mask: Tensor | None, device: torch.device) -> Tensor:

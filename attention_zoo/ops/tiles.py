@@ -188,7 +188,7 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, weight: Tensor, *, padded: bo
 
 
 def _hidden(mask: Tensor | None, tiles: list[Tile], dtype: torch.dtype) -> Iterator[Tensor | None]:
-    """What is added to the scores of each tile: -inf where a key is hidden, (i, j) or (b, 1, i, j); None for nothing."""
+    """What is added to each tile's scores, (i, j) or (b, 1, i, j): -inf where a key is hidden; None for nothing."""
     known: dict[tuple[int, torch.Size], Tensor] = {}
     for tile in tiles:
         if mask is not None:
