@@ -187,7 +187,7 @@ def main() -> None:
                 (name, {"heads": options.heads, "dim_head": options.dim // options.heads})
                 for name in options.attention.split(",")
             ],
-            ff_dropout=0.1,
+            ff_dropout=0.3,
         ).to(options.device)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -16,8 +16,12 @@ from attention_zoo import (
     CosineSimAttention,
     CrossAttention,
     FullAttention,
+    GateLoopAttention,
     RelativeBias,
+    RelativeGateAttention,
     Rotary,
+    SimpleGateLoop,
+    TalkingHeadsAttention,
     TextImageLayout,
     TextImageRotary,
 )
@@ -76,6 +80,13 @@ CASES = [
     Case("full: grouped heads, rotary", lambda: FullAttention(DIM, kv_heads=2, rotary=Rotary(), **SMALL)),
     Case("full: relative bias", lambda: FullAttention(DIM, bias=RelativeBias(4), **SMALL), lengths=(1, 7, 67, 131)),
     Case(
+        "full: bidirectional, relative bias, biased projections",
+        lambda: FullAttention(
+            DIM, causal=False, bias=RelativeBias(4, causal=False), qkv_bias=True, out_bias=True, **SMALL
+        ),
+        causal=False,
+    ),
+    Case(
         "full: pattern",
         lambda: FullAttention(DIM, pattern=striped(), **SMALL),
         options={"shift_invariant": False},  # the pattern is tied to the index
@@ -84,6 +95,11 @@ CASES = [
         "cross",
         lambda: CrossAttention(DIM, context_dim=24, **SMALL),
         lengths=LENGTHS,
+        options={"inputs": context},
+    ),
+    Case(
+        "cross: biased projections",
+        lambda: CrossAttention(DIM, context_dim=24, qkv_bias=True, out_bias=True, **SMALL),
         options={"inputs": context},
     ),
     Case(
@@ -154,5 +170,49 @@ CASES = [
         causal=False,
         lengths=(273, 292, 7),
         options=BY_INDEX,
+    ),
+    Case("talking_heads", lambda: TalkingHeadsAttention(DIM, **SMALL), lengths=LENGTHS),
+    Case("talking_heads: mlp", lambda: TalkingHeadsAttention(DIM, pre="mlp", post="mlp", **SMALL)),
+    Case("talking_heads: pre only", lambda: TalkingHeadsAttention(DIM, post=None, **SMALL)),
+    Case("talking_heads: post only", lambda: TalkingHeadsAttention(DIM, pre=None, **SMALL)),
+    Case("talking_heads: none", lambda: TalkingHeadsAttention(DIM, pre=None, post=None, **SMALL)),
+    Case(
+        "talking_heads: 2 streams, bidirectional",
+        lambda: TalkingHeadsAttention(DIM, streams=2, causal=False, post="mlp", **SMALL),
+        causal=False,
+        options={"streams": 2},
+    ),
+    Case(
+        "talking_heads: 3 streams",
+        lambda: TalkingHeadsAttention(DIM, streams=3, **SMALL),
+        options={"streams": 3},
+    ),
+    Case("gate_loop", lambda: GateLoopAttention(DIM), options={"gradient_is_exact": False}),
+    Case("gate_loop: exact gradients", lambda: GateLoopAttention(DIM, gradient_fraction=1.0), lengths=LENGTHS),
+    Case("gate_loop: 4 heads", lambda: GateLoopAttention(DIM, heads=4, gradient_fraction=1.0), lengths=LENGTHS),
+    Case(
+        "gate_loop: inner features, sub-norm",
+        lambda: GateLoopAttention(DIM, heads=4, dim_inner=48, sub_norm=True, gradient_fraction=1.0),
+        options={"empty_is_zero": True},  # the sub-norm's bias waits for the first real token
+    ),
+    Case(
+        "gate_loop: real gate, no swish",
+        lambda: GateLoopAttention(DIM, heads=8, real_gate=True, swish_gate=False, gradient_fraction=1.0),
+        options={"bf16_error": 0.1},  # the gate jumps from -1/2 to 1/2 where z changes its sign, as rounding may
+    ),
+    Case("gate_loop: no transition", lambda: GateLoopAttention(DIM, heads=4, transition=False)),
+    Case("simple_gate_loop", lambda: SimpleGateLoop(DIM), lengths=LENGTHS),
+    Case("simple_gate_loop: no norm, post-norm", lambda: SimpleGateLoop(DIM, norm=False, post_norm=True)),
+    Case("simple_gate_loop: reverse", lambda: SimpleGateLoop(DIM, reverse=True), causal=False),
+    Case(
+        "relative_gate",
+        lambda: RelativeGateAttention(DIM, gradient_fraction=1.0, **SMALL),
+        lengths=(1, 2, 7, 31, 33, 67),
+    ),
+    Case(
+        "relative_gate: raw scores, rotary, biased output",
+        lambda: RelativeGateAttention(
+            DIM, softmax=False, rotary=Rotary(), out_bias=True, swish_gate=False, gradient_fraction=1.0, **SMALL
+        ),
     ),
 ]

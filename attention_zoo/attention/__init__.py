@@ -7,6 +7,10 @@ from attention_zoo.attention.conv import ConvAttention
 from attention_zoo.attention.cosine_sim import CosineSimAttention
 from attention_zoo.attention.cross import CrossAttention
 from attention_zoo.attention.full import FullAttention
+from attention_zoo.attention.gate_loop import GateLoopAttention
+from attention_zoo.attention.relative_gate import RelativeGateAttention
+from attention_zoo.attention.simple_gate_loop import SimpleGateLoop
+from attention_zoo.attention.talking_heads import TalkingHeadsAttention
 
 BLOCKS: dict[str, type[AttentionBlock]] = {
     "full": FullAttention,
@@ -16,6 +20,10 @@ BLOCKS: dict[str, type[AttentionBlock]] = {
     "axial_row": AxialRowAttention,
     "axial_col": AxialColumnAttention,
     "block_sparse": BlockSparseAttention,
+    "talking_heads": TalkingHeadsAttention,
+    "gate_loop": GateLoopAttention,
+    "relative_gate": RelativeGateAttention,
+    "simple_gate_loop": SimpleGateLoop,
 }
 
 __all__ = [
@@ -29,7 +37,11 @@ __all__ = [
     "CosineSimAttention",
     "CrossAttention",
     "FullAttention",
+    "GateLoopAttention",
     "Mix",
     "PatternAttention",
+    "RelativeGateAttention",
     "SelfAttention",
+    "SimpleGateLoop",
+    "TalkingHeadsAttention",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attention_zoo.layers.checks import check_features, check_fraction, check_padding, check_positive
 from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
+from attention_zoo.layers.projections import Projections
 from attention_zoo.layers.state import KeyValueState, State
 from attention_zoo.ops.pattern import Pattern, pattern_attention, pattern_weights
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads
@@ -111,7 +112,8 @@ class SelfAttention(AttentionBlock):
     """A block whose tokens attend to each other's keys and values, which `step` caches.
 
     A subclass says how a query attends, in `attend` and `weights`, for queries that stand at the end of the keys; it
-    may prepare queries and keys in `prepare`, once per token.
+    may prepare queries and keys in `prepare`, once per token. One matrix product makes queries, keys and values, since
+    in decoding every call of one costs more than its share of the arithmetic.
 
     Args:
         dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
@@ -119,7 +121,7 @@ class SelfAttention(AttentionBlock):
         rotary: turns queries and keys by their position.
         bias: adds to the scores by the distance of key and query.
         rotate_values: `rotary` turns the values too.
-        out_bias: give the output projection a bias.
+        qkv_bias, out_bias: give the projections to queries, keys and values, and the one to the output, biases.
 
     Raises:
         ValueError: kv_heads does not divide heads, the bias has another number of heads, rotate_values without rotary.
@@ -137,6 +139,7 @@ class SelfAttention(AttentionBlock):
         rotary: RotaryEmbedding | None = None,
         bias: RelativeBias | None = None,
         rotate_values: bool = False,
+        qkv_bias: bool = False,
         out_bias: bool = False,
     ) -> None:
         super().__init__(dim, heads=heads, dim_head=dim_head, causal=causal, dropout=dropout)
@@ -153,9 +156,8 @@ class SelfAttention(AttentionBlock):
         self.rotary = rotary
         self.rotate_values = rotate_values
         self.bias = bias
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_k = nn.Linear(dim, self.kv_heads * dim_head, bias=False)
-        self.to_v = nn.Linear(dim, self.kv_heads * dim_head, bias=False)
+        inner, kv_inner = heads * dim_head, self.kv_heads * dim_head
+        self.to_qkv = Projections(dim, q=inner, k=kv_inner, v=kv_inner, bias=qkv_bias)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -166,11 +168,9 @@ class SelfAttention(AttentionBlock):
         """The weights (b, h, i, j) with which `attend` sums the values."""
         raise TypeError(f"{type(self).__name__} must define weights")
 
-    def prepare(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys of tokens that stand at start, start + 1, ... as `attend` and the cache want them."""
-        if self.rotary is None:
-            return q, k
-        return self.rotary(q, start), self.rotary(k, start)
+    def prepare(self, qk: Tensor, start: int) -> Tensor:
+        """Queries or keys, or both along the heads: those of tokens at start, start + 1, ... as `attend` wants them."""
+        return qk if self.rotary is None else self.rotary(qk, start)
 
     def score_bias(self, q: Tensor, k: Tensor) -> DistanceBias | None:
         """What `bias` adds to the scores of these queries, which stand at the end of these keys."""
@@ -204,13 +204,11 @@ class SelfAttention(AttentionBlock):
         return Mix(repeat_heads(v, self.heads), self.attend(q, k, v, mask))
 
     def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            to(x).view(*x.shape[:2], -1, self.dim_head).transpose(1, 2)  # (b, h, n, e)
-            for to in (self.to_q, self.to_k, self.to_v)
-        )
+        heads = self.to_qkv(x).view(*x.shape[:2], -1, self.dim_head).transpose(1, 2)  # (b, h + 2 kv_h, n, e)
+        qk, v = self.prepare(heads[:, : -self.kv_heads], start), heads[:, -self.kv_heads :]
         if self.rotate_values and self.rotary is not None:
             v = self.rotary(v, start)
-        return *self.prepare(q, k, start), v
+        return qk[:, : self.heads], qk[:, self.heads :], v
 
     def _merge(self, out: Tensor) -> Tensor:
         projected: Tensor = self.to_out(out.transpose(1, 2).flatten(2))

@@ -33,7 +33,8 @@ class CosineSimAttention(SelfAttention):
         bias: adds to the scores by the distance of key and query.
 
     Raises:
-        ValueError: groups does not divide dim_head, kv_heads does not divide heads, scale is not positive.
+        ValueError: groups does not divide dim_head or, beside rotary, leaves slices of odd size; kv_heads does not
+            divide heads; scale is not positive.
     """
 
     def __init__(
@@ -62,14 +63,16 @@ class CosineSimAttention(SelfAttention):
         )
         if groups < 1 or dim_head % groups:
             raise ValueError(f"groups must divide dim_head, got {groups=}, {dim_head=}")
+        if rotary is not None and groups > 1 and dim_head // groups % 2:
+            # the norm of a slice that holds half a pair changes as the pair turns: absolute positions would show
+            raise ValueError(f"groups must leave rotary whole pairs in a slice, got {groups=}, {dim_head=}")
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale=}")
         self.scale = scale
         self.groups = groups
 
-    def prepare(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        q, k = super().prepare(q, k, start)
-        return l2_normalize(q, groups=self.groups), l2_normalize(k, groups=self.groups)
+    def prepare(self, qk: Tensor, start: int) -> Tensor:
+        return l2_normalize(super().prepare(qk, start), groups=self.groups)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         bias = self.score_bias(q, k)

@@ -50,6 +50,7 @@ class CrossAttention(AttentionBlock):
         heads: heads h.
         dim_head: features e of each head.
         dropout: probability with which an attention weight is dropped in training.
+        qkv_bias, out_bias: give the projections to queries, keys and values, and the one to the output, biases.
     """
 
     def __init__(
@@ -60,14 +61,16 @@ class CrossAttention(AttentionBlock):
         heads: int = 8,
         dim_head: int = 64,
         dropout: float = 0.0,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
     ) -> None:
         super().__init__(dim, heads=heads, dim_head=dim_head, dropout=dropout)
         check_positive(context_dim=context_dim)
         self.context_dim = dim if context_dim is None else context_dim
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_k = nn.Linear(self.context_dim, heads * dim_head, bias=False)
-        self.to_v = nn.Linear(self.context_dim, heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=qkv_bias)
+        self.to_k = nn.Linear(self.context_dim, heads * dim_head, bias=qkv_bias)
+        self.to_v = nn.Linear(self.context_dim, heads * dim_head, bias=qkv_bias)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
 
     def forward(  # type: ignore[override]  # beside what every block takes, a context
         self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, context_mask: Tensor | None = None

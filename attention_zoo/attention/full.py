@@ -30,7 +30,7 @@ class FullAttention(SelfAttention):
         rotary: turns queries and keys by their position.
         bias: adds to the scores by the distance of key and query.
         rotate_values: `rotary` turns the values too.
-        out_bias: give the output projection a bias.
+        qkv_bias, out_bias: give the projections to queries, keys and values, and the one to the output, biases.
         pattern: (N, N) bool, True where query i (row) may see key j (column), for sequences of up to N tokens; it
             combines with `causal` and with masks, and is saved with the weights.
 
@@ -53,6 +53,7 @@ class FullAttention(SelfAttention):
         rotary: RotaryEmbedding | None = None,
         bias: RelativeBias | None = None,
         rotate_values: bool = False,
+        qkv_bias: bool = False,
         out_bias: bool = False,
         pattern: Tensor | None = None,
     ) -> None:
@@ -66,6 +67,7 @@ class FullAttention(SelfAttention):
             rotary=rotary,
             bias=bias,
             rotate_values=rotate_values,
+            qkv_bias=qkv_bias,
             out_bias=out_bias,
         )
         if pattern is not None and (not isinstance(pattern, Tensor) or pattern.dtype != torch.bool):

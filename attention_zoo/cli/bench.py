@@ -1,4 +1,4 @@
-"""Measure blocks beside torch's own attention, or decoding: time, peak memory, ratio.
+"""Measure blocks beside torch's own attention, or decoding, or memory over segments: time, peak memory, ratio.
 
 A block is measured whole, and its mixing apart: what it does to queries, keys and values that are already projected.
 The ratio is mixing over torch's scaled_dot_product_attention (SDPA) of the same shape, timed in turn; SDPA is causal
@@ -21,6 +21,7 @@ from attention_zoo.attention import BLOCKS
 from attention_zoo.cli.blocks import measure_blocks
 from attention_zoo.cli.decode import EARLY, LATE, NEW, PROMPT, measure_decoding
 from attention_zoo.cli.measure import Setup, check_device, describe_machine, threads
+from attention_zoo.cli.memory import measure_memory
 from attention_zoo.cli.table import format_number, format_row
 from attention_zoo.layers.checks import check_choice, check_positive
 from attention_zoo.layers.files import write_aside
@@ -49,6 +50,7 @@ COLUMNS = {
     "mixing MiB": ">10",
     "SDPA MiB": ">8",
 }
+MEMORY_COLUMNS = {"what": "<38", "unit": "<4", "ours": ">8", "beside": ">8", "beside/ours": ">11"}
 DECODE_COLUMNS = {"block": NAME, "tokens/s": ">8", f"ms at {EARLY}": ">9", f"ms at {LATE}": ">10", "ratio": ">6"}
 
 
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
     parser.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)} (float32)")
     parser.add_argument("--decode", action="store_true", help="measure how language models of these blocks decode")
+    parser.add_argument("--memory", action="store_true", help="measure Memformer, and training by memory replay")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
 
 
@@ -92,13 +95,16 @@ def run(args: argparse.Namespace) -> int:
         machine = describe_machine(device)
         print(format_machine(machine))
         print(f"dim {args.dim}, heads {args.heads}, dim_head {args.dim_head}, {args.dtype}, {args.runs} runs\n")
-        if args.decode:
+        if args.memory:
+            rows = bench_memory(setup)
+        elif args.decode:
             rows = bench_decoding(args.blocks or ["full"], setup)
         else:
             rows = bench_blocks(args.blocks or [*BLOCKS], args.lengths, setup)
     if args.json is not None:
         settings = {name: getattr(args, name) for name in ("device", "dtype", *SIZES)}
-        results = {"machine": machine, "settings": settings, "decoding" if args.decode else "blocks": rows}
+        what = "memory" if args.memory else "decoding" if args.decode else "blocks"
+        results = {"machine": machine, "settings": settings, what: rows}
         write_aside(args.json, lambda path: Path(path).write_text(json.dumps(results, indent=2) + "\n"))
     return 0
 
@@ -130,6 +136,17 @@ def bench_decoding(names: Sequence[str], setup: Setup) -> list[dict[str, Any]]:
         cells = (name, found.tokens_per_second, found.early_ms, found.late_ms, found.ratio)
         print(format_row(cells, layout), flush=True)
         rows.append(asdict(found))
+    return rows
+
+
+def bench_memory(setup: Setup) -> list[dict[str, Any]]:
+    """Print what memory over segments costs, and return the rows as plain data."""
+    layout = [*MEMORY_COLUMNS.values()]
+    print(format_row([*MEMORY_COLUMNS], layout))
+    rows = []
+    for cost in measure_memory(setup):
+        print(format_row([cost.what, cost.unit, cost.ours, cost.beside, cost.ratio], layout), flush=True)
+        rows.append(asdict(cost))
     return rows
 
 

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo.attention import BLOCKS, AttentionBlock, CrossAttention, SelfAttention
+from attention_zoo.attention import (
+    BLOCKS,
+    AttentionBlock,
+    CrossAttention,
+    GateLoopAttention,
+    SelfAttention,
+    TalkingHeadsAttention,
+)
 from attention_zoo.cli.measure import Call, Setup, compare, median_seconds, peak_bytes
+from attention_zoo.ops.gate_loop import gate_loop, unit_gate
 from attention_zoo.ops.softmax import softmax_attention
 
 PHASES = ("forward", "training")
@@ -87,12 +95,22 @@ def mixing(block: AttentionBlock, length: int, setup: Setup) -> Mixing:
     if isinstance(block, SelfAttention):
 
         def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = block.prepare(q, k, 0)  # a norm of queries and keys is part of how a block mixes
+            q, k = block.prepare(q, 0), block.prepare(k, 0)  # a norm of queries and keys is part of how a block mixes
             return block.attend(q, k, v, None)
 
         return Mixing(mix, head_inputs(length, setup), block.causal)
+    if isinstance(block, TalkingHeadsAttention):
+        return Mixing(lambda q, k, v: block.talk(q, k, v, None), head_inputs(length, setup), block.causal)
     if isinstance(block, CrossAttention):
         return Mixing(softmax_attention, head_inputs(length, setup), causal=False)
+    if isinstance(block, GateLoopAttention):
+        q, k, v = (_random(setup, 1, length, block.heads, block.dim_head).transpose(1, 2) for _ in range(3))
+
+        def loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return gate_loop(q, k, v, gate).out
+
+        gate = unit_gate(_random(setup, 1, length, block.heads, 2)).transpose(1, 2)
+        return Mixing(loop, (q, k, v), causal=True)
     return Mixing(block, block_inputs(block, length, setup), block.causal, whole=True)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from attention_zoo.attention import BLOCKS
 from attention_zoo.cli.measure import Setup, compare, median_seconds
 from attention_zoo.generation import generate
 from attention_zoo.models import LanguageModel
@@ -51,14 +53,10 @@ def measure_decoding(block: str, setup: Setup) -> Decoding:
     Raises:
         ValueError: the block cannot be decoded without a context, or a size does not fit it.
     """
-    model = LanguageModel(
-        num_tokens=NUM_TOKENS,
-        dim=setup.dim,
-        depth=setup.depth,
-        attention=block,
-        heads=setup.heads,
-        dim_head=setup.dim_head,
-    )
+    known = inspect.signature(BLOCKS[block]).parameters
+    # a block whose heads have no size of their own decodes with its own number of them
+    heads: dict[str, Any] = {"heads": setup.heads, "dim_head": setup.dim_head} if "dim_head" in known else {}
+    model = LanguageModel(num_tokens=NUM_TOKENS, dim=setup.dim, depth=setup.depth, attention=block, **heads)
     model = model.to(setup.device, setup.dtype).eval()
     prompt = torch.randint(NUM_TOKENS, (1, PROMPT), device=setup.device)
     taken = median_seconds(lambda: generate(model, prompt, NEW), setup.device, setup.runs)

@@ -29,6 +29,8 @@ def top_p(logits: Tensor, p: float) -> Tensor:
         logits: (b, num_tokens).
         p: in (0, 1].
     """
+    if p >= 1:  # a sum in floating point may reach 1 before the last token
+        return logits
     ordered, index = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # what the more likely tokens already reach

@@ -53,10 +53,11 @@ class Sampler:
         """(b, num_tokens) -> (b,) ids."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        # The largest logit is 0 before the division, and stays it: a tiny temperature can neither overflow nor be 0.
         logits = logits.float()
-        temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+        if self.temperature != 1:
+            # The largest logit is 0 before the division and after it, so a tiny temperature overflows nothing.
+            temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
+            logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
         if self.top_k is not None:
             logits = top_k(logits, self.top_k)
         if self.top_p is not None:
@@ -140,10 +141,10 @@ def stream(
     """Sample one token per row at a time: an iterator of (b,) tensors, at most `length` of them.
 
     Arguments and errors are those of `generate`, and are looked at now, not when the first token is asked for. The
-    iterator ends early when every row has met `eos`. The model is in eval mode until it ends or is closed.
+    iterator ends early when every row has met `eos`. Between tokens the model has its own training mode.
     """
     sampler = Sampler(temperature, top_k, top_p, min_p, generator)
-    _check_prompt(model, prompt, length, mask)
+    _check_prompt(model, prompt, length, mask, eos)
     if progress:
         try:
             import tqdm  # noqa: F401
@@ -152,7 +153,7 @@ def stream(
     return _stream(model, prompt, length, sampler, eos, mask, progress)
 
 
-def _check_prompt(model: Decoder, prompt: Tensor, length: int, mask: Tensor | None) -> None:
+def _check_prompt(model: Decoder, prompt: Tensor, length: int, mask: Tensor | None, eos: int | None) -> None:
     if not isinstance(length, int):
         raise TypeError(f"length must be an int, got {length=}")
     if length < 0:
@@ -161,6 +162,8 @@ def _check_prompt(model: Decoder, prompt: Tensor, length: int, mask: Tensor | No
     check_tokens(prompt, 2**62 if num_tokens is None else num_tokens, name="prompt")
     if num_tokens is not None:
         check_token_range(prompt, num_tokens, name="prompt")
+        if eos is not None and not 0 <= eos < num_tokens:
+            raise ValueError(f"eos must lie in 0 ... num_tokens - 1 = {num_tokens - 1}, got {eos=}")
     check_padding(mask, prompt)
     if mask is not None and not bool((mask[:, 1:] >= mask[:, :-1]).all() & mask[:, -1].all()):
         raise ValueError("mask must pad prompts on the left: False, ..., True with a real last token in every row")
@@ -184,15 +187,16 @@ def _stream(
 ) -> Iterator[Tensor]:
     tokens, state = prompt, None
     done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    with evaluating(model), progress_bar(length, progress) as bar:
+    with progress_bar(length, progress) as bar:
         for _ in range(length):
-            # no_grad closes before each yield: the caller's own code must not run inside it
-            with torch.no_grad():
+            # both modes close before each yield: the caller's own code must not run inside them
+            with evaluating(model), torch.inference_mode():
                 logits, state = model.step(tokens, state, mask=mask)
                 token = sampler(logits[:, -1])
-                if eos is not None:
-                    token = token.masked_fill(done, eos)
-                    done = done | (token == eos)
+            token = token.clone()  # what leaves is an ordinary tensor, that training may use
+            if eos is not None:
+                token = token.masked_fill(done, eos)
+                done = done | (token == eos)
             tokens, mask = token[:, None], None
             bar.update(1)
             yield token
@@ -203,14 +207,14 @@ def _stream(
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
     """Put a module and all its parts into eval mode, and back into the mode each had, whatever happens."""
-    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
+    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
     try:
-        for module in modes:
+        for module in training:
             module.training = False
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 class _NoBar:

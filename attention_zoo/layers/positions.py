@@ -123,7 +123,8 @@ class Rotary(RotaryEmbedding):
             import rotary_embedding_torch as upstream  # imports einx, which takes a second
 
             with torch.device("cpu"):  # also where the model is being built on the meta device
-                self._freqs[dim] = upstream.RotaryEmbedding(dim, theta=self.theta).freqs.tolist()
+                # of a single pair the package knows no frequency: it is theta^0
+                self._freqs[dim] = [1.0] if dim == 2 else upstream.RotaryEmbedding(dim, theta=self.theta).freqs.tolist()
 
     def angles(self, start: int, stop: int, dim_head: int, device: torch.device) -> Tensor:
         freqs = torch.tensor(self._freqs[self._rotated(dim_head)], dtype=torch.float32, device=device)

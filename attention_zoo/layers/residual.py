@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attention_zoo.layers.layer_scale import LayerScale
 from attention_zoo.layers.norms import make_norm
+from attention_zoo.layers.projections import Projections
 
 Norm = str | Callable[[int], nn.Module]
 
@@ -110,7 +111,10 @@ class DeepNorm(Residual):
     @torch.no_grad()
     def initialize(self, block: nn.Module) -> None:
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, Projections):
+                for part in module.sizes:
+                    nn.init.xavier_normal_(module.part(part), gain=1.0 if part in ("q", "k") else self.gain)
+            elif isinstance(module, nn.Linear):
                 plain = name.rpartition(".")[-1] in ("to_q", "to_k")
                 nn.init.xavier_normal_(module.weight, gain=1.0 if plain else self.gain)
 

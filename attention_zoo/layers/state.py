@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -131,10 +130,7 @@ class KeyValueState(State):
             new = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
         return torch.cat((old, new), dim=1)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KeyValueState:
-        return KeyValueState(**{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.init})
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a pickle holds the exact tensors, not the room behind them
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy or pickle holds the tensors, not the room
         return KeyValueState, (self.keys.clone(), self.values.clone(), self.mask)
 
 

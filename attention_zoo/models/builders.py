@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from attention_zoo.models.blocks import LayerSpec
 from attention_zoo.models.language_model import LanguageModel
 
 
@@ -50,3 +53,39 @@ def cosine_sim_lm(
         if model.to_logits is not None:
             nn.init.xavier_normal_(model.to_logits.weight)
     return model
+
+
+def gate_loop_lm(
+    *,
+    num_tokens: int,
+    dim: int,
+    depth: int,
+    attention: LayerSpec | Sequence[LayerSpec] = "gate_loop",
+    heads: int | None = None,
+    dim_head: int | None = None,
+    ff_mult: float = 4,
+    post_norm: bool = False,
+) -> LanguageModel:
+    """The language model of gateloop-transformer: gate loops in place of attention, and no positions.
+
+    Paper: https://arxiv.org/abs/2311.01927
+
+    Args:
+        num_tokens, dim, depth, heads, dim_head, ff_mult: see `LanguageModel`; heads=None is one per channel.
+        attention: "gate_loop", or a list that mixes it with other blocks, such as ["gate_loop", "gate_loop", "full"];
+            blocks that take rotary positions get them.
+        post_norm: LayerNorm after every residual sum and none before the logits, in place of RMSNorm before every
+            branch and before the logits.
+    """
+    return LanguageModel(
+        num_tokens=num_tokens,
+        dim=dim,
+        depth=depth,
+        attention=attention,
+        heads=heads,
+        dim_head=dim_head,
+        feedforward=("gelu", {"bias": True}),
+        ff_mult=ff_mult,
+        norm="layer" if post_norm else "rms",
+        residual="post" if post_norm else "pre",
+    )

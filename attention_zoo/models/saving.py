@@ -30,7 +30,7 @@ class SavedModel(nn.Module):
 
     def remember(self, scope: Mapping[str, Any]) -> None:
         """Keep the constructor's arguments, which `locals()` there holds, for `save`."""
-        self.arguments = {k: v for k, v in scope.items() if k != "self" and not k.startswith("__")}
+        self.arguments = {k: own_copy(v) for k, v in scope.items() if k != "self" and not k.startswith("__")}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the weights and the arguments; files are replaced only by whole new ones, and only both.
@@ -75,6 +75,13 @@ def package_version() -> str:
         return version("attention-zoo")
     except PackageNotFoundError:  # run from a folder that was never installed
         return "unknown"
+
+
+def own_copy(value: Any) -> Any:
+    """Nested lists and mappings copied, so that what their owner does with them later cannot reach the copy."""
+    if isinstance(value, Mapping):
+        return {key: own_copy(item) for key, item in value.items()}
+    return [own_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_plain(name: str, value: object) -> None:
@@ -139,6 +146,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             raise ValueError(f"{path}: tensor {name!r} must have shape {want}, got {got}")
     with torch.no_grad():
         for name, tensor in wanted.items():
+            tensor.data = tensor.data.to(found[name].dtype)  # a model saved in bfloat16 comes back in it
             tensor.copy_(found[name])
 
 

@@ -217,7 +217,7 @@ class Stack(nn.Module):
             name = "attn_dropout" if unused[0] == "dropout" else unused[0]
             raise ValueError(f"{name} must be taken by at least one block, but none of {attention!r} has it")
         self.norm = make_norm(norm, dim) if rule.final_norm else nn.Identity()
-        self.takes_context = any("context" in sub.takes for sub in self._sublayers())
+        self.takes_context = any("context" in sub.takes for sub in self.sublayers())
         if reversible and self.takes_context:
             raise ValueError("reversible must be False with blocks that read a context, got reversible=True")
 
@@ -262,7 +262,7 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, StackState]:
         """Run all layers on new tokens (b, t, d); the context comes with the first step alone."""
         inputs = self._inputs(x, mask, context, context_mask)
-        sublayers = self._sublayers()
+        sublayers = self.sublayers()
         count = sum(not sub.tokenwise for sub in sublayers)
         if state is not None and (not isinstance(state, StackState) or len(state.blocks) != count):
             raise TypeError(f"state must be a StackState of {count} blocks, got {_describe(state)}")
@@ -284,12 +284,13 @@ class Stack(nn.Module):
         return self.norm(x), StackState(new, seen)
 
     def _run_reversible(self, x: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
-        sublayers = self._sublayers()
+        sublayers = self.sublayers()
         functions = [partial(sub.delta, inputs=inputs) for sub in sublayers]
         first, second = run_reversible(functions, sublayers, x)
         return (first + second) / 2
 
-    def _sublayers(self) -> list[Sublayer]:
+    def sublayers(self) -> list[Sublayer]:
+        """All sub-layers, in the order in which they run."""
         return [sub for layer in self.layers for sub in cast(Layer, layer).sublayers]  # type: ignore[misc]
 
     def _inputs(

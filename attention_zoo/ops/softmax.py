@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from attention_zoo.ops.distance_bias import distance_biased_attention
 from attention_zoo.ops.implementation import choose
-from attention_zoo.ops.masks import check_mask, visible
+from attention_zoo.ops.masks import check_mask, key_mask, slice_mask, visible
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
 QUERY_BLOCK = 128  # queries whose scores are held at a time where a bias learns
@@ -81,7 +82,9 @@ def softmax_attention(
     check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     check_bias(bias, q, k)
     if impl == "auto":
-        impl = "blocks" if _needs_grad(bias) and q.shape[-2] > 1 else "sdpa"
+        # a causal block ends at its own last key, which pays for a bias per distance without gradients too
+        shorter = causal and isinstance(bias, DistanceBias) and not dropout
+        impl = "blocks" if (_needs_grad(bias) or shorter) and q.shape[-2] > 1 else "sdpa"
     if impl == "reference":
         return _reference(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, dropout=dropout)
     if impl == "blocks":
@@ -181,6 +184,19 @@ def _blocks(
 ) -> Tensor:
     """The reference over blocks of queries, each computed again in backward, so that no full score matrix is held."""
     i, j = q.shape[-2], k.shape[-2]
+    if isinstance(bias, DistanceBias) and not dropout:
+        heads = q.shape[1]
+        with no_autocast(q):
+            out: Tensor = distance_biased_attention(
+                q,
+                repeat_heads(k, heads),
+                repeat_heads(v, heads),
+                bias.values,
+                key_mask(mask) if mask is not None and mask.ndim == 2 else mask,
+                causal,
+                q.shape[-1] ** -0.5 if scale is None else scale,
+            )
+            return out
     if isinstance(bias, DistanceBias):
         bias = DistanceBias(at_least_float32(bias.values))  # once, so that the blocks' gradients are summed in it
     outs = []
@@ -193,7 +209,7 @@ def _blocks(
                 q[..., start:stop, :],
                 k[..., :keys, :],
                 v[..., :keys, :],
-                mask=_slice_mask(mask, start, stop, keys),
+                mask=slice_mask(mask, start, stop, keys),
                 causal=causal,
                 bias=_slice_bias(bias, start, stop, i, keys),
                 scale=scale,
@@ -202,13 +218,6 @@ def _blocks(
 
         outs.append(checkpoint(attend, q, k, v, use_reentrant=False) if torch.is_grad_enabled() else attend(q, k, v))
     return torch.cat(outs, dim=-2)
-
-
-def _slice_mask(mask: Tensor | None, start: int, stop: int, keys: int) -> Tensor | None:
-    if mask is None or mask.ndim == 2:
-        return mask if mask is None else mask[:, :keys]
-    rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
-    return rows if rows.shape[-1] == 1 else rows[..., :keys]
 
 
 def _slice_bias(bias: Bias | None, start: int, stop: int, queries: int, keys: int) -> Bias | None:

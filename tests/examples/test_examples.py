@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_zoo import LanguageModel
+from attention_zoo import LanguageModel, Memformer
 from attention_zoo.training import read_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -77,6 +77,33 @@ def test_an_example_trains_and_leaves_what_it_promises(example: Example, tmp_pat
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.contents["model"].items())
 
 
+def test_the_recall_example_leaves_its_model_and_its_picture(tmp_path: Path) -> None:
+    options = ["--steps", "6", "--dim", "16", "--batch", "2", "--device", "cpu", "--out", str(tmp_path)]
+    done = run([sys.executable, str(EXAMPLES / "recall_across_segments.py"), *options])
+    assert done.returncode == 0, done.stderr
+    assert "chance 6.2%" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "recall.png"]
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+    Memformer.load(tmp_path)
+
+
+def test_the_streams_example_scores_both_models_and_leaves_its_picture(tmp_path: Path) -> None:
+    call = command(Example("multi_stream.py", (), (), LanguageModel.load), tmp_path, "out", *TINY, "--steps", "3")
+    done = run([*call, "--data", str(tmp_path / "text.txt")])
+    assert done.returncode == 0, done.stderr
+    assert "1 stream: " in done.stdout
+    assert "2 streams: " in done.stdout
+    assert (tmp_path / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_example_composed_by_hand_trains_and_shows_what_the_kit_finds() -> None:
+    done = run([sys.executable, str(EXAMPLES / "compose_by_hand.py"), "--steps", "50"])
+    assert done.returncode == 0, done.stderr
+    assert "step 50: loss" in done.stdout
+    assert "causality: passed" in done.stdout
+    assert "arguments: failed" in done.stdout
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
 @examples
 def test_an_interrupted_and_resumed_example_ends_where_an_unbroken_one_does(example: Example, tmp_path: Path) -> None:
@@ -121,3 +148,17 @@ def test_a_wrong_option_is_answered_with_a_sentence(
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_long_context_example_prints_both_tables(tmp_path: Path) -> None:
+    data = tmp_path / "text.txt"
+    data.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    sizes = ["--dim", "16", "--depth", "1", "--train-len", "16", "--long-len", "64", "--batch", "2", "--steps", "2"]
+    script = str(EXAMPLES / "gate_loop_long_context.py")
+    ran = subprocess.run(
+        [sys.executable, script, "--data", str(data), *sizes],
+        env=environment(), capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "bits per byte by position" in ran.stdout
+    assert "decoding after n bytes" in ran.stdout

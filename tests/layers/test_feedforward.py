@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from attention_zoo import GEGLU, FeedForward, SwiGLU
+from tests.slow import relative_error
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -16,36 +18,65 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    return x / (1 + (-x).exp())
+    return x / (1 + torch.exp(-x))
 
 
-@pytest.mark.parametrize(("make", "activation"), [(FeedForward, gelu), (GEGLU, gelu), (SwiGLU, silu)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_feedforward_computes_its_formula(make, activation, bias: bool) -> None:
-    layer = make(6, mult=3, bias=bias).double()
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
-    hidden = layer.to_hidden(x)
-    hidden = hidden * activation(layer.to_gate(x)) if make is not FeedForward else activation(hidden)
-    torch.testing.assert_close(layer(x), layer.to_out(hidden), rtol=1e-12, atol=1e-12)
-    assert hidden.shape[-1] == 18
-    assert (layer.to_out.bias is not None) == bias
+ACTIVATIONS: dict[type[FeedForward], Callable[[Tensor], Tensor]] = {FeedForward: gelu, GEGLU: gelu, SwiGLU: silu}
 
 
-def test_dropout_drops_hidden_features_in_training_alone() -> None:
-    layer, x = FeedForward(8, dropout=0.5), torch.randn(1, 3, 8)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_output_and_gradients_equal_the_formula(kind: type[FeedForward], bias: bool) -> None:
+    layer = kind(5, mult=3, bias=bias).double()
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        part = getattr(layer, name)
+        return x @ part.weight.t() + (part.bias if bias else 0)
+
+    if kind is FeedForward:
+        hidden = gelu(linear("to_hidden", x))
+    else:
+        hidden = linear("to_hidden", x) * ACTIVATIONS[kind](linear("to_gate", x))
+    want, out = linear("to_out", hidden), layer(x)
+    inputs = [x, *layer.parameters()]
+    assert hidden.shape[-1] == 15
+    assert relative_error(out, want) < 1e-13
+    cotangent = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, cotangent)
+    for grad, want_grad in zip(grads, torch.autograd.grad(want, inputs, cotangent), strict=True):
+        assert relative_error(grad, want_grad) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_the_multiple_may_be_a_fraction(kind: type[FeedForward]) -> None:
+    assert kind(6, mult=8 / 3).to_hidden.out_features == 16
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_dropout_drops_hidden_features_in_training_alone(kind: type[FeedForward]) -> None:
+    layer, x = kind(8, dropout=0.5), torch.randn(64, 8)
+    whole = kind(8)
+    whole.load_state_dict(layer.state_dict())
+    seen: list[Tensor] = []
+    layer.to_out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    layer(x)
+    share = (seen[0] == 0).double().mean()
+    assert abs(share - 0.5) < 5 * (0.25 / seen[0].numel()) ** 0.5  # five standard deviations
+    assert torch.equal(layer.eval()(x), whole(x))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got dropout=1.0"),
-        ({"mult": 0}, "mult must give at least one hidden feature, got mult=0 with dim=8"),
-        ({"mult": -2}, "mult must give at least one hidden feature, got mult=-2"),
+        ({"dim": 0}, ValueError, "dim must be at least 1, got dim=0"),
+        ({"dim": 2.0}, TypeError, "dim must be an int, got dim=2.0"),
+        ({"dim": 4, "mult": 0.1}, ValueError, "mult must give at least one hidden feature, got mult=0.1 with dim=4"),
+        ({"dim": 4, "mult": -2}, ValueError, "mult must give at least one hidden feature, got mult=-2"),
+        ({"dim": 4, "dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got dropout=1.0"),
+        ({"dim": 4, "dropout": -0.1}, ValueError, r"dropout must lie in \[0, 1\), got dropout=-0.1"),
     ],
 )
-def test_sizes_that_make_no_layer_are_refused(options, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FeedForward(8, **options)
+def test_sizes_that_make_no_layer_are_refused(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FeedForward(**arguments)

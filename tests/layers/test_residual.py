@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import GEGLU, FeedForward, FullAttention
-from attention_zoo.layers import RESIDUALS, DeepNorm, PostNorm, PreNorm, SandwichNorm
+from attention_zoo.layers import RESIDUALS, DeepNorm, PostNorm, PreNorm, Projections, SandwichNorm
 from tests.slow import relative_error
 
 DIM = 8
@@ -59,7 +59,12 @@ def test_deepnorm_starts_weights_with_the_gains_of_the_paper(make, depth: int) -
     block = make(128)
     DeepNorm(128, depth=depth).initialize(block)
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, Projections):
+            for part in "qkv":
+                weight = module.part(part)
+                want = (1 if part in "qk" else (8 * depth) ** -0.25) * (2 / sum(weight.shape)) ** 0.5
+                assert abs(weight.std().item() / want - 1) < 0.02, part
+        elif isinstance(module, nn.Linear):
             gain = 1 if name in ("to_q", "to_k") else (8 * depth) ** -0.25
             want = gain * (2 / sum(module.weight.shape)) ** 0.5  # xavier normal
             # the standard deviation of a sample of 65536 is known to a third of a percent

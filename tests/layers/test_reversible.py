@@ -64,8 +64,8 @@ def test_a_frozen_part_and_an_input_without_gradient_are_no_trouble() -> None:
     model = stack()
     model.layers[1].requires_grad_(False)
     model(torch.randn(2, 5, 16)).sum().backward()
-    assert model.layers[0].sublayers[0].block.to_q.weight.grad is not None
-    assert model.layers[1].sublayers[0].block.to_q.weight.grad is None
+    assert model.layers[0].sublayers[0].block.to_qkv.weight.grad is not None
+    assert model.layers[1].sublayers[0].block.to_qkv.weight.grad is None
 
 
 def test_what_is_kept_for_backward_does_not_grow_with_the_depth() -> None:

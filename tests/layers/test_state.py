@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,62 +13,123 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attention_zoo import FullAttention, KeyValueState
-from attention_zoo.layers.state import SMALLEST_ROOM
+from attention_zoo.layers import state as state_module
+from attention_zoo.layers.state import SMALLEST_ROOM, State, count_tokens
+
+MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+Held = tuple[Tensor, Tensor]
 
 
-def kv(n: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(2, 3, n, 5), torch.randn(2, 3, n, 4)
+def tokens(count: int, *, batch: int = 2) -> Held:
+    """Keys and values of some tokens."""
+    return torch.randn(batch, 2, count, 5), torch.randn(batch, 2, count, 3)
 
 
-def grown(total: int) -> tuple[KeyValueState, Tensor]:
-    """A state grown token by token without gradients, and the keys that it must hold."""
-    keys, values = kv(total)
-    with torch.no_grad():
-        state = KeyValueState(keys[:, :, :1], values[:, :, :1])
-        for t in range(1, total):
-            state = state.append(keys[:, :, t : t + 1], values[:, :, t : t + 1], None)
-    return state, keys
+def joined(first: Held, second: Held) -> Held:
+    return torch.cat((first[0], second[0]), dim=2), torch.cat((first[1], second[1]), dim=2)
 
 
-@pytest.mark.parametrize("total", [2, SMALLEST_ROOM - 1, SMALLEST_ROOM, SMALLEST_ROOM + 1, 3 * SMALLEST_ROOM])
-def test_a_state_that_grew_in_place_holds_exactly_the_keys_it_was_given(total: int) -> None:
-    state, keys = grown(total)
-    assert torch.equal(state.keys, keys)
-    assert state.length == total
-    assert state.nbytes == 2 * 3 * total * (5 + 4) * 4
+def grown(*counts: int) -> tuple[list[KeyValueState], list[Held]]:
+    """A chain of states, each some tokens longer, and what each of them should hold."""
+    keys, values = tokens(counts[0])
+    states, held = [KeyValueState(keys, values)], [(keys.clone(), values.clone())]
+    for count in counts[1:]:
+        new = tokens(count)
+        states.append(states[-1].append(*new, None))
+        held.append(joined(held[-1], new))
+    return states, held
 
 
-def test_appending_without_gradients_writes_into_the_same_storage_until_it_is_full() -> None:
-    state, _ = grown(3)
-    with torch.no_grad():
-        longer = state.append(*kv(1), None)
-    assert longer.keys.data_ptr() == state.keys.data_ptr()
+def assert_holds(state: KeyValueState, held: Held) -> None:
+    assert torch.equal(state.keys, held[0])
+    assert torch.equal(state.values, held[1])
 
 
-def test_stepping_an_older_state_again_leaves_the_newer_one_as_it_was() -> None:
-    state, _ = grown(5)
-    with torch.no_grad():
-        first = state.append(*kv(1), None)
-        held = first.keys.clone()
-        second = state.append(*kv(1), None)
-        third = state.append(*kv(2), None)
-    assert torch.equal(first.keys, held)
-    assert not torch.equal(second.keys[:, :, 5:], first.keys[:, :, 5:])
-    assert torch.equal(third.keys[:, :, :5], state.keys)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("counts", [(1, 1, 1), (7, 1, 200, 1), (63, 1, 1), (1, 63, 1), (64, 64, 64)])
+def test_every_state_of_a_chain_keeps_what_it_held(mode: str, counts: tuple[int, ...]) -> None:
+    with MODES[mode]():
+        states, held = grown(*counts)
+        for state, want in zip(states, held, strict=True):
+            assert_holds(state, want)
+            assert state.length == want[0].shape[2]
 
 
-def test_with_gradients_recorded_the_same_append_concatenates_and_differentiates() -> None:
-    state, _ = grown(4)
-    keys, values = (t.requires_grad_() for t in kv(2))
-    longer = state.append(keys, values, None)
-    (gradient,) = torch.autograd.grad(longer.keys.square().sum(), keys)
-    assert torch.equal(gradient, 2 * keys)
-    with torch.no_grad():
-        state.append(*kv(1), None)
-    assert torch.equal(longer.keys[:, :, 4:], keys)
+@pytest.mark.parametrize("mode", MODES)
+def test_stepping_an_older_state_again_leaves_the_newer_ones_as_they_were(mode: str) -> None:
+    with MODES[mode]():
+        states, held = grown(5, 1, 1, 1)
+        other, more = tokens(2), tokens(1)
+        branch = states[1].append(*other, None)
+        main = states[3].append(*more, None)
+        twig = branch.append(*more, None)
+        for state, want in zip(states, held, strict=True):
+            assert_holds(state, want)
+        assert_holds(branch, joined(held[1], other))
+        assert_holds(main, joined(held[3], more))
+        assert_holds(twig, joined(joined(held[1], other), more))
 
 
-def test_a_buffer_made_in_inference_mode_can_be_stepped_after_that_mode() -> None:
+@torch.no_grad()
+def test_growing_without_gradients_copies_rarely() -> None:
+    state = KeyValueState(*tokens(1))
+    buffers = set()
+    for _ in range(500):
+        state = state.append(*tokens(1), None)
+        buffers.add(state.keys.untyped_storage().data_ptr())
+    assert len(buffers) <= 4  # room for 64, 130, 262 and 526 tokens
+
+
+@torch.no_grad()
+def test_one_token_more_copies_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, _ = grown(100, 1)
+    monkeypatch.setattr(state_module.Room, "around", lambda *args: pytest.fail("the whole state was copied"))
+    states[-1].append(*tokens(1), None)
+
+
+def test_with_gradients_every_state_of_a_chain_can_be_differentiated_afterwards() -> None:
+    parts = [tuple(part.requires_grad_() for part in tokens(count)) for count in (3, 2, 1)]
+    state, total = KeyValueState(*parts[0]), torch.zeros(())
+    for part in parts[1:]:
+        total = total + state.keys.square().sum()  # its backward needs the keys as they are now
+        state = state.append(*part, None)
+    (total + state.keys.sum() + state.values.square().sum()).backward()
+    for uses, (keys, values) in zip((2, 1, 0), parts, strict=True):
+        torch.testing.assert_close(keys.grad, uses * 2 * keys + 1)
+        torch.testing.assert_close(values.grad, 2 * values)
+
+
+def test_steps_recorded_one_by_one_have_the_gradients_of_the_full_pass() -> None:
+    block, x = FullAttention(12, heads=2, dim_head=6).double(), torch.randn(2, 7, 12, dtype=torch.float64)
+    cotangent = torch.randn_like(x)
+    want = torch.autograd.grad(block(x), list(block.parameters()), cotangent)
+    outs, state = [], None
+    for t in range(7):
+        out, state = block.step(x[:, t : t + 1], state)
+        outs.append(out)
+    got = torch.autograd.grad(torch.cat(outs, 1), list(block.parameters()), cotangent)
+    for got_grad, want_grad in zip(got, want, strict=True):
+        torch.testing.assert_close(got_grad, want_grad, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("first", MODES)
+@pytest.mark.parametrize("second", MODES)
+def test_a_state_of_one_mode_goes_on_in_another(first: str, second: str) -> None:
+    with MODES[first]():
+        states, held = grown(3, 1, 1)
+    with MODES[second]():
+        new = tokens(1)
+        longer = states[-1].append(*new, None)
+        again = longer.append(*new, None)
+        want = joined(held[-1], new)
+        assert_holds(longer, want)
+        assert_holds(again, joined(want, new))
+    with MODES[first]():
+        assert_holds(states[-1].append(*new, None), want)
+        assert_holds(states[-1], held[-1])
+
+
+def test_a_block_decodes_on_after_inference_mode_and_may_then_be_trained() -> None:
     block = FullAttention(16, heads=2, dim_head=4).eval()
     x = torch.randn(1, 6, 16)
     with torch.inference_mode():
@@ -76,52 +139,103 @@ def test_a_buffer_made_in_inference_mode_can_be_stepped_after_that_mode() -> Non
         out, state = block.step(x[:, 4:5], state)
     recorded, _ = block.step(x[:, 5:6], state)
     recorded.sum().backward()
-    whole = block(x)
-    torch.testing.assert_close(torch.cat((out, recorded), 1), whole[:, 4:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat((out, recorded), 1), block(x)[:, 4:], rtol=1e-5, atol=1e-6)
 
 
-def test_a_mask_that_comes_late_leaves_the_earlier_tokens_real() -> None:
-    keys, values = kv(3)
-    late = torch.tensor([[True], [False]])
-    state = KeyValueState(keys, values).append(*kv(1), late)
-    assert state.mask is not None
-    assert state.mask.tolist() == [[True] * 4, [True] * 3 + [False]]
-    later = state.append(*kv(1), None)
-    assert later.mask is not None
-    assert later.mask[:, -1].all()
+def test_a_mask_is_remembered_and_filled_where_none_was_given() -> None:
+    late = KeyValueState(*tokens(2)).append(*tokens(1), None).append(*tokens(2), torch.tensor([[0, 1], [1, 1]]).bool())
+    assert late.mask.tolist() == [[True, True, True, False, True], [True] * 5]
+    early = KeyValueState(*tokens(2), torch.tensor([[0, 1], [1, 1]]).bool()).append(*tokens(1), None)
+    assert early.mask.tolist() == [[False, True, True], [True, True, True]]
+    assert KeyValueState(*tokens(2)).append(*tokens(1), None).mask is None
 
 
-def test_reorder_picks_rows_and_may_repeat_them() -> None:
-    state, keys = grown(3)
-    picked = state.reorder(torch.tensor([1, 1, 0]))
-    assert torch.equal(picked.keys, keys[[1, 1, 0]])
-    with torch.no_grad():
-        picked.append(torch.randn(3, 3, 1, 5), torch.randn(3, 3, 1, 4), None)
-    assert torch.equal(state.keys, keys)
+@pytest.mark.parametrize("mode", MODES)
+def test_reorder_picks_rows_and_may_repeat_them(mode: str) -> None:
+    with MODES[mode]():
+        states, held = grown(3, 1)
+        index = torch.tensor([1, 1, 0])
+        beams = states[-1].reorder(index)
+        assert_holds(beams, (held[-1][0][index], held[-1][1][index]))
+        beams.append(*tokens(1, batch=3), None)
+        assert_holds(states[-1], held[-1])
+
+
+def test_reorder_takes_the_mask_along() -> None:
+    mask = torch.tensor([[False, True], [True, True]])
+    assert torch.equal(KeyValueState(*tokens(2), mask).reorder(torch.tensor([1, 0])).mask, mask.flip(0))
+
+
+@torch.no_grad()
+def test_nbytes_counts_tokens_and_not_the_room_to_grow() -> None:
+    states, _ = grown(3, 1)
+    assert states[-1].nbytes == 2 * 2 * 4 * (5 + 3) * 4  # b, h, n, features of key and value, bytes of a float32
+    masked = KeyValueState(*tokens(4), torch.ones(2, 4, dtype=torch.bool))
+    assert masked.nbytes == states[-1].nbytes + 2 * 4
 
 
 def test_detach_cuts_the_graph_and_keeps_the_numbers() -> None:
-    keys, values = (t.requires_grad_() for t in kv(2))
-    detached = KeyValueState(keys * 2, values).detach()
-    assert not detached.keys.requires_grad
-    assert torch.equal(detached.keys, keys * 2)
+    keys, values = (part.requires_grad_() for part in tokens(3))
+    state = KeyValueState(keys * 1, values * 1).append(*tokens(1), None)
+    free = state.detach()
+    assert not free.keys.requires_grad
+    assert state.keys.requires_grad
+    assert_holds(free, (state.keys, state.values))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
-def test_a_copy_holds_the_same_tokens_and_grows_on_its_own(copied) -> None:
-    state, keys = grown(4)
-    twin = copied(state)
+def by_torch(state: State) -> State:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def by_pickle(state: State) -> State:
+    return pickle.loads(pickle.dumps(state))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, by_pickle, by_torch])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copy_holds_the_same_tokens_and_grows_on_its_own(mode: str, copied) -> None:
+    with MODES[mode]():
+        states, held = grown(3, 1)
+        twin = copied(states[-1])
+        assert_holds(twin, held[-1])
+        new = tokens(1)
+        longer = twin.append(*new, None)
+        states[-1].append(*tokens(2), None)
+        assert_holds(longer, joined(held[-1], new))
+        assert_holds(twin, held[-1])
+        assert_holds(states[-1], held[-1])
+
+
+@torch.no_grad()
+def test_a_pickle_holds_no_room_to_grow() -> None:
+    states, _ = grown(3, 1)
+    assert len(pickle.dumps(states[-1])) < SMALLEST_ROOM * 2 * 2 * 5 * 4
+
+
+def test_a_state_is_a_pytree_of_its_exact_tensors() -> None:
     with torch.no_grad():
-        state.append(*kv(1), None)
-        longer = twin.append(torch.zeros(2, 3, 1, 5), torch.zeros(2, 3, 1, 4), None)
-        again = state.append(*kv(1), None)
-    assert torch.equal(longer.keys[:, :, :4], keys)
-    assert not longer.keys[:, :, 4].any()
-    assert again.keys[:, :, 4].any()
+        states, held = grown(3, 1)
+    leaves, spec = pytree.tree_flatten(states[-1])
+    assert [tuple(leaf.shape) for leaf in leaves if leaf is not None] == [(2, 2, 4, 5), (2, 2, 4, 3)]
+    assert_holds(pytree.tree_unflatten(leaves, spec), held[-1])
 
 
-def test_a_state_is_a_pytree_of_its_tensors() -> None:
-    state, keys = grown(3)
-    leaves, spec = pytree.tree_flatten(state)
-    assert [leaf.shape for leaf in leaves] == [(2, 3, 3, 5), (2, 3, 3, 4)]
-    assert torch.equal(pytree.tree_unflatten(leaves, spec).keys, keys)
+@torch.no_grad()
+def test_a_state_passes_through_compiled_code() -> None:
+    def longer(state: KeyValueState, keys: Tensor, values: Tensor) -> KeyValueState:
+        return state.append(keys, values, None)
+
+    states, held = grown(3, 1)
+    new = tokens(2)
+    got = torch.compile(longer, fullgraph=True, backend="aot_eager")(states[-1], *new)
+    assert_holds(got, joined(held[-1], new))
+    assert_holds(states[-1], held[-1])
+
+
+def test_tokens_are_counted_in_a_tensor_without_axes() -> None:
+    assert count_tokens(None, 3).item() == 3
+    assert count_tokens(torch.tensor(3), 2).item() == 5
+    assert count_tokens(None, 3).ndim == 0

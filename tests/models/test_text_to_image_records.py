@@ -30,11 +30,8 @@ def record(name: str) -> dict[str, Any]:
 
 
 def map_attention(weights: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    q, k, v = weights[f"{source}to_qkv.weight"].chunk(3)
     return {
-        f"{target}to_q.weight": q,
-        f"{target}to_k.weight": k,
-        f"{target}to_v.weight": v,
+        f"{target}to_qkv.weight": weights[f"{source}to_qkv.weight"],
         f"{target}to_out.weight": weights[f"{source}to_out.0.weight"],
         f"{target}to_out.bias": weights[f"{source}to_out.0.bias"],
     }

@@ -196,6 +196,17 @@ def test_the_reference_is_twice_differentiable(forced_by: str, biased: bool) -> 
             assert checked()
 
 
+def test_the_reference_has_no_backward_of_its_own_making() -> None:
+    q, k, v = leaves((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 3))
+    names, pending = set(), [cosine_sim_attention(q, k, v, impl="reference").grad_fn]
+    while pending:
+        node = pending.pop()
+        names.add(type(node).__name__)
+        pending += [parent for parent, _ in node.next_functions if parent is not None]
+    assert "SoftmaxBackward0" in names
+    assert all(name == "AccumulateGrad" or name[-1].isdigit() for name in names), names  # all are torch's
+
+
 @pytest.mark.parametrize("path", ["auto", "sdpa", "blocks"])
 def test_a_second_derivative_on_a_fast_path_is_right_or_raises(path: str) -> None:
     inputs = leaves((1, 2, 3, 4), (1, 1, 5, 4), (1, 1, 5, 3))

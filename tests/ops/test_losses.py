@@ -70,6 +70,12 @@ def test_ids_may_be_of_a_smaller_integer_type() -> None:
     assert torch.equal(next_token_loss(logits, tokens.int()), next_token_loss(logits, tokens))
 
 
+def test_the_loss_compiles_as_one_graph() -> None:
+    logits, tokens, mask = torch.randn(2, 4, 7), torch.randint(7, (2, 5)), torch.rand(2, 5) < 0.8
+    compiled = torch.compile(next_token_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, tokens, mask), next_token_loss(logits, tokens, mask))
+
+
 def test_autocast_does_not_coarsen_the_loss() -> None:
     logits, tokens = torch.randn(2, 4, 7), torch.randint(7, (2, 5))
     want = next_token_loss(logits, tokens)

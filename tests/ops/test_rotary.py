@@ -53,6 +53,14 @@ def test_autocast_leaves_the_precision_of_the_input() -> None:
         assert torch.equal(rotate(x, *table(angle)), want)
 
 
+def test_rotation_compiles_as_one_graph() -> None:
+    x, (cos, sin) = torch.randn(1, 2, 5, 8, requires_grad=True), table(torch.randn(5, 3))
+    got, want = torch.compile(rotate, fullgraph=True, backend="aot_eager")(x, cos, sin), rotate(x, cos, sin)
+    torch.testing.assert_close(got, want)
+    cotangent = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(got, x, cotangent), torch.autograd.grad(want, x, cotangent))
+
+
 def test_rotation_is_twice_differentiable() -> None:
     x = torch.randn(1, 2, 3, 6, dtype=torch.float64, requires_grad=True)
     cos, sin = table(torch.randn(3, 2))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import attention_zoo
-from attention_zoo.ops import DistanceBias, softmax, softmax_attention, softmax_attention_weights
+from attention_zoo.ops import DistanceBias, distance_bias, softmax, softmax_attention, softmax_attention_weights
 from tests.slow import attend_one_by_one, bias_of_pairs, relative_error, what_is_seen
 
 PATHS = ("reference", "sdpa", "blocks")
@@ -21,6 +21,7 @@ HALVES = (torch.float16, torch.bfloat16)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of three queries, so that small inputs cross their edges."""
     monkeypatch.setattr(softmax, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(distance_bias, "QUERY_BLOCK", 3)
 
 
 def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -287,6 +288,10 @@ def differentiate_twice(path: str, case: str, bias_kind: str) -> bool:
 @pytest.mark.parametrize("case", DERIVATIVES)
 @pytest.mark.parametrize("path", ["reference", "blocks"])
 def test_second_derivatives_of_plain_arithmetic_are_right(path: str, case: str, bias_kind: str) -> None:
+    if path == "blocks" and bias_kind == "distance":
+        with pytest.raises(RuntimeError, match=r"reference\(\)"):  # its backward is written by hand
+            differentiate_twice(path, case, bias_kind)
+        return
     assert differentiate_twice(path, case, bias_kind)
 
 

@@ -188,7 +188,7 @@ def without(field: str):
 @pytest.mark.parametrize(
     ("sizes", "change", "message"),
     [
-        ({"dim": 24}, None, r"field 'model' must hold torch.float32 \(16, 24\) as '\S+', got torch.float32 \(16, 16\)"),
+        ({"dim": 24}, None, r"field 'model' must hold torch.float32 \(24, 16\) as '\S+', got torch.float32 \(16, 16\)"),
         ({"depth": 2}, None, r"field 'model' lacks 'stack\.layers\.1\.\S+', which this model has"),
         (
             {"feedforward": None, "ff_dropout": 0.0},

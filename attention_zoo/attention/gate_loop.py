@@ -1,0 +1,163 @@
+"""GateLoop attention: a linear recurrence whose complex gates depend on the data, decoded with a state of fixed size.
+
+Paper: GateLoop, https://arxiv.org/abs/2311.01927
+Upstream: gateloop-transformer, GateLoopedAttention.
+Differs: takes padding masks and decodes step by step; runs in half precision; stays exact at any length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_zoo.attention.base import AttentionBlock, Mix
+from attention_zoo.layers.checks import check_positive
+from attention_zoo.layers.norms import LayerNorm
+from attention_zoo.layers.state import State, count_tokens, register_state
+from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights, unit_gate
+
+
+@dataclass
+class GateLoopState(State):
+    """The memory after all tokens so far. Size: 2 * b * h * e * e numbers, however many tokens it has seen.
+
+    Attributes:
+        memory: (b, h, e, e, 2) in at least float32, real and imaginary part.
+        real: (b,) bool, whether a row has seen a real token.
+        seen: tokens so far, masked ones included; a tensor without axes.
+    """
+
+    memory: Tensor
+    real: Tensor
+    seen: Tensor
+
+    @property
+    def length(self) -> int:
+        return int(self.seen)
+
+
+register_state(GateLoopState)
+
+
+class GateLoopAttention(AttentionBlock):
+    """h_t = a_t h_{t-1} + k_t v_t^T, y_t = q_t^T Re(h_t), a_t = sigma(|z_t|) e^{i arg z_t} per head, z = W_a x + b_a.
+
+    Then, where asked for, LayerNorm(y), y * SiLU(W_g x), and an output projection. A masked token leaves h unchanged.
+
+    Time O(n d (64 + e)) for heads of e features and O(n d) for e = 1, memory O(n d). State: 2 d e numbers.
+
+    Args:
+        dim: features d of input and output.
+        heads: heads h, each with one gate. None: one per inner feature.
+        dim_inner: features of queries, keys and values. None: dim.
+        swish_gate: multiply the output by SiLU(W_g x).
+        sub_norm: LayerNorm after the recurrence, whose output has no fixed size.
+        gradient_fraction: the part of the gradient that reaches z.
+        real_gate: ablation, z is its real part, so that a is real, of either sign.
+        transition: False for the ablation without gates, a = 1.
+
+    Raises:
+        ValueError: heads does not divide dim_inner, or gradient_fraction lies outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int | None = None,
+        dim_inner: int | None = None,
+        swish_gate: bool = True,
+        sub_norm: bool = False,
+        gradient_fraction: float = 0.9,
+        real_gate: bool = False,
+        transition: bool = True,
+    ) -> None:
+        check_positive(dim=dim, heads=heads, dim_inner=dim_inner)
+        inner = dim if dim_inner is None else dim_inner
+        heads = inner if heads is None else heads
+        if inner % heads:
+            raise ValueError(f"heads must divide dim_inner, got {heads=}, dim_inner={inner}")
+        if not 0.0 <= gradient_fraction <= 1.0:
+            raise ValueError(f"gradient_fraction must lie in [0, 1], got {gradient_fraction=}")
+        super().__init__(dim, heads=heads, dim_head=inner // heads)
+        self.gradient_fraction = gradient_fraction
+        self.real_gate = real_gate
+        self.transition = transition
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
+        self.to_a = nn.Linear(dim, 2 * heads) if transition else None  # features (h c), c = (re, im)
+        self.norm = LayerNorm(inner) if sub_norm else None
+        self.to_gate = nn.Linear(dim, inner, bias=False) if swish_gate else None
+        self.to_out = nn.Linear(inner, dim, bias=False) if swish_gate or inner != dim else None
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        self._check(x, mask)
+        q, k, v, gate = self._project(x, mask)
+        return self._finish(gate_loop(q, k, v, gate).out, x, None if mask is None else mask.cumsum(1) > 0)
+
+    def step(self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        self._check_step(x, state, mask, GateLoopState)
+        q, k, v, gate = self._project(x, mask)
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.cumsum(1) > 0
+        memory = None
+        if isinstance(state, GateLoopState):
+            self._check_memory(state, x)
+            memory = torch.view_as_complex(state.memory)
+            real = real | state.real[:, None]
+        out, memory = gate_loop(q, k, v, gate, state=memory)
+        seen = count_tokens(state.seen if isinstance(state, GateLoopState) else None, x.shape[1])
+        return self._finish(out, x, real), GateLoopState(torch.view_as_real(memory).clone(), real[:, -1].clone(), seen)
+
+    def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        self._check(x, mask)
+        q, k, _, gate = self._project(x, mask)
+        return gate_loop_weights(q, k, gate)
+
+    def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
+        self._check(x, mask)
+        q, k, v, gate = self._project(x, mask)
+        return Mix(v, gate_loop(q, k, v, gate).out)
+
+    def _project(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values (b, h, n, e) and gates (b, h, n); a masked token has key 0 and gate 1."""
+        q, k, v = (
+            to(x).view(*x.shape[:2], self.heads, self.dim_head).transpose(1, 2)
+            for to in (self.to_q, self.to_k, self.to_v)
+        )
+        gate = self._gates(x)
+        if mask is not None:
+            k = k.masked_fill(~mask[:, None, :, None], 0.0)
+            gate = torch.where(mask[:, :, None], gate, torch.ones_like(gate))
+        return q, k, v, gate.transpose(1, 2)
+
+    def _gates(self, x: Tensor) -> Tensor:
+        """(b, n, h) complex."""
+        if self.to_a is None:
+            dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
+            return torch.ones(*x.shape[:2], self.heads, dtype=dtype, device=x.device)
+        z = self.to_a(x).view(*x.shape[:2], self.heads, 2)
+        if self.gradient_fraction < 1.0 and torch.is_grad_enabled():
+            z = z * self.gradient_fraction + z.detach() * (1.0 - self.gradient_fraction)
+        if self.real_gate:
+            z = torch.stack((z[..., 0], torch.zeros_like(z[..., 0])), dim=-1)
+        return unit_gate(z)
+
+    def _finish(self, out: Tensor, x: Tensor, real: Tensor | None) -> Tensor:
+        out = out.transpose(1, 2).flatten(2)
+        if self.norm is not None:
+            out = self.norm(out)
+            if real is not None:  # the norm's bias is no sign of a token
+                out = out.masked_fill(~real[..., None], 0.0)
+        if self.to_gate is not None:
+            out = out * F.silu(self.to_gate(x))
+        return out if self.to_out is None else self.to_out(out)
+
+    def _check_memory(self, state: GateLoopState, x: Tensor) -> None:
+        want = (x.shape[0], self.heads, self.dim_head, self.dim_head, 2)
+        if state.memory.shape != want:
+            raise ValueError(
+                f"state must come from this block and batch: (b, heads, dim_head, dim_head, 2) = {want}, "
+                f"got a memory of shape {tuple(state.memory.shape)}"
+            )

@@ -1,0 +1,141 @@
+"""Writing a memory: each slot reads itself and a segment's tokens, and decides by a GRU what it keeps.
+
+Paper: Memformer, https://arxiv.org/abs/2010.06891
+Upstream: memformer, the memory update inside `Memformer`.
+Differs: a row whose segment is all padding keeps its memory as it was; the GRU runs in at least float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attention_zoo.layers.checks import check_features, check_padding, check_positive
+from attention_zoo.layers.feedforward import FeedForward
+from attention_zoo.layers.norms import LayerNorm
+from attention_zoo.ops.masks import key_mask
+from attention_zoo.ops.precision import at_least_float32, no_autocast
+from attention_zoo.ops.softmax import softmax_attention
+
+
+class MemoryUpdate(nn.Module):
+    """`updates` times: u_i = attn(m_i, [m_i; tokens]); m <- GRU(u, m); m <- m + FF(LN m).
+
+    A slot sees itself, no other slot, and all real tokens. The memory is read without a norm.
+    Time O(m (m + n) d) for m slots and n tokens, memory O((m + n) d + m (m + n)). State: the memory, m d numbers.
+
+    Args:
+        dim: features d of slots and tokens.
+        heads: heads h of d / h features.
+        updates: how many times a segment is written.
+        ff_mult: hidden features of the feedforward as a multiple of dim.
+
+    Raises:
+        ValueError: heads does not divide dim, or a size is below 1.
+    """
+
+    def __init__(self, dim: int, *, heads: int = 8, updates: int = 1, ff_mult: float = 4) -> None:
+        super().__init__()
+        check_positive(dim=dim, heads=heads, updates=updates)
+        if dim % heads:
+            raise ValueError(f"heads must divide dim, got {heads=}, {dim=}")
+        self.dim = dim
+        self.heads = heads
+        self.updates = updates
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.Linear(dim, dim)
+        self.gru = nn.GRUCell(dim, dim)
+        self.norm = LayerNorm(dim)
+        self.feedforward = FeedForward(dim, mult=ff_mult, bias=True)
+
+    def forward(self, memory: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The memory after a segment.
+
+        Args:
+            memory: (b, m, d).
+            x: (b, n, d), the segment's features.
+            mask: (b, n) bool, True = a real token.
+
+        Returns:
+            (b, m, d) in the dtype of `memory`.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes do not fit.
+        """
+        check_features(memory, self.dim, name="memory")
+        check_features(x, self.dim)
+        check_padding(mask, x)
+        if memory.shape[0] != x.shape[0]:
+            raise ValueError(f"memory must have the batch of x, got {memory.shape[0]} and {x.shape[0]}")
+        keys, values = self._heads(self.to_k(x)), self._heads(self.to_v(x))
+        seen = self._seen(memory, x, mask)
+        new = memory
+        for _ in range(self.updates):
+            new = self._write(new, keys, values, seen)
+        return new if mask is None else torch.where(mask.any(dim=1)[:, None, None], new, memory)
+
+    def _write(self, memory: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        q, k, v = (self._heads(to(memory)) for to in (self.to_q, self.to_k, self.to_v))
+        out = softmax_attention(q, torch.cat((k, keys), dim=2), torch.cat((v, values), dim=2), mask=seen)
+        kept = self._gru(self.to_out(out.transpose(1, 2).flatten(2)), memory)
+        written: Tensor = kept + self.feedforward(self.norm(kept))
+        return written.to(memory.dtype)
+
+    def _gru(self, update: Tensor, memory: Tensor) -> Tensor:
+        cell = self.gru
+        with no_autocast(memory):
+            hidden = at_least_float32(memory).flatten(0, 1)
+            weights = (
+                weight.to(hidden.dtype) for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+            )
+            new = torch.gru_cell(update.to(hidden.dtype).flatten(0, 1), hidden, *weights)
+            return new.view_as(memory).to(memory.dtype)
+
+    def _seen(self, memory: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(1 or b, 1, m, m + n): itself among the slots, and the real tokens."""
+        m, n = memory.shape[1], x.shape[1]
+        own = torch.eye(m, dtype=torch.bool, device=x.device)[None, None]
+        if mask is None:
+            return torch.cat((own, own.new_ones(1, 1, m, n)), dim=-1)
+        b = x.shape[0]
+        return torch.cat((own.expand(b, -1, -1, -1), key_mask(mask).expand(-1, -1, m, -1)), dim=-1)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (b, h, n, e)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, heads={self.heads}, updates={self.updates}"
+
+
+class InitialMemory(nn.Module):
+    """The memory before the first segment: one learned vector per slot.
+
+    Args:
+        slots: slots m.
+        dim: features d.
+    """
+
+    def __init__(self, slots: int, dim: int) -> None:
+        super().__init__()
+        check_positive(memory_slots=slots, dim=dim)
+        self.weight = nn.Parameter(torch.randn(slots, dim))
+
+    def forward(self, batch: int) -> Tensor:
+        """(batch, m, d)."""
+        check_positive(batch=batch)
+        return self.weight.expand(batch, -1, -1)
+
+    def check(self, memory: Tensor, batch: int) -> None:
+        """Refuse a memory of other slots, features or batch.
+
+        Raises:
+            TypeError: it is not floating point.
+            ValueError: its shape is another.
+        """
+        if not isinstance(memory, Tensor) or not memory.is_floating_point():
+            raise TypeError(f"memory must be a floating point tensor, got {getattr(memory, 'dtype', type(memory))}")
+        want = (batch, *self.weight.shape)
+        if memory.shape != want:
+            raise ValueError(f"memory must be (b, memory_slots, dim) = {want}, got shape {tuple(memory.shape)}")

@@ -1,0 +1,129 @@
+"""Train one stream and two streams of equal parameters to fill in hidden bytes, and look at how their heads talk.
+
+Run it with `python examples/multi_stream.py`; about five minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from attention_zoo import MultiStreamTransformer, training
+
+MASK = 256  # the token after the 256 bytes stands for a hidden one
+SENTENCE = b"for index, name in enumerate(names): print(index, name)"
+
+
+def build(streams: int, options: argparse.Namespace) -> MultiStreamTransformer:
+    """A model that sees both ways; streams share all weights but the vector that tells them apart and the mixes."""
+    return MultiStreamTransformer(
+        num_tokens=257,
+        dim=options.dim,
+        depth=options.depth,
+        streams=streams,
+        heads=options.heads,
+        dim_head=options.dim // options.heads,
+        max_seq_len=options.seq_len,
+        causal=False,
+        separate_embeddings=False,
+    )
+
+
+def train(model: MultiStreamTransformer, text: Tensor, options: argparse.Namespace, name: str) -> None:
+    """Hide 15 % of the bytes of random pieces of text, and learn to tell them."""
+    generator = torch.Generator().manual_seed(options.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    warmup = max(1, options.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * step / options.steps))),
+    )
+    with tqdm(range(options.steps), desc=name, unit="step", dynamic_ncols=True) as bar:
+        for _ in bar:
+            tokens = training.random_batch(text, options.batch, options.seq_len, generator=generator)
+            loss = training.masked_token_loss(model, tokens, MASK, generator=generator)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+
+
+@torch.no_grad()
+def evaluate(model: MultiStreamTransformer, text: Tensor, options: argparse.Namespace) -> float:
+    """Bits per hidden byte of unseen text, the same bytes hidden for every model."""
+    generator = torch.Generator().manual_seed(1)
+    model.eval()
+    pieces = training.windows(text, options.seq_len, at_most=16 * options.batch).split(options.batch)
+    losses = [training.masked_token_loss(model, tokens, MASK, generator=generator).item() for tokens in pieces]
+    return sum(losses) / len(losses) / math.log(2)
+
+
+@torch.no_grad()
+def draw(model: MultiStreamTransformer, options: argparse.Namespace, path: Path) -> None:
+    """Each head's map in the middle layer for one line of code: the softmax alone, and after the heads have talked."""
+    tokens = torch.tensor([list(SENTENCE[: options.seq_len])])
+    taken: list[Tensor] = []
+    layer = model.stack.layers[options.depth // 2].sublayers[0]
+    hook = layer.block.register_forward_pre_hook(lambda block, args: taken.append(block.unfold(args[0])))
+    model(tokens)
+    hook.remove()
+    block = layer.block.block
+    maps = {"softmax": block.attention_map(taken[0], mixed=False)[0], "mixed": block.attention_map(taken[0])[0]}
+    heads = maps["softmax"].shape[0]
+    figure = Figure(figsize=(1.6 * heads, 4.2), layout="constrained")
+    for (name, rows), axes in zip(maps.items(), figure.subplots(2, heads), strict=True):
+        limit = float(rows.abs().quantile(0.995))
+        for head, axis in enumerate(axes):
+            axis.imshow(rows[head], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axis.set(xticks=[], yticks=[], title=f"stream {head // block.heads}, head {head % block.heads}")
+            axis.title.set_fontsize(8)
+        axes[0].set_ylabel(name)
+    figure.suptitle(f"layer {options.depth // 2}: who reads whom in {SENTENCE[:24].decode()!r} ...", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Train both models, print their scores, save the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--steps", type=int, default=500, help="steps of training of each model (%(default)s)")
+    add("--dim", type=int, default=192, help="features (%(default)s)")
+    add("--depth", type=int, default=4, help="layers (%(default)s)")
+    add("--heads", type=int, default=4, help="heads of each stream (%(default)s)")
+    add("--seq-len", type=int, default=128, help="bytes seen at once (%(default)s)")
+    add("--batch", type=int, default=16, help="pieces of text in a step (%(default)s)")
+    add("--lr", type=float, default=2e-3, help="the highest learning rate (%(default)s)")
+    add("--seed", type=int, default=0, help="start of all randomness (%(default)s)")
+    add("--data", help="a text file, or a folder of them (the sources of Python's standard library)")
+    add("--out", type=Path, default=Path("runs/multi_stream"), help="folder of the picture (%(default)s)")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = training.read_text(options.data)
+    seen, unseen = training.as_tokens(text.training), training.as_tokens(text.validation)
+    for streams in (1, 2):
+        torch.manual_seed(options.seed)
+        model = build(streams, options)
+        name = f"{streams} stream" + "s" * (streams > 1)
+        train(model, seen, options, name)
+        bits = evaluate(model, unseen, options)
+        count = sum(weight.numel() for weight in model.parameters())
+        line = f"{name}: {count:,} parameters, {bits:.3f} bits per hidden byte of unseen text"
+        if streams > 1:
+            tokens = training.windows(unseen, options.seq_len, at_most=options.batch)
+            with torch.no_grad():
+                line += f", diversity loss {model.diversity(tokens).item():.3f} over {options.depth} layers"
+        print(line)
+    draw(model, options, options.out / "heads.png")
+    print(f"The maps of its heads are in {options.out / 'heads.png'}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Recall over segments: pairs of a key and a value are shown once, and one is asked for k segments later.
+
+The model reads one short segment at a time, so the answer can only come through its memory. It learns by memory replay,
+on distances that grow as it masters them; a model whose memory is wiped after every segment learns beside it.
+
+    python examples/recall_across_segments.py                   # about two minutes on two cores
+    python examples/recall_across_segments.py --distance 2      # a shorter way to remember
+
+Needs: pip install attention-zoo[examples]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from attention_zoo import Memformer, training
+
+KEYS, VALUES, FILLERS = 8, 16, 8  # the vocabulary, in this order
+PAIRS = 2
+SEGMENT = 8  # tokens
+MASTERED = 0.97  # accuracy at which the distance grows
+
+
+class Task(NamedTuple):
+    """segments: k + 1 tensors (b, SEGMENT), the pairs in the first. question: (b, 2), a key and its value."""
+
+    segments: list[Tensor]
+    question: Tensor
+
+
+def draw(batch: int, distance: int, device: str) -> Task:
+    """Random pairs in the first of distance + 1 segments of noise, and the question of one of them."""
+    keys = torch.rand(batch, KEYS).argsort(dim=1)[:, :PAIRS]
+    values = KEYS + torch.randint(VALUES, (batch, PAIRS))
+    segments = [KEYS + VALUES + torch.randint(FILLERS, (batch, SEGMENT)) for _ in range(distance + 1)]
+    start = torch.randint(SEGMENT - 2 * PAIRS + 1, (batch, 1))  # where in the segment they stand
+    segments[0].scatter_(1, start + torch.arange(2 * PAIRS), torch.stack((keys, values), dim=-1).flatten(1))
+    question = torch.stack((keys[:, 0], values[:, 0]), dim=-1)  # keys come in random order, so the first will do
+    return Task([segment.to(device) for segment in segments], question.to(device))
+
+
+@torch.no_grad()
+def accuracy(model: Memformer, distance: int, *, remember: bool, count: int = 1024) -> float:
+    """How often the value asked for is the most likely one."""
+    device = str(model.memory.weight.device)
+    task = draw(count, distance, device)
+    model.eval()
+    memory = None
+    for segment in task.segments[:-1]:
+        memory = model(segment, memory=memory).memory if remember else None
+    logits = model(task.segments[-1], task.question, memory=memory).logits
+    model.train()
+    return float((logits[:, 0].argmax(-1) == task.question[:, 1]).float().mean())
+
+
+def train(options: argparse.Namespace, *, remember: bool) -> Memformer:
+    """Train a model; the distance goes up by one whenever the present one is mastered."""
+    torch.manual_seed(options.seed)
+    model = Memformer(
+        dim=options.dim,
+        memory_slots=8,
+        memory_heads=4,
+        enc_num_tokens=KEYS + VALUES + FILLERS,
+        enc_depth=1,
+        enc_heads=4,
+        dec_num_tokens=KEYS + VALUES,
+        dec_depth=1,
+        dec_heads=4,
+    ).to(options.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    longest, correct = 0 if remember else options.distance, 0.0
+    name = "with memory" if remember else "without"
+    bar = tqdm(range(1, options.steps + 1), desc=name, unit="step", dynamic_ncols=True)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * min(1.0, step / 100, 10 * (1 - (step - 1) / options.steps))
+        distance = longest if step % 2 else int(torch.randint(longest + 1, ()))
+        task = draw(options.batch, distance, options.device)
+        segments = task.segments if remember else task.segments[-1:]
+        optimizer.zero_grad()
+        loss = training.memory_replay(model, segments, task.question).loss
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if remember and step % 50 == 0:
+            correct = accuracy(model, longest, remember=True, count=512)
+            if correct >= MASTERED and longest < options.distance:
+                longest += 1
+        bar.set_postfix_str(
+            f"loss {float(loss):.3f}, k = {longest}" + f", accuracy {correct:.1%}" * remember, refresh=False
+        )
+    return model
+
+
+def plot(found: dict[str, list[float]], path: Path) -> None:
+    """Draw accuracy against distance."""
+    axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+    for (name, scores), marker in zip(found.items(), "os", strict=True):
+        axes.plot(range(len(scores)), [100 * score for score in scores], marker=marker, label=name)
+    axes.axhline(100 / VALUES, color="gray", linestyle="--", label=f"chance: {100 / VALUES:.1f} %")
+    axes.set(xlabel="segments between pair and question", ylabel="right answers in %", ylim=(0, 103))
+    axes.set_xticks(range(len(next(iter(found.values())))))
+    axes.set_title(f"Recall across segments of {SEGMENT} tokens")
+    axes.legend()
+    axes.figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Train both models, say how well they remember, and draw it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--distance", type=int, default=4, help="segments from the pair to the question in training (%(default)s)")
+    add("--dim", type=int, default=64, help="features (%(default)s)")
+    add("--batch", type=int, default=64, help="tasks in a step (%(default)s)")
+    add("--lr", type=float, default=2e-3, help="the highest learning rate (%(default)s)")
+    add("--steps", type=int, default=1500, help="steps of training (%(default)s)")
+    add("--seed", type=int, default=0, help="start of all randomness (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train (%(default)s)")
+    add("--out", type=Path, default=Path("runs/recall"), help="folder of the results (%(default)s)")
+    options = parser.parse_args()
+    if options.distance < 1 or options.steps < 1:
+        parser.error(f"--distance and --steps must be at least 1, got {options.distance} and {options.steps}")
+    model = train(options, remember=True)
+    forgetful = train(options, remember=False)
+    distances = range(2 * options.distance + 1)
+    found = {
+        "memory": [accuracy(model, k, remember=True) for k in distances],
+        "no memory": [accuracy(forgetful, k, remember=False) for k in distances],
+    }
+    print(f"right answers by distance in segments (trained up to {options.distance}; chance {1 / VALUES:.1%})")
+    print("   k   memory   no memory")
+    for k in distances:
+        print(f"{k:4}   {found['memory'][k]:6.1%}   {found['no memory'][k]:9.1%}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    model.save(options.out)
+    plot(found, options.out / "recall.png")
+    print(f"The model and recall.png are in {options.out}.")
+
+
+if __name__ == "__main__":
+    main()

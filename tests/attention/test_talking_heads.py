@@ -1,0 +1,134 @@
+"""TalkingHeadsAttention: streams, golden records, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention_zoo import TalkingHeadsAttention
+from attention_zoo.ops import softmax_attention
+from tests.slow import relative_error
+
+UPSTREAM = Path(__file__).parent.parent / "data" / "upstream"
+
+
+def load_block(record: dict[str, Any]) -> TalkingHeadsAttention:
+    """Our block with upstream's weights; the norm before it is the caller's."""
+    settings, old = record["meta"]["kwargs"], record["state_dict"]
+    kind = "mlp" if settings.get("non_linear_talking_heads") else "linear"
+    dim, e = settings["dim"], settings["dim_head"]
+    block = TalkingHeadsAttention(
+        dim, heads=settings["heads"], dim_head=e, streams=2, pre=kind, post=kind, scale=e**0.5,
+        causal=settings.get("causal", False),
+    ).eval()  # fmt: skip
+    q, k, v = old["to_qkv.0.weight"].chunk(3)
+    new = {"to_q.weight": q, "to_k.weight": k, "to_v.weight": v, "to_out.weight": old["to_out.1.weight"]}
+    new |= {"to_gate.weight": old["to_gates.0.weight"], "to_gate.bias": old["to_gates.0.bias"]}
+    for name in ("pre", "post"):
+        prefix = f"{name}_talking_heads"
+        if kind == "linear":
+            new[f"{name}.weight"] = old[f"{prefix}.weight"][:, :, 0, 0]
+        else:
+            scale = old[f"{prefix}.fn.0.scale"]  # upstream has it along the keys; there all are equal
+            new[f"{name}.norm"] = scale[0].expand(new["to_gate.bias"].shape[0] * 2)
+            new[f"{name}.w1"] = old[f"{prefix}.fn.1.weight"][:, :, 0, 0]
+            new[f"{name}.w2"] = old[f"{prefix}.fn.4.weight"][:, :, 0, 0]
+    block.load_state_dict(new)
+    return block
+
+
+@pytest.mark.parametrize("name", ["linear", "causal", "mlp"])
+def test_upstreams_weights_give_upstreams_numbers(name: str) -> None:
+    record = torch.load(UPSTREAM / f"quartic_attention_{name}.pt", weights_only=True)
+    if name == "mlp":
+        scales = record["state_dict"]["pre_talking_heads.fn.0.scale"]
+        if not torch.equal(scales, scales[:1].expand_as(scales)):
+            pytest.skip("this record's norm weight lies along the keys, which no length but its own can use")
+    block = load_block(record)
+    x = record["inputs"]["x"].requires_grad_()
+    normed = F.rms_norm(x, x.shape[-1:], record["state_dict"]["rmsnorm.scale"], 1e-5)
+    streams = normed.view(-1, 2, *x.shape[1:])
+    out = block(streams).flatten(0, 1)
+    assert relative_error(out, record["outputs"]["out"]) < 1e-5
+    maps = block.attention_map(streams, mixed=False)
+    assert relative_error(maps.reshape(record["outputs"]["out1"].shape), record["outputs"]["out1"]) < 1e-5
+    loss = (out * record["cotangents"]["out"]).sum()
+    if "out1" in record["cotangents"]:
+        loss = loss + (maps.reshape(record["outputs"]["out1"].shape) * record["cotangents"]["out1"]).sum()
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert relative_error(gradient, record["grads"]["input:x"]) < 1e-4
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_streams_talk_within_their_own_batch_row_alone(streams: int) -> None:
+    block = TalkingHeadsAttention(16, heads=2, dim_head=4, streams=streams).eval()
+    with torch.no_grad():
+        block.pre.weight.add_(torch.randn_like(block.pre.weight))
+    x = torch.randn(4, streams, 7, 16)
+    changed = x.clone()
+    changed[1] = torch.randn(streams, 7, 16)
+    before, after = block(x), block(changed)
+    assert torch.equal(before[[0, 2, 3]], after[[0, 2, 3]])
+    one = x.clone()
+    one[1, 0] = torch.randn(7, 16)
+    if streams > 1:
+        assert not torch.equal(block(one)[1, 1], before[1, 1])
+
+
+def test_without_mixes_it_is_plain_attention_gated_per_head_and_token() -> None:
+    block = TalkingHeadsAttention(16, heads=2, dim_head=4, pre=None, post=None).eval()
+    x, mask = torch.randn(3, 11, 16), torch.rand(3, 11) < 0.7
+
+    def heads(t: Tensor) -> Tensor:
+        return t.view(3, 11, 2, 4).transpose(1, 2)
+
+    out = softmax_attention(heads(block.to_q(x)), heads(block.to_k(x)), heads(block.to_v(x)), mask=mask, causal=True)
+    gated = out.transpose(1, 2) * block.to_gate(x).sigmoid()[..., None]
+    torch.testing.assert_close(block(x, mask=mask), block.to_out(gated.flatten(2)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_fresh_mixes_change_nothing(kind: str) -> None:
+    torch.manual_seed(1)
+    plain = TalkingHeadsAttention(16, heads=2, dim_head=4, pre=None, post=None)
+    mixed = TalkingHeadsAttention(16, heads=2, dim_head=4, pre=kind, post=kind)
+    mixed.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 9, 16)
+    torch.testing.assert_close(mixed(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_scale_leaves_attention_soft_at_the_start() -> None:
+    block = TalkingHeadsAttention(64, heads=4, dim_head=64, causal=False)
+    x = torch.randn(1, 64, 64)
+    weights = block.attention_map(x)
+    entropy = -(weights * weights.log()).sum(-1).mean()
+    assert entropy > 4.0  # uniform over 64 keys is 4.16 nats; a scale of sqrt(64) gives 0.2
+
+
+@pytest.mark.parametrize(
+    ("shape", "streams", "message"),
+    [
+        ((2, 3, 5, 16), 2, r"x must be \(b, streams, n, dim\) with streams=2, dim=16, got shape \(2, 3, 5, 16\)"),
+        ((2, 5, 16), 2, r"x must be \(b, streams, n, dim\).*got shape \(2, 5, 16\)"),
+        ((2, 2, 5, 16), 1, r"x must be \(b, streams, n, dim\) with streams=1.*got shape \(2, 2, 5, 16\)"),
+    ],
+)
+def test_a_stream_axis_that_does_not_match_is_refused(shape: tuple[int, ...], streams: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TalkingHeadsAttention(16, heads=2, dim_head=4, streams=streams)(torch.randn(shape))
+
+
+def test_a_mask_with_a_stream_axis_is_refused_with_the_shape_that_is_meant() -> None:
+    block = TalkingHeadsAttention(16, heads=2, dim_head=4, streams=2)
+    with pytest.raises(ValueError, match=r"mask must be \(b, n\) = \(3, 5\), got shape \(3, 2, 5\)"):
+        block(torch.randn(3, 2, 5, 16), mask=torch.ones(3, 2, 5, dtype=torch.bool))
+
+
+def test_an_unknown_mix_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"pre must be one of \['linear', 'mlp'\], got pre='linea'; did you mean"):
+        TalkingHeadsAttention(16, pre="linea")

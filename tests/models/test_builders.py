@@ -1,0 +1,155 @@
+"""The models of the papers, against records of the upstream package and the formula of the whole transformer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attention_zoo import LanguageModel, cosine_sim_lm
+from tests.slow import attend_one_by_one, relative_error, unit_slices, what_is_seen
+
+RECORDS = Path(__file__).parents[1] / "data" / "upstream"
+
+
+def ours(name: str, *, pre_norm: bool) -> str:
+    """Our name of one of upstream's weights."""
+    head, _, rest = name.partition(".")
+    if head in ("token_emb", "pos_emb"):
+        return {"token_emb": "token_embedding", "pos_emb": "positions"}[head] + ".weight"
+    if head == "to_logits":
+        return f"stack.norm.{rest[2:]}" if rest.startswith("0.") else "to_logits.weight"
+    layer, part, field = rest.split(".", 2)
+    sublayers = f"stack.layers.{layer}.sublayers"
+    if part == "0" and field.startswith("to_"):
+        return f"{sublayers}.0.block.{field}"
+    if part == "2" and field in ("1.weight", "3.weight"):
+        return f"{sublayers}.1.block." + {"1": "to_hidden", "3": "to_out"}[field[0]] + ".weight"
+    after_attention = ("0", "norm.") if pre_norm else ("1", "")
+    after_feedforward = ("2", "0.") if pre_norm else ("3", "")
+    for index, (number, prefix) in enumerate((after_attention, after_feedforward)):
+        if part == number and field.startswith(prefix):
+            return f"{sublayers}.{index}.residual.norm.{field.removeprefix(prefix)}"
+    raise AssertionError(f"no such weight in SPEC: {name}")
+
+
+@pytest.mark.parametrize("record", ["cosine_transformer_postnorm", "cosine_transformer_prenorm_loss"])
+def test_upstreams_weights_give_upstreams_numbers(record: str) -> None:
+    data = torch.load(RECORDS / f"{record}.pt", weights_only=True)
+    options = {"pre_norm": False, "attn_scale": 8, **data["meta"]["kwargs"]}
+    options.pop("attn_l2norm_groups", None)  # never reached the layer: those weights were trained without groups
+    model = cosine_sim_lm(scale=options.pop("attn_scale"), **options)
+    weights = {ours(name, pre_norm=options["pre_norm"]): value for name, value in data["state_dict"].items()}
+    for name in [name for name in weights if name.endswith(".to_q.weight")]:
+        block = name.removesuffix("to_q.weight")
+        weights[f"{block}to_qkv.weight"] = torch.cat([weights.pop(f"{block}to_{one}.weight") for one in "qkv"])
+    model.load_state_dict(weights)  # strict: none is left over on either side
+    out = model(data["inputs"]["x"])
+    assert relative_error(out, data["outputs"]["out"]) < 1e-5
+    out.backward(data["cotangents"]["out"])
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+    assert norm == pytest.approx(float(data["grads"]["param_grad_norm"]), rel=1e-5)
+
+
+def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    unit = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    return unit * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def transformer(
+    weights: dict[str, Tensor], tokens: Tensor, *, depth: int, heads: int, pre_norm: bool, cosine_sim: bool
+) -> Tensor:
+    """The whole model by its definition, scale 3 and groups 2."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].t()
+
+    def attention(x: Tensor, name: str) -> Tensor:
+        parts = linear(x, f"{name}.to_qkv").chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+        scale = q.shape[-1] ** -0.5
+        if cosine_sim:
+            q, k, scale = unit_slices(q, 2, 1e-12), unit_slices(k, 2, 1e-12), 3.0
+        seen = what_is_seen((*q.shape[:3], q.shape[2]), mask=None, causal=True)
+        return linear(attend_one_by_one(q, k, v, seen, None, scale).transpose(1, 2).flatten(2), f"{name}.to_out")
+
+    def feedforward(x: Tensor, name: str) -> Tensor:
+        hidden = linear(x, f"{name}.to_hidden")
+        return linear(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), f"{name}.to_out")
+
+    x = weights["token_embedding.weight"][tokens] + weights["positions.weight"][: tokens.shape[1]]
+    for layer in range(depth):
+        for index, branch in enumerate((attention, feedforward)):
+            name = f"stack.layers.{layer}.sublayers.{index}"
+            if pre_norm:
+                x = x + branch(layer_norm(x, weights, f"{name}.residual.norm"), f"{name}.block")
+            else:
+                x = layer_norm(branch(x, f"{name}.block") + (2 * depth) ** 0.25 * x, weights, f"{name}.residual.norm")
+    x = layer_norm(x, weights, "stack.norm") if pre_norm else x
+    return linear(x, "to_logits")
+
+
+def small(**options: object) -> LanguageModel:
+    return cosine_sim_lm(num_tokens=19, dim=12, depth=3, max_seq_len=17, heads=2, dim_head=6, **options)
+
+
+@pytest.mark.parametrize("cosine_sim", [True, False])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_logits_and_gradients_equal_the_definition(pre_norm: bool, cosine_sim: bool) -> None:
+    model = small(scale=3.0, groups=2, pre_norm=pre_norm, cosine_sim=cosine_sim).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(19, (2, 11))
+    weights = dict(model.named_parameters())
+    out = model(tokens)
+    want = transformer(weights, tokens, depth=3, heads=2, pre_norm=pre_norm, cosine_sim=cosine_sim)
+    assert relative_error(out, want) < 1e-12
+    cotangent = torch.randn_like(out)
+    used = [p for name, p in weights.items()]
+    grads = torch.autograd.grad(out, used, cotangent)
+    for grad, want_grad in zip(grads, torch.autograd.grad(want, used, cotangent), strict=True):
+        assert relative_error(grad, want_grad) < 1e-10
+
+
+def spread(weight: Tensor) -> float:
+    return weight.detach().std().item()
+
+
+def test_postnorm_weights_start_as_deepnet_and_upstream_have_them() -> None:
+    model = cosine_sim_lm(num_tokens=256, dim=128, depth=4, max_seq_len=128, dim_head=16)
+    near = {"rel": 0.03}  # a standard deviation estimated from 16384 numbers or more
+    assert spread(model.token_embedding.weight) == pytest.approx(1e-5, **near)
+    assert spread(model.positions.weight) == pytest.approx(1e-5, **near)
+    assert spread(model.to_logits.weight) == pytest.approx(math.sqrt(2 / (256 + 128)), **near)
+    attention, feedforward = (sub.block for sub in model.stack.layers[2].sublayers)
+    gain = (8 * 4) ** -0.25
+    for weight, factor in (
+        (attention.to_qkv.part("q"), 1),
+        (attention.to_qkv.part("k"), 1),
+        (attention.to_qkv.part("v"), gain),
+        (attention.to_out.weight, gain),
+        (feedforward.to_hidden.weight, gain),
+        (feedforward.to_out.weight, gain),
+    ):
+        assert spread(weight) == pytest.approx(factor * math.sqrt(2 / sum(weight.shape)), **near)
+
+
+def test_scale_and_groups_have_upstreams_defaults() -> None:
+    block = small().stack.layers[0].sublayers[0].block
+    assert (block.scale, block.groups) == (8.0, 1)
+
+
+def test_the_builder_gives_models_that_train() -> None:
+    model = small(groups=2)
+    tokens = torch.randint(19, (1, 17))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model.loss(tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5  # log 19 = 2.9 at the start

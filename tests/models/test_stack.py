@@ -1,0 +1,375 @@
+"""Stacks: which blocks stand where, what reaches them, and that decoding equals the full pass."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attention_zoo import (
+    GEGLU,
+    CosineSimAttention,
+    CrossAttention,
+    FeedForward,
+    FullAttention,
+    LayerNorm,
+    RelativeBias,
+    RMSNorm,
+    Rotary,
+    Stack,
+    SwiGLU,
+)
+from attention_zoo.layers import PreNorm, SandwichNorm
+from tests.slow import relative_error
+
+DIM = 12
+SMALL = {"heads": 2, "dim_head": 6}
+
+
+class Mean(nn.Module):
+    """A block of a user's own: the mean of all tokens so far."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        weight = torch.ones(x.shape[:2]) if mask is None else mask.float()
+        total = (x * weight[..., None]).cumsum(1)
+        return self.to_out(total / weight.cumsum(1).clamp(min=1)[..., None])
+
+
+def make_full(dim: int, rotary: Rotary | None = None) -> FullAttention:
+    return FullAttention(dim, rotary=rotary, **SMALL)
+
+
+def kinds(stack: Stack) -> list[list[str]]:
+    """The classes of the blocks of every layer, feedforwards left out."""
+    return [
+        [type(sub.block).__name__ for sub in layer.sublayers if not isinstance(sub.block, FeedForward)]
+        for layer in stack.layers
+    ]
+
+
+def blocks(stack: Stack) -> list[nn.Module]:
+    return [sub.block for layer in stack.layers for sub in layer.sublayers]
+
+
+FULL, COSINE, CROSS, MEAN = ["FullAttention"], ["CosineSimAttention"], ["CrossAttention"], ["Mean"]
+FORMS = {
+    "a name": ("cosine_sim", [COSINE] * 3),
+    "a name and options": (("full", {"kv_heads": 1}), [FULL] * 3),
+    "a name and options as JSON has them": (["full", {"kv_heads": 1}], [FULL] * 3),
+    "a class": (CosineSimAttention, [COSINE] * 3),
+    "a class of the user's own": (Mean, [MEAN] * 3),
+    "a function": (make_full, [FULL] * 3),
+    "a partial": (partial(FullAttention, kv_heads=1), [FULL] * 3),
+    "a list that is cycled": (["full", "cosine_sim"], [FULL, COSINE, FULL]),
+    "a list longer than the stack": (["full", "full", "cosine_sim", "cross"], [FULL, FULL, COSINE]),
+    "a tuple of names": (("full", "cosine_sim"), [FULL, COSINE, FULL]),
+    "a mixed list": (["full", ("cosine_sim", {"groups": 2}), Mean], [FULL, COSINE, MEAN]),
+    "a layer of several": ([["full", "cross"]], [FULL + CROSS] * 3),
+    "layers of different depths": (["full", ["cosine_sim", ("cross", {}), Mean]], [FULL, COSINE + CROSS + MEAN, FULL]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_naming_blocks_is_understood(form: str) -> None:
+    attention, want = FORMS[form]
+    assert kinds(Stack(DIM, 3, attention=attention)) == want
+
+
+def test_options_reach_their_block_alone() -> None:
+    stack = Stack(DIM, 2, attention=[("cosine_sim", {"groups": 3, "scale": 1.5}), "cosine_sim"], **SMALL)
+    first, _, second, _ = blocks(stack)
+    assert (first.groups, first.scale) == (3, 1.5)
+    assert (second.groups, second.scale) == (1, 8.0)
+
+
+def test_options_of_a_block_go_before_what_all_share() -> None:
+    stack = Stack(DIM, 2, attention=["full", ("full", {"heads": 3, "dropout": 0.5})], attn_dropout=0.1, **SMALL)
+    first, _, second, _ = blocks(stack)
+    assert (first.heads, first.dropout) == (2, 0.1)
+    assert (second.heads, second.dropout, second.dim_head) == (3, 0.5, 6)
+
+
+def test_what_a_partial_has_settled_is_not_overruled() -> None:
+    attention = [partial(FullAttention, causal=False, heads=3), "full"]
+    first, _, second, _ = blocks(Stack(DIM, 2, attention=attention, **SMALL))
+    assert (first.causal, first.heads) == (False, 3)
+    assert (second.causal, second.heads) == (True, 2)
+
+
+def test_sizes_not_given_are_each_blocks_own_defaults() -> None:
+    block = blocks(Stack(DIM, 1))[0]
+    assert (block.heads, block.dim_head, block.dropout) == (8, 64, 0.0)
+
+
+def test_a_shared_part_goes_to_every_block_that_has_a_name_for_it() -> None:
+    rotary = Rotary()
+    stack = Stack(DIM, 4, attention=["full", "cross", make_full, Mean], rotary=rotary, heads=2, dim_head=6)
+    full, _, cross, _, made, _, mean, _ = blocks(stack)
+    assert full.rotary is rotary
+    assert made.rotary is rotary
+    assert not hasattr(cross, "rotary")
+    assert not hasattr(mean, "rotary")
+
+
+def test_a_shared_bias_is_one_set_of_weights() -> None:
+    stack = Stack(DIM, 3, bias=RelativeBias(2), **SMALL)
+    assert sum(p.shape == (32, 2) for p in stack.parameters()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "cross", "rotary": Rotary()}, "rotary must be taken by at least one block, but none of 'cross'"),
+        ({"attention": Mean, "heads": 2}, "heads must be taken by at least one block"),
+        ({"attention": Mean, "attn_dropout": 0.1}, "attn_dropout must be taken by at least one block"),
+        ({"rotry": Rotary()}, "rotry must be taken by at least one block"),
+    ],
+)
+def test_a_part_that_no_block_takes_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Stack(DIM, 1, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("residual", ["pre", "post", "sandwich", "deepnorm"])
+@pytest.mark.parametrize("feedforward", ["gelu", None])
+def test_a_stack_is_its_sublayers_in_their_residuals(
+    residual: str, feedforward: str | None, dtype: torch.dtype
+) -> None:
+    stack = Stack(DIM, 2, attention=["full", ["cosine_sim", Mean]], residual=residual, feedforward=feedforward).to(
+        dtype
+    )
+    x, mask = torch.randn(2, 7, DIM, dtype=dtype), torch.rand(2, 7) < 0.7
+    want = x
+    for layer in stack.layers:
+        for sub in layer.sublayers:
+            inner = want if residual in ("post", "deepnorm") else sub.residual.norm(want)
+            is_feedforward = isinstance(sub.block, FeedForward)
+            y = sub.block(inner) if is_feedforward else sub.block(inner, mask=mask)
+            if residual == "sandwich":
+                y = sub.residual.norm_out(y)
+            scale = (2 * 2) ** 0.25 if residual == "deepnorm" else 1
+            want = scale * want + y
+            if residual in ("post", "deepnorm"):
+                want = sub.residual.norm(want)
+    if residual in ("pre", "sandwich"):
+        want = stack.norm(want)
+    assert relative_error(stack(x, mask=mask), want) < (1e-13 if dtype == torch.float64 else 1e-6)
+
+
+def test_norm_residual_and_feedforward_may_be_chosen() -> None:
+    stack = Stack(DIM, 1, norm="rms", residual="sandwich", feedforward=("swiglu", {"mult": 2, "bias": True}))
+    sub = stack.layers[0].sublayers[1]
+    assert isinstance(sub.residual, SandwichNorm)
+    assert isinstance(sub.residual.norm, RMSNorm)
+    assert isinstance(sub.block, SwiGLU)
+    assert sub.block.to_out.in_features == 2 * DIM
+    assert sub.block.to_out.bias is not None
+    assert isinstance(stack.norm, RMSNorm)
+
+
+def test_norms_and_feedforwards_may_be_the_users_own() -> None:
+    stack = Stack(DIM, 1, norm=lambda dim: LayerNorm(dim, eps=0.5), feedforward=lambda dim: GEGLU(dim, mult=3))
+    sub = stack.layers[0].sublayers[1]
+    assert isinstance(sub.residual, PreNorm)
+    assert sub.residual.norm.eps == stack.norm.eps == 0.5
+    assert sub.block.to_out.in_features == 3 * DIM
+
+
+def test_a_stack_that_is_bidirectional_makes_its_blocks_so() -> None:
+    stack = Stack(DIM, 2, attention=["full", "cosine_sim"], causal=False, **SMALL).eval()
+    x = torch.randn(1, 5, DIM)
+    changed = x.clone()
+    changed[:, -1] += torch.randn(DIM)
+    assert not torch.equal(stack(x)[:, 0], stack(changed)[:, 0])
+    with pytest.raises(ValueError, match="step needs a block built with causal=True, got causal=False"):
+        stack.step(x)
+
+
+def test_a_causal_block_of_the_users_own_is_refused_in_a_bidirectional_stack() -> None:
+    class Always(Mean):
+        causal = True
+
+    with pytest.raises(ValueError, match="causal=False must be possible for every block, but 'Always' is causal"):
+        Stack(DIM, 1, attention=Always, causal=False)
+
+
+@pytest.mark.parametrize("attention", ["cross", [["full", "cross"]], ["full", "cross"]])
+def test_a_context_and_its_mask_reach_the_blocks_that_read_one(attention) -> None:
+    stack = Stack(DIM, 2, attention=attention, **SMALL).eval()
+    x, context = torch.randn(2, 5, DIM), torch.randn(2, 7, DIM)
+    mask = torch.tensor([[True] * 4 + [False] * 3, [True] * 7])
+    want = stack(x, context=context, context_mask=mask)
+    spoiled = context.masked_fill(~mask[..., None], 1e4)
+    assert torch.equal(stack(x, context=spoiled, context_mask=mask), want)
+    changed = context.clone()
+    changed[:, 0] += 1
+    assert not torch.allclose(stack(x, context=changed, context_mask=mask), want)
+
+
+def test_a_context_of_other_features_goes_where_an_option_says_so() -> None:
+    stack = Stack(DIM, 2, attention=[["full", ("cross", {"context_dim": 5})]], **SMALL)
+    assert stack(torch.randn(1, 3, DIM), context=torch.randn(1, 4, 5)).shape == (1, 3, DIM)
+    assert isinstance(stack.layers[0].sublayers[1].block, CrossAttention)
+
+
+HYBRIDS = {
+    "full": "full",
+    "every block": ["full", ("cosine_sim", {"groups": 3, "kv_heads": 1}), ["full", "cross"]],
+    "with a pattern": [("full", {"pattern": torch.ones(64, 64).tril().bool()}), "cosine_sim"],
+}
+
+
+@pytest.mark.parametrize("splits", [[11], [1] * 11, [4, 1, 5, 1]])
+@pytest.mark.parametrize("hybrid", HYBRIDS)
+@pytest.mark.parametrize("residual", ["pre", "post", "sandwich", "deepnorm"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_steps_equal_the_full_pass(hybrid: str, splits: list[int], residual: str, grad: bool) -> None:
+    stack = Stack(DIM, 3, attention=HYBRIDS[hybrid], residual=residual, rotary=Rotary(), **SMALL).double().eval()
+    x = torch.randn(2, 11, DIM, dtype=torch.float64)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, :3] = False  # padded on the left
+    context = {"context": torch.randn(2, 7, DIM, dtype=torch.float64)} if stack.takes_context else {}
+    outs, state, start = [], None, 0
+    with torch.set_grad_enabled(grad):
+        want = stack(x, mask=mask, **context)
+        for count in splits:
+            part = slice(start, start + count)
+            out, state = stack.step(x[:, part], state, mask=mask[:, part], **context)
+            outs.append(out)
+            start, context = start + count, {}
+    assert state.length == 11
+    torch.testing.assert_close(torch.cat(outs, 1)[mask], want[mask], atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_beams_may_be_reordered_in_the_middle() -> None:
+    stack = Stack(DIM, 2, attention=["full", ["cosine_sim", "cross"]], rotary=Rotary(), **SMALL).eval()
+    x, context = torch.randn(3, 7, DIM), torch.randn(3, 4, DIM)
+    index = torch.tensor([2, 0, 0])
+    _, state = stack.step(x[:, :5], context=context)
+    got, _ = stack.step(x[index, 5:], state.reorder(index))
+    torch.testing.assert_close(got, stack(x[index], context=context[index])[:, 5:], atol=1e-5, rtol=0)
+
+
+BAD = {
+    "an unknown block": ({"attention": "fulll"}, ValueError, r"attention must be one of \['full'.*did you mean 'full'"),
+    "an unknown block in a layer": ({"attention": [["full", "cosine"]]}, ValueError, r"did you mean 'cosine_sim'"),
+    "an unknown option": ({"attention": ("full", {"head": 3})}, ValueError, r"option of 'full' must be.*mean 'heads'"),
+    "dim as an option": ({"attention": ("full", {"dim": 3})}, ValueError, r"option of 'full' must be one of"),
+    "no block": ({"attention": []}, ValueError, r"attention must name at least one block per layer, got \[\]"),
+    "a layer without blocks": ({"attention": [[]]}, ValueError, r"attention must name at least one block per layer"),
+    "a number": ({"attention": 3}, TypeError, r"attention must be a name, .* got 3"),
+    "a number in a list": ({"attention": ["full", 3]}, TypeError, r"attention must be made of .* got 3"),
+    "no dim": ({"dim": 0}, ValueError, r"dim must be at least 1, got dim=0"),
+    "a negative depth": ({"depth": -2}, ValueError, r"depth must be at least 1, got depth=-2"),
+    "a broken dim": ({"dim": 4.5}, TypeError, r"dim must be an int, got dim=4.5"),
+    "no heads": ({"heads": 0}, ValueError, r"heads must be at least 1, got heads=0"),
+    "no features": ({"dim_head": 0}, ValueError, r"dim_head must be at least 1, got dim_head=0"),
+    "kv_heads": (
+        {"attention": ("full", {"kv_heads": 3})},
+        ValueError,
+        r"kv_heads must divide heads, got kv_heads=3.*8",
+    ),
+    "groups": ({"attention": ("cosine_sim", {"groups": 5})}, ValueError, r"groups must divide dim_head, got groups=5"),
+    "half pairs": (
+        {"attention": ("cosine_sim", {"groups": 2, "dim_head": 6}), "rotary": Rotary()},
+        ValueError,
+        "groups must leave rotary whole pairs in a slice, got groups=2, dim_head=6",
+    ),
+    "scale": ({"attention": ("cosine_sim", {"scale": 0.0})}, ValueError, r"scale must be positive, got scale=0.0"),
+    "pattern": ({"attention": ("full", {"pattern": torch.ones(2, 3).bool()})}, ValueError, r"pattern must be square"),
+    "pattern dtype": ({"attention": ("full", {"pattern": torch.ones(3, 3)})}, TypeError, r"pattern must be a boolean"),
+    "attn_dropout": ({"attn_dropout": 1.0}, ValueError, r"attn_dropout must lie in \[0, 1\), got attn_dropout=1.0"),
+    "ff_dropout": ({"ff_dropout": -0.5}, ValueError, r"ff_dropout must lie in \[0, 1\), got ff_dropout=-0.5"),
+    "ff_dropout of nothing": ({"feedforward": None, "ff_dropout": 0.1}, ValueError, r"ff_dropout must be 0 beside"),
+    "ff_mult": ({"ff_mult": 0}, ValueError, r"mult must give at least one hidden feature"),
+    "norm": ({"norm": "batch"}, ValueError, r"norm must be one of \['rms', 'layer'\], got norm='batch'"),
+    "residual": ({"residual": "prenorm"}, ValueError, r"residual must be one of \['pre', .*got residual='prenorm'"),
+    "feedforward": ({"feedforward": "swigl"}, ValueError, r"feedforward must be one of .*did you mean 'swiglu'"),
+    "feedforward option": (
+        {"feedforward": ("gelu", {"mul": 2})},
+        ValueError,
+        r"option of 'gelu' .*did you mean 'mult'",
+    ),
+    "feedforward of a number": ({"feedforward": 3}, TypeError, r"feedforward must be a name, .* got 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_constructors_arguments_that_do_not_fit_are_named(case: str) -> None:
+    changes, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        Stack(**{"dim": DIM, "depth": 2, **changes})
+
+
+X = torch.zeros(2, 3, DIM)
+BAD_INPUTS = {
+    "features": (
+        {"x": torch.zeros(2, 3, 5)},
+        ValueError,
+        r"x must be \(b, n, dim\) with dim=12, got shape \(2, 3, 5\)",
+    ),
+    "axes": ({"x": torch.zeros(3, DIM)}, ValueError, r"x must be \(b, n, dim\)"),
+    "integers": ({"x": X.long()}, TypeError, r"x must be a floating point tensor, got dtype torch.int64"),
+    "no tokens": ({"x": X[:, :0]}, ValueError, r"x must hold at least one token, got shape \(2, 0, 12\)"),
+    "mask shape": (
+        {"mask": torch.ones(2, 4).bool()},
+        ValueError,
+        r"mask must be \(b, n\) = \(2, 3\), got shape \(2, 4\)",
+    ),
+    "mask dtype": ({"mask": torch.ones(2, 3)}, TypeError, r"mask must be a boolean tensor.*got dtype torch.float32"),
+    "a context nobody reads": ({"context": X}, ValueError, r"context must be read by a block of the stack"),
+    "a mask of no context": ({"context_mask": X.bool()[..., 0]}, ValueError, r"context_mask must come with a context"),
+}
+
+
+@pytest.mark.parametrize("how", ["forward", "step"])
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_inputs_that_do_not_fit_are_named(case: str, how: str) -> None:
+    changes, error, message = BAD_INPUTS[case]
+    stack = Stack(DIM, 1, **SMALL)
+    with pytest.raises(error, match=message):
+        getattr(stack, how)(**{"x": X, **changes})
+
+
+@pytest.mark.parametrize("how", ["forward", "step"])
+def test_a_context_that_is_missing_or_does_not_fit_is_named(how: str) -> None:
+    stack = Stack(DIM, 1, attention="cross", **SMALL)
+    run = getattr(stack, how)
+    with pytest.raises(ValueError, match="context must be given"):
+        run(X)
+    with pytest.raises(ValueError, match=r"context must be \(b, n, dim\) with dim=12, got shape \(2, 4, 5\)"):
+        run(X, context=torch.zeros(2, 4, 5))
+    with pytest.raises(ValueError, match="context must have the batch of x, got 3 and 2"):
+        run(X, context=torch.zeros(3, 4, DIM))
+    with pytest.raises(ValueError, match=r"context_mask must be \(b, n\) = \(2, 4\), got shape \(2, 5\)"):
+        run(X, context=torch.zeros(2, 4, DIM), context_mask=torch.ones(2, 5).bool())
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    stack, other, wide = (Stack(DIM, depth, **SMALL) for depth in (1, 2, 1))
+    _, state = stack.step(X)
+    with pytest.raises(TypeError, match="state must be a StackState of 2 blocks, got one of 1 blocks"):
+        other.step(X, state)
+    with pytest.raises(TypeError, match="state must be a StackState of 1 blocks, got str"):
+        stack.step(X, "state")
+    with pytest.raises(TypeError, match="state must be a KeyValueState of an earlier step, got CrossAttentionState"):
+        stack.step(X, Stack(DIM, 1, attention="cross", **SMALL).step(X, context=X)[1])
+    with pytest.raises(
+        ValueError, match=r"state must come from this block and batch: .*\(1, 2, 3, 6\), got .*\(2, 2, 3"
+    ):
+        wide.step(X[:1], state)
+
+
+def test_a_block_without_step_is_named_when_decoding() -> None:
+    stack = Stack(DIM, 2, attention=["full", Mean])
+    assert stack(X).shape == X.shape
+    with pytest.raises(TypeError, match="every block must have step to decode, but Mean has none"):
+        stack.step(X)

@@ -1,0 +1,51 @@
+"""Attention under relative gates against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attention_zoo.ops.gate_loop import unit_gate
+from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
+from tests.slow import relative_error
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (9, 9), (31, 40), (67, 67)])
+def test_blocks_equal_the_reference_in_outputs_and_gradients(queries: int, keys: int, softmax: bool) -> None:
+    q, k, v = (torch.randn(2, 2, n, 6, dtype=torch.float64) for n in (queries, keys, keys))
+    gate = unit_gate(torch.randn(2, 2, keys, 3, 2, dtype=torch.float64))
+    mask = torch.rand(2, keys) < 0.7
+    leaves, found = [t.requires_grad_() for t in (q, k, v, gate)], []
+    weight = torch.randn(2, 2, queries, 6, dtype=torch.float64)
+    for impl in ("reference", "blocks"):
+        out = relative_gate_attention(*leaves, mask=mask, softmax=softmax, impl=impl)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    for want, got in zip(*found, strict=True):
+        got, want = (torch.view_as_real(t) if t.is_complex() else t for t in (got, want))
+        assert relative_error(got, want) < 1e-10 or float(want.abs().max()) == 0
+    weights = relative_gate_weights(q, k, gate, mask=mask, softmax=softmax)
+    assert relative_error(weights @ v, found[0][0]) < 1e-10
+
+
+def test_scores_follow_the_definition() -> None:
+    q, k = torch.randn(1, 1, 5, 4, dtype=torch.float64), torch.randn(1, 1, 5, 4, dtype=torch.float64)
+    gate = unit_gate(torch.randn(1, 1, 5, 2, 2, dtype=torch.float64))
+    got = relative_gate_weights(q, k, gate, softmax=False)[0, 0]
+    for i in range(5):
+        for j in range(i + 1):
+            products = gate[0, 0, j + 1 : i + 1].prod(0).real
+            want = 0.5 * ((q[0, 0, i] * k[0, 0, j]).view(2, 2).sum(-1) * products).sum()
+            assert float(got[i, j]) == pytest.approx(float(want), abs=1e-12)
+
+
+def test_a_gate_of_zero_cuts_all_that_came_before_and_gives_no_nan() -> None:
+    q, k, v = (torch.randn(1, 1, 80, 4) for _ in range(3))
+    gate = unit_gate(torch.randn(1, 1, 80, 2, 2))
+    gate[:, :, [20, 70]] = 0
+    gate.requires_grad_()
+    out = relative_gate_attention(q, k, v, gate, softmax=False)
+    alone = relative_gate_attention(*(t[:, :, 70:] for t in (q, k, v, gate)), softmax=False)
+    assert relative_error(out[:, :, 70:], alone) < 1e-5
+    (gradient,) = torch.autograd.grad(out.sum(), gate)
+    assert bool(torch.view_as_real(gradient).isfinite().all())
