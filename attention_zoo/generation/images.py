@@ -11,23 +11,40 @@ import torch
 from torch import Tensor
 
 from attention_zoo.generation.sampling import Sampler, evaluating, progress_bar
-from attention_zoo.ops.image_layout import TextImageLayout
+
+
+class Layout(Protocol):
+    """How long the parts of a sequence are."""
+
+    @property
+    def text_len(self) -> int:
+        """Tokens before the image, the start token included."""
+
+    @property
+    def image_len(self) -> int:
+        """Tokens of the image."""
+
+    @property
+    def length(self) -> int:
+        """All of them."""
 
 
 class TextImageModel(Protocol):
     """What can write and draw.
 
     Attributes:
-        layout: text (a start token included) and image.
         num_text_tokens: text ids, without those of padding.
         num_text_ids: text ids and those of padding; image ids come after them.
         num_image_tokens: image ids.
     """
 
-    layout: TextImageLayout
     num_text_tokens: int
     num_text_ids: int
     num_image_tokens: int
+
+    @property
+    def layout(self) -> Layout:
+        """Lengths of text and image."""
 
     def tokens(self, text: Tensor, image: Tensor | None = None) -> Tensor:
         """Text and the beginning of an image as the one sequence that `step` takes."""
