@@ -3,6 +3,9 @@
 from attention_zoo.attention import (
     BLOCKS,
     AttentionBlock,
+    AxialAttention,
+    BlockSparseAttention,
+    ConvAttention,
     CosineSimAttention,
     CrossAttention,
     FullAttention,
@@ -12,7 +15,7 @@ from attention_zoo.attention import (
     SimpleGateLoop,
     TalkingHeadsAttention,
 )
-from attention_zoo.generation import generate, stream
+from attention_zoo.generation import draw_image_tokens, draw_images, generate, stream, write_and_draw, write_text
 from attention_zoo.layers import (
     GEGLU,
     FeedForward,
@@ -25,17 +28,31 @@ from attention_zoo.layers import (
     Rotary,
     State,
     SwiGLU,
+    TextImageRotary,
 )
 from attention_zoo.models import (
+    GreyTokenizer,
     LanguageModel,
     Memformer,
     MemoryLanguageModel,
     MultiStreamTransformer,
     Stack,
+    TextToImageTransformer,
     cosine_sim_lm,
     gate_loop_lm,
 )
-from attention_zoo.ops import cosine_sim_attention, reference, softmax_attention
+from attention_zoo.ops import (
+    TextImageLayout,
+    axial_attention,
+    axial_mask,
+    block_sparse_attention,
+    block_sparse_mask,
+    conv_attention,
+    conv_mask,
+    cosine_sim_attention,
+    reference,
+    softmax_attention,
+)
 
 __version__ = "0.1.0"
 
@@ -43,11 +60,15 @@ __all__ = [
     "BLOCKS",
     "GEGLU",
     "AttentionBlock",
+    "AxialAttention",
+    "BlockSparseAttention",
+    "ConvAttention",
     "CosineSimAttention",
     "CrossAttention",
     "FeedForward",
     "FullAttention",
     "GateLoopAttention",
+    "GreyTokenizer",
     "KeyValueState",
     "LanguageModel",
     "LayerNorm",
@@ -66,12 +87,25 @@ __all__ = [
     "State",
     "SwiGLU",
     "TalkingHeadsAttention",
+    "TextImageLayout",
+    "TextImageRotary",
+    "TextToImageTransformer",
     "__version__",
+    "axial_attention",
+    "axial_mask",
+    "block_sparse_attention",
+    "block_sparse_mask",
+    "conv_attention",
+    "conv_mask",
     "cosine_sim_attention",
     "cosine_sim_lm",
+    "draw_image_tokens",
+    "draw_images",
     "gate_loop_lm",
     "generate",
     "reference",
     "softmax_attention",
     "stream",
+    "write_and_draw",
+    "write_text",
 ]

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import (
+    AxialAttention,
+    BlockSparseAttention,
+    ConvAttention,
     CosineSimAttention,
     CrossAttention,
     FullAttention,
@@ -19,6 +22,8 @@ from attention_zoo import (
     Rotary,
     SimpleGateLoop,
     TalkingHeadsAttention,
+    TextImageLayout,
+    TextImageRotary,
 )
 from attention_zoo.testing import Subject
 
@@ -26,6 +31,11 @@ DIM = 32
 SMALL: dict[str, Any] = {"heads": 4, "dim_head": 8}
 LENGTHS = (1, 2, 7, 64, 65, 131)
 FEWER = (1, 7, 67)  # for variants that share their loops with a case that runs all lengths
+LAYOUT = TextImageLayout(text_len=6, height=7, width=5)
+# a prefix inside the text, one that ends at the border, one inside a row, one at its end, and all
+PREFIXES = (4, 6, 19, 21, 41)
+TALL = TextImageLayout(text_len=67, height=25, width=9)  # long enough for tiles, several of text and of narrow rows
+BY_INDEX: dict[str, Any] = {"shift_invariant": False}  # where a token stands in the image is its index
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,65 @@ CASES = [
         "cosine_sim: bidirectional, bias",
         lambda: CosineSimAttention(DIM, causal=False, bias=RelativeBias(4, causal=False), **SMALL),
         causal=False,
+    ),
+    Case(
+        "conv",
+        lambda: ConvAttention(DIM, layout=LAYOUT, rotary=TextImageRotary(LAYOUT), **SMALL),
+        lengths=PREFIXES,
+        options=BY_INDEX,
+    ),
+    Case(
+        "conv: causal window, dilation, tiles",
+        lambda: ConvAttention(DIM, layout=TALL, window="causal", kernel_size=3, dilation=2, **SMALL),
+        lengths=(273, 292),
+        options=BY_INDEX,
+    ),
+    Case(
+        "axial_row",
+        lambda: AxialAttention(
+            DIM, layout=LAYOUT, rotary=TextImageRotary(LAYOUT), rotate_values=True, out_bias=True, **SMALL
+        ),
+        lengths=PREFIXES,
+        options=BY_INDEX,
+    ),
+    Case(
+        "axial_row: tiles",
+        lambda: AxialAttention(DIM, layout=TALL, **SMALL),
+        lengths=(273, 292),
+        options=BY_INDEX,
+    ),
+    Case(
+        "axial_col",
+        lambda: AxialAttention(DIM, layout=LAYOUT, axis="column", rotary=TextImageRotary(LAYOUT), **SMALL),
+        lengths=PREFIXES,
+        options=BY_INDEX,
+    ),
+    Case(
+        "axial_col: tiles",
+        lambda: AxialAttention(DIM, layout=TALL, axis="column", **SMALL),
+        lengths=(273, 292),
+        options=BY_INDEX,
+    ),
+    Case(
+        "block_sparse",
+        lambda: BlockSparseAttention(DIM, layout=LAYOUT, block_size=4, local_blocks=2, random_blocks=1, **SMALL),
+        lengths=PREFIXES,
+        options=BY_INDEX,
+    ),
+    Case(
+        "block_sparse: tiles",
+        lambda: BlockSparseAttention(DIM, layout=TALL, block_size=32, local_blocks=2, random_blocks=1, **SMALL),
+        lengths=(273, 292),
+        options=BY_INDEX,
+    ),
+    Case(
+        "block_sparse: bidirectional, tiles",
+        lambda: BlockSparseAttention(
+            DIM, layout=TALL, block_size=32, local_blocks=2, random_blocks=1, causal=False, **SMALL
+        ),
+        causal=False,
+        lengths=(273, 292, 7),
+        options=BY_INDEX,
     ),
     Case("talking_heads", lambda: TalkingHeadsAttention(DIM, **SMALL), lengths=LENGTHS),
     Case("talking_heads: mlp", lambda: TalkingHeadsAttention(DIM, pre="mlp", post="mlp", **SMALL)),

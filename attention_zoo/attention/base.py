@@ -7,9 +7,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from attention_zoo.layers.checks import check_features, check_fraction, check_padding, check_positive
-from attention_zoo.layers.positions import RelativeBias, Rotary
+from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
 from attention_zoo.layers.projections import Projections
 from attention_zoo.layers.state import KeyValueState, State
+from attention_zoo.ops.pattern import Pattern, pattern_attention, pattern_weights
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads
 
 
@@ -119,10 +120,11 @@ class SelfAttention(AttentionBlock):
         kv_heads: heads of keys and values, each shared by heads / kv_heads query heads. None: as many as heads.
         rotary: turns queries and keys by their position.
         bias: adds to the scores by the distance of key and query.
+        rotate_values: `rotary` turns the values too.
         qkv_bias, out_bias: give the projections to queries, keys and values, and the one to the output, biases.
 
     Raises:
-        ValueError: kv_heads does not divide heads, or the bias has another number of heads.
+        ValueError: kv_heads does not divide heads, the bias has another number of heads, rotate_values without rotary.
     """
 
     def __init__(
@@ -134,8 +136,9 @@ class SelfAttention(AttentionBlock):
         dim_head: int = 64,
         causal: bool = True,
         dropout: float = 0.0,
-        rotary: Rotary | None = None,
+        rotary: RotaryEmbedding | None = None,
         bias: RelativeBias | None = None,
+        rotate_values: bool = False,
         qkv_bias: bool = False,
         out_bias: bool = False,
     ) -> None:
@@ -148,7 +151,10 @@ class SelfAttention(AttentionBlock):
             rotary.prepare(dim_head)
         if bias is not None:
             bias.check_heads(heads)
+        if rotate_values and rotary is None:
+            raise ValueError(f"rotary must be given with {rotate_values=}, got rotary=None")
         self.rotary = rotary
+        self.rotate_values = rotate_values
         self.bias = bias
         inner, kv_inner = heads * dim_head, self.kv_heads * dim_head
         self.to_qkv = Projections(dim, q=inner, k=kv_inner, v=kv_inner, bias=qkv_bias)
@@ -199,8 +205,10 @@ class SelfAttention(AttentionBlock):
 
     def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.to_qkv(x).view(*x.shape[:2], -1, self.dim_head).transpose(1, 2)  # (b, h + 2 kv_h, n, e)
-        qk = self.prepare(heads[:, : -self.kv_heads], start)
-        return qk[:, : self.heads], qk[:, self.heads :], heads[:, -self.kv_heads :]
+        qk, v = self.prepare(heads[:, : -self.kv_heads], start), heads[:, -self.kv_heads :]
+        if self.rotate_values and self.rotary is not None:
+            v = self.rotary(v, start)
+        return qk[:, : self.heads], qk[:, self.heads :], v
 
     def _merge(self, out: Tensor) -> Tensor:
         projected: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
@@ -213,3 +221,26 @@ class SelfAttention(AttentionBlock):
                 f"state must come from this block and batch: (b, kv_heads, n, dim_head) = {want}, "
                 f"got keys of shape {tuple(state.keys.shape)}"
             )
+
+
+class PatternAttention(SelfAttention):
+    """Self-attention under a fixed pattern of what sees what; a subclass says under which.
+
+    Args:
+        dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
+        rotary, rotate_values, out_bias: see `SelfAttention`.
+    """
+
+    def pattern(self) -> Pattern:
+        """What sees what."""
+        raise TypeError(f"{type(self).__name__} must define pattern")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        pattern = self.pattern()
+        pattern.check(k.shape[2], name="x")
+        return pattern_attention(pattern, q, k, v, mask=mask, dropout=self._drop)
+
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        pattern = self.pattern()
+        pattern.check(k.shape[2], name="x")
+        return pattern_weights(pattern, q, k, mask=mask)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from attention_zoo.attention.base import SelfAttention
-from attention_zoo.layers.positions import RelativeBias, Rotary
+from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
 from attention_zoo.ops.cosine_sim import l2_normalize
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
@@ -48,7 +48,7 @@ class CosineSimAttention(SelfAttention):
         groups: int = 1,
         causal: bool = True,
         dropout: float = 0.0,
-        rotary: Rotary | None = None,
+        rotary: RotaryEmbedding | None = None,
         bias: RelativeBias | None = None,
     ) -> None:
         super().__init__(

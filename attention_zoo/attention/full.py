@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.attention.base import SelfAttention
-from attention_zoo.layers.positions import RelativeBias, Rotary
+from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
 from attention_zoo.ops.masks import key_mask
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
@@ -29,6 +29,7 @@ class FullAttention(SelfAttention):
         dropout: probability with which an attention weight is dropped in training.
         rotary: turns queries and keys by their position.
         bias: adds to the scores by the distance of key and query.
+        rotate_values: `rotary` turns the values too.
         qkv_bias, out_bias: give the projections to queries, keys and values, and the one to the output, biases.
         pattern: (N, N) bool, True where query i (row) may see key j (column), for sequences of up to N tokens; it
             combines with `causal` and with masks, and is saved with the weights.
@@ -49,8 +50,9 @@ class FullAttention(SelfAttention):
         dim_head: int = 64,
         causal: bool = True,
         dropout: float = 0.0,
-        rotary: Rotary | None = None,
+        rotary: RotaryEmbedding | None = None,
         bias: RelativeBias | None = None,
+        rotate_values: bool = False,
         qkv_bias: bool = False,
         out_bias: bool = False,
         pattern: Tensor | None = None,
@@ -64,6 +66,7 @@ class FullAttention(SelfAttention):
             dropout=dropout,
             rotary=rotary,
             bias=bias,
+            rotate_values=rotate_values,
             qkv_bias=qkv_bias,
             out_bias=out_bias,
         )

@@ -2,8 +2,8 @@
 
 A block is measured whole, and its mixing apart: what it does to queries, keys and values that are already projected.
 The ratio is mixing over torch's scaled_dot_product_attention (SDPA) of the same shape, timed in turn; SDPA is causal
-where the block is. Training is a forward and a backward pass, to inputs and weights. Peaks are beyond inputs and
-weights. All times are medians, batch 1.
+where the block is, and has the same mask where the block sees a window or an axis of an image. Training is a forward
+and a backward pass, to inputs and weights. Peaks are beyond inputs and weights. All times are medians, batch 1.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,13 +15,16 @@ from torch.nn import functional as F
 from attention_zoo.attention import (
     BLOCKS,
     AttentionBlock,
+    BlockSparseAttention,
     CrossAttention,
     GateLoopAttention,
+    PatternAttention,
     SelfAttention,
     TalkingHeadsAttention,
 )
 from attention_zoo.cli.measure import Call, Setup, compare, median_seconds, peak_bytes
 from attention_zoo.ops.gate_loop import gate_loop, unit_gate
+from attention_zoo.ops.image_layout import TextImageLayout
 from attention_zoo.ops.softmax import softmax_attention
 
 PHASES = ("forward", "training")
@@ -34,12 +38,14 @@ class Mixing(NamedTuple):
         inputs: what it is given.
         causal: whether SDPA beside it is causal.
         whole: it is the whole block, for want of a narrower part.
+        seen: the mask that SDPA beside it gets, (n, n) bool, where it computes the same under one.
     """
 
     run: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
     causal: bool
     whole: bool = False
+    seen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class BlockCost:
         phase: "forward", without gradients; or "training", forward and backward to inputs and weights.
         block_ms, block_bytes: the whole block, projections included.
         mixing_ms, mixing_bytes: what it does to queries, keys and values that are already projected.
-        sdpa_ms, sdpa_bytes: SDPA with as many heads of the same size, causal where the block is.
+        sdpa_ms, sdpa_bytes: SDPA with as many heads of the same size, causal where the block is; under the block's own
+            mask where it sees a window or an axis of an image.
         ratio: mixing over SDPA, the median over pairs timed in turn.
         whole: the mixing is the whole block, because this block offers nothing narrower.
     """
@@ -70,10 +77,16 @@ class BlockCost:
     whole: bool
 
 
-def build_block(name: str, setup: Setup) -> AttentionBlock:
-    """A block with its own defaults but for the sizes, of which it gets those that it has an argument for."""
+def layout_for(length: int) -> TextImageLayout:
+    """Text and a square image of together `length` tokens: about 256 of text, or a fifth where that is less."""
+    side = max(1, math.isqrt(length - min(256, length // 5)))
+    return TextImageLayout(length - side * side, side, side)
+
+
+def build_block(name: str, length: int, setup: Setup) -> AttentionBlock:
+    """A block with its own defaults but for sizes and layout, of which it gets those that it has an argument for."""
     known = inspect.signature(BLOCKS[name]).parameters
-    sizes: dict[str, Any] = {"heads": setup.heads, "dim_head": setup.dim_head}
+    sizes: dict[str, Any] = {"heads": setup.heads, "dim_head": setup.dim_head, "layout": layout_for(length)}
     block = BLOCKS[name](setup.dim, **{key: size for key, size in sizes.items() if key in known})
     return block.to(setup.device, setup.dtype)
 
@@ -98,7 +111,10 @@ def mixing(block: AttentionBlock, length: int, setup: Setup) -> Mixing:
             q, k = block.prepare(q, 0), block.prepare(k, 0)  # a norm of queries and keys is part of how a block mixes
             return block.attend(q, k, v, None)
 
-        return Mixing(mix, head_inputs(length, setup), block.causal)
+        seen = None
+        if isinstance(block, PatternAttention) and not isinstance(block, BlockSparseAttention):
+            seen = block.pattern().mask(0, length, setup.device)
+        return Mixing(mix, head_inputs(length, setup), block.causal, seen=seen)
     if isinstance(block, TalkingHeadsAttention):
         return Mixing(lambda q, k, v: block.talk(q, k, v, None), head_inputs(length, setup), block.causal)
     if isinstance(block, CrossAttention):
@@ -130,7 +146,8 @@ def measure_block(name: str, block: AttentionBlock, length: int, phase: str, set
     heads = head_inputs(length, setup) if part.whole else part.inputs
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=part.causal)
+        causal = part.causal and part.seen is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=part.seen, is_causal=causal)
 
     mix_call = _call(phase, part.run, part.inputs, block)
     sdpa_call = _call(phase, sdpa, heads)
@@ -147,8 +164,8 @@ def measure_block(name: str, block: AttentionBlock, length: int, phase: str, set
 def measure_blocks(names: Sequence[str], lengths: Sequence[int], setup: Setup) -> Iterator[BlockCost]:
     """Measure each block at each length in both phases, one after the other."""
     for name in names:
-        block = build_block(name, setup)
         for length in lengths:
+            block = build_block(name, length, setup)
             for phase in PHASES:
                 yield measure_block(name, block, length, phase, setup)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from attention_zoo.attention import BLOCKS
+from attention_zoo.cli.blocks import layout_for
 from attention_zoo.cli.measure import Setup, compare, median_seconds
 from attention_zoo.generation import generate
 from attention_zoo.models import LanguageModel
@@ -20,6 +21,7 @@ NEW = 256
 EARLY = 100
 LATE = 1000
 WINDOW = 32  # tokens timed around EARLY and around LATE
+LONGEST = 1280  # tokens of text and image, beyond all of these
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def measure_decoding(block: str, setup: Setup) -> Decoding:
     known = inspect.signature(BLOCKS[block]).parameters
     # a block whose heads have no size of their own decodes with its own number of them
     heads: dict[str, Any] = {"heads": setup.heads, "dim_head": setup.dim_head} if "dim_head" in known else {}
-    model = LanguageModel(num_tokens=NUM_TOKENS, dim=setup.dim, depth=setup.depth, attention=block, **heads)
+    # a block that knows images decodes text and then an image
+    attention: Any = (block, {"layout": layout_for(LONGEST)}) if "layout" in known else block
+    model = LanguageModel(num_tokens=NUM_TOKENS, dim=setup.dim, depth=setup.depth, attention=attention, **heads)
     model = model.to(setup.device, setup.dtype).eval()
     prompt = torch.randint(NUM_TOKENS, (1, PROMPT), device=setup.device)
     taken = median_seconds(lambda: generate(model, prompt, NEW), setup.device, setup.runs)

@@ -187,7 +187,7 @@ def _stream(
 ) -> Iterator[Tensor]:
     tokens, state = prompt, None
     done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    with _bar(length, progress) as bar:
+    with progress_bar(length, progress) as bar:
         for _ in range(length):
             # both modes close before each yield: the caller's own code must not run inside them
             with evaluating(model), torch.inference_mode():
@@ -223,7 +223,8 @@ class _NoBar:
 
 
 @contextmanager
-def _bar(length: int, show: bool) -> Iterator[Any]:
+def progress_bar(length: int, show: bool) -> Iterator[Any]:
+    """A bar of `length` tokens with `update(count)`, or something silent in its place."""
     if not show:
         yield _NoBar()
         return

@@ -1,12 +1,15 @@
 """Small parts that several blocks and models share."""
 
 from attention_zoo.layers.feedforward import FEEDFORWARDS, GEGLU, FeedForward, SwiGLU
+from attention_zoo.layers.layer_scale import LayerScale
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.norms import NORMS, LayerNorm, RMSNorm
-from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary
+from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary, RotaryEmbedding, TextImageRotary
 from attention_zoo.layers.projections import Projections
 from attention_zoo.layers.residual import RESIDUALS, DeepNorm, PostNorm, PreNorm, Residual, SandwichNorm
+from attention_zoo.layers.reversible import reversible
 from attention_zoo.layers.state import KeyValueState, State, count_tokens, register_state
+from attention_zoo.layers.token_shift import TokenShift, TokenShiftState
 
 __all__ = [
     "FEEDFORWARDS",
@@ -18,6 +21,7 @@ __all__ = [
     "InitialMemory",
     "KeyValueState",
     "LayerNorm",
+    "LayerScale",
     "LearnedPositions",
     "MemoryUpdate",
     "PostNorm",
@@ -27,9 +31,14 @@ __all__ = [
     "RelativeBias",
     "Residual",
     "Rotary",
+    "RotaryEmbedding",
     "SandwichNorm",
     "State",
     "SwiGLU",
+    "TextImageRotary",
+    "TokenShift",
+    "TokenShiftState",
     "count_tokens",
     "register_state",
+    "reversible",
 ]

@@ -1,4 +1,4 @@
-"""Where a token stands: learned positions, rotary embedding, T5's relative bias.
+"""Where a token stands: learned positions, rotary embedding (of images behind text too), T5's relative bias.
 
 Papers: RoFormer, https://arxiv.org/abs/2104.09864; T5, https://arxiv.org/abs/1910.10683
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo.layers.checks import check_positive
+from attention_zoo.ops.image_layout import TextImageLayout
 from attention_zoo.ops.precision import at_least_float32
 from attention_zoo.ops.rotary import rotate
 from attention_zoo.ops.softmax import DistanceBias
@@ -42,11 +43,59 @@ class LearnedPositions(nn.Module):
         return nn.functional.embedding((count - 1).clamp(min=0), self.weight)
 
 
-class Rotary(nn.Module):
-    """Rotary position embedding, interleaved pairs, frequencies theta^(-2p/r) as rotary-embedding-torch has them.
+class RotaryEmbedding(nn.Module):
+    """Features turned in pairs by an angle per position; a subclass says by which.
 
     The table is neither parameter nor buffer: casting a model must not cast it, and meta construction must not empty
     it. It is float32, built from integer positions, kept per device, and grows by doubling.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def prepare(self, dim_head: int) -> None:
+        """Get ready for heads of `dim_head` features; a block that is given this part calls it when it is built.
+
+        Raises:
+            ValueError: such heads cannot be rotated.
+        """
+        raise TypeError(f"{type(self).__name__} must define prepare")
+
+    def angles(self, start: int, stop: int, dim_head: int, device: torch.device) -> Tensor:
+        """By how much each pair of features of the tokens start ... stop - 1 turns: (stop - start, pairs)."""
+        raise TypeError(f"{type(self).__name__} must define angles")
+
+    def table(self, start: int, stop: int, dim_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions start ... stop - 1 as `ops.rotate` wants them, (stop - start, r) each."""
+        if torch.compiler.is_compiling() or device.type == "meta":
+            return self._build(start, stop, dim_head, device)
+        cos, sin = self._tables.get((dim_head, device), (None, None))
+        if cos is None or sin is None or cos.shape[0] < stop:
+            with torch.inference_mode(False):  # the table outlives the mode it was first asked for in
+                cos, sin = self._build(0, max(64, 2 * stop), dim_head, device)
+            self._tables[dim_head, device] = cos, sin
+        return cos[start:stop], sin[start:stop]
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """Rotate the heads' features of tokens that stand at start, start + 1, ...
+
+        Args:
+            x: (b, h, n, e).
+
+        Returns:
+            (b, h, n, e).
+        """
+        return rotate(x, *self.table(start, start + x.shape[-2], x.shape[-1], x.device))
+
+    def _build(self, start: int, stop: int, dim_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        angle = self.angles(start, stop, dim_head, device)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
+
+
+class Rotary(RotaryEmbedding):
+    """Rotary position embedding, interleaved pairs, frequencies theta^(-2p/r) as rotary-embedding-torch has them.
 
     Args:
         dim: features r of each head that are rotated, even. None: all of them, whatever the head's size.
@@ -67,44 +116,19 @@ class Rotary(nn.Module):
         self.dim = dim
         self.theta = theta
         self._freqs = {} if dim is None or freqs is None else {dim: freqs}
-        self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def prepare(self, dim_head: int) -> None:
-        """Get ready for heads of `dim_head` features; a block that is given this part calls it when it is built.
-
-        Raises:
-            ValueError: such heads cannot be rotated.
-        """
         dim = self._rotated(dim_head)
         if dim not in self._freqs:
-            from rotary_embedding_torch import RotaryEmbedding  # imports einx, which takes a second
+            import rotary_embedding_torch as upstream  # imports einx, which takes a second
 
             with torch.device("cpu"):  # also where the model is being built on the meta device
                 # of a single pair the package knows no frequency: it is theta^0
-                self._freqs[dim] = [1.0] if dim == 2 else RotaryEmbedding(dim, theta=self.theta).freqs.tolist()
+                self._freqs[dim] = [1.0] if dim == 2 else upstream.RotaryEmbedding(dim, theta=self.theta).freqs.tolist()
 
-    def table(self, start: int, stop: int, dim_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of the positions start ... stop - 1 as `ops.rotate` wants them, (stop - start, r) each."""
-        dim = self._rotated(dim_head)
-        if torch.compiler.is_compiling() or device.type == "meta":
-            return self._build(start, stop, dim, device)
-        cos, sin = self._tables.get((dim, device), (None, None))
-        if cos is None or sin is None or cos.shape[0] < stop:
-            with torch.inference_mode(False):  # the table outlives the mode it was first asked for in
-                cos, sin = self._build(0, max(64, 2 * stop), dim, device)
-            self._tables[dim, device] = cos, sin
-        return cos[start:stop], sin[start:stop]
-
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotate the heads' features of tokens that stand at start, start + 1, ...
-
-        Args:
-            x: (b, h, n, e).
-
-        Returns:
-            (b, h, n, e).
-        """
-        return rotate(x, *self.table(start, start + x.shape[-2], x.shape[-1], x.device))
+    def angles(self, start: int, stop: int, dim_head: int, device: torch.device) -> Tensor:
+        freqs = torch.tensor(self._freqs[self._rotated(dim_head)], dtype=torch.float32, device=device)
+        return torch.arange(start, stop, dtype=torch.float32, device=device)[:, None] * freqs
 
     def _rotated(self, dim_head: int) -> int:
         dim = dim_head // 2 * 2 if self.dim is None else self.dim
@@ -112,15 +136,54 @@ class Rotary(nn.Module):
             raise ValueError(f"rotary must rotate 2 ... dim_head features, got rotary.dim={self.dim}, {dim_head=}")
         return dim
 
-    def _build(self, start: int, stop: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        freqs = torch.tensor(self._freqs[dim], dtype=torch.float32, device=device)
-        position = torch.arange(start, stop, dtype=torch.float32, device=device)
-        angle = position[:, None] * freqs
-        cos, sin = angle.cos(), angle.sin()
-        return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
-
     def extra_repr(self) -> str:
         return f"dim={self.dim}, theta={self.theta}"
+
+
+class TextImageRotary(RotaryEmbedding):
+    """Rotary position embedding for text and an image: a third of a head's features each for position, row, column.
+
+    With r = floor(dim_head / 3), each part turns floor(r / 2) pairs, and what is left over stays. Text turns by
+    p * theta^(-2k/r), image tokens all standing at p = 8192; rows and columns stand evenly on -1 ... 1 and turn by
+    pi * pos * linspace(1, 5), text tokens standing at -10.
+
+    Args:
+        layout: the sequence.
+        theta: the base of the frequencies of text.
+    """
+
+    FAR = 8192  # where the image stands among text positions
+    OUTSIDE = -10.0  # where text stands among rows and columns
+
+    def __init__(self, layout: TextImageLayout, *, theta: float = 10000.0) -> None:
+        super().__init__()
+        self.layout = layout
+        self.theta = theta
+
+    def prepare(self, dim_head: int) -> None:
+        if dim_head < 6:
+            raise ValueError(f"dim_head must be at least 6, a pair each for text, rows and columns, got {dim_head=}")
+
+    def angles(self, start: int, stop: int, dim_head: int, device: torch.device) -> Tensor:
+        r = dim_head // 3
+        pairs = r // 2
+        exponent = 2 * torch.arange(pairs, dtype=torch.float32, device=device) / r
+        turns = torch.linspace(1, 5, pairs, device=device) * torch.pi
+        index = torch.arange(start, stop, device=device)
+        is_text = index < self.layout.text_len
+        row, column = self.layout.rows_and_columns(start, stop, device=device)
+        text = torch.where(is_text, index, self.FAR).float()
+        y = torch.where(is_text, self.OUTSIDE, _evenly(row, self.layout.height))
+        x = torch.where(is_text, self.OUTSIDE, _evenly(column, self.layout.width))
+        return torch.cat((text[:, None] / self.theta**exponent, y[:, None] * turns, x[:, None] * turns), dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.layout}, theta={self.theta}"
+
+
+def _evenly(index: Tensor, count: int) -> Tensor:
+    """0 ... count - 1 spread evenly over -1 ... 1."""
+    return 2 * index.float() / max(count - 1, 1) - 1
 
 
 class RelativeBias(nn.Module):

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from attention_zoo.layers.layer_scale import LayerScale
 from attention_zoo.layers.norms import make_norm
 from attention_zoo.layers.projections import Projections
 
@@ -25,21 +26,28 @@ class Residual(nn.Module):
         dim: features d.
         norm: a name in NORMS or a function of dim.
         depth: layers of the whole stack, for rules that scale by it.
+        scale: where the learned factors of `LayerScale` on the branch start; None for no such factors.
     """
 
     final_norm = False  # whether the stream needs a norm after the last layer
+    additive = False  # whether merge(x, y) is x + delta(y), which reversible streams need
 
-    def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1) -> None:
+    def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1, scale: float | None = None) -> None:
         super().__init__()
         self.norm = make_norm(norm, dim)
+        self.scale = None if scale is None else LayerScale(dim, start=scale)
 
     def branch(self, x: Tensor) -> Tensor:
         """What the sub-layer sees of the stream x."""
         raise TypeError(f"{type(self).__name__} must define branch")
 
+    def delta(self, y: Tensor) -> Tensor:
+        """What of a sub-layer's output y joins the stream."""
+        return y if self.scale is None else cast(Tensor, self.scale(y))
+
     def merge(self, x: Tensor, y: Tensor) -> Tensor:
         """The stream after the sub-layer that turned branch(x) into y."""
-        raise TypeError(f"{type(self).__name__} must define merge")
+        return x + self.delta(y)
 
     def initialize(self, block: nn.Module) -> None:
         """Adapt the fresh weights of the sub-layer to this rule."""
@@ -49,28 +57,27 @@ class PreNorm(Residual):
     """x + f(norm(x))."""
 
     final_norm = True
+    additive = True
 
     def branch(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.norm(x))
-
-    def merge(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
 
 
 class SandwichNorm(Residual):
     """x + norm_out(f(norm(x)))."""
 
     final_norm = True
+    additive = True
 
-    def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1) -> None:
-        super().__init__(dim, norm=norm, depth=depth)
+    def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1, scale: float | None = None) -> None:
+        super().__init__(dim, norm=norm, depth=depth, scale=scale)
         self.norm_out = make_norm(norm, dim)
 
     def branch(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.norm(x))
 
-    def merge(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + cast(Tensor, self.norm_out(y))
+    def delta(self, y: Tensor) -> Tensor:
+        return super().delta(self.norm_out(y))
 
 
 class PostNorm(Residual):
@@ -80,7 +87,7 @@ class PostNorm(Residual):
         return x
 
     def merge(self, x: Tensor, y: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(x + y))
+        return cast(Tensor, self.norm(x + self.delta(y)))
 
 
 class DeepNorm(Residual):
@@ -90,8 +97,8 @@ class DeepNorm(Residual):
     and feedforward, and gain 1 for queries and keys.
     """
 
-    def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1) -> None:
-        super().__init__(dim, norm=norm, depth=depth)
+    def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1, scale: float | None = None) -> None:
+        super().__init__(dim, norm=norm, depth=depth, scale=scale)
         self.alpha = (2 * depth) ** 0.25
         self.gain = (8 * depth) ** -0.25
 
@@ -99,7 +106,7 @@ class DeepNorm(Residual):
         return x
 
     def merge(self, x: Tensor, y: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(self.alpha * x + y))
+        return cast(Tensor, self.norm(self.alpha * x + self.delta(y)))
 
     @torch.no_grad()
     def initialize(self, block: nn.Module) -> None:

@@ -14,8 +14,9 @@ from attention_zoo.layers.checks import check_choice, check_padding, check_posit
 from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, register_state
+from attention_zoo.models.blocks import FeedForwardSpec, LayerSpec, takes_part
 from attention_zoo.models.saving import SavedModel
-from attention_zoo.models.stack import FeedForwardSpec, LayerSpec, Stack, StackState, takes_part
+from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import next_token_loss
 
 POSITIONS = ("auto", "rotary", "learned", "t5")

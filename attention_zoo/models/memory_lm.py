@@ -17,8 +17,9 @@ from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.positions import RelativeBias, Rotary
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, register_state
+from attention_zoo.models.blocks import FeedForwardSpec, LayerSpec, parse_layers, takes_part
 from attention_zoo.models.saving import SavedModel
-from attention_zoo.models.stack import FeedForwardSpec, LayerSpec, Stack, StackState, parse_layers, takes_part
+from attention_zoo.models.stack import Stack, StackState
 
 POSITIONS = ("auto", "rotary", "t5")
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from attention_zoo.attention import BLOCKS
 from attention_zoo.layers.checks import check_choice, check_features, check_fraction, check_padding, check_positive
-from attention_zoo.layers.feedforward import FEEDFORWARDS
+from attention_zoo.layers.layer_scale import layer_scale_start
 from attention_zoo.layers.norms import make_norm
 from attention_zoo.layers.residual import RESIDUALS, Norm, Residual
+from attention_zoo.layers.reversible import reversible as run_reversible
 from attention_zoo.layers.state import State, count_tokens, register_state
-
-# One sub-layer: a name in BLOCKS, (name, options), or a function of dim that returns a block.
-BlockSpec = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
-# One layer: a sub-layer, or a list of those.
-LayerSpec = BlockSpec | Sequence[BlockSpec]
-FeedForwardSpec = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module] | None
+from attention_zoo.layers.token_shift import TokenShift
+from attention_zoo.models.blocks import (
+    BlockSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    make_block,
+    make_feedforward,
+    parse_layers,
+    shared_blocks,
+)
+from attention_zoo.ops.image_layout import TextImageLayout
 
 
 @dataclass
@@ -62,13 +68,33 @@ class Sublayer(nn.Module):
 
     def forward(self, x: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
         """Run the block on (b, n, d) beside those of `inputs` that it takes."""
-        y = self.block(self.residual.branch(x), **{name: inputs[name] for name in self.takes})
-        return self.residual.merge(x, y)
+        return self.residual.merge(x, self._branch(x, inputs))
+
+    def delta(self, x: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
+        """What the block adds to the stream when it reads x."""
+        return self.residual.delta(self._branch(x, inputs))
+
+    def _branch(self, x: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
+        y: Tensor = self.block(self.residual.branch(x), **{name: inputs[name] for name in self.takes})
+        return y
 
     def step(self, x: Tensor, state: Any, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, Any]:
         """Run the block on new tokens (b, t, d)."""
-        y, state = self.block.step(self.residual.branch(x), state, **{name: inputs[name] for name in self.takes})
+        y, state = self._step_branch(x, state, inputs)
         return self.residual.merge(x, y), state
+
+    def step_delta(self, x: Tensor, state: Any, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, Any]:
+        """What the block adds to the stream when it reads new tokens (b, t, d)."""
+        y, state = self._step_branch(x, state, inputs)
+        return self.residual.delta(y), state
+
+    def _step_branch(self, x: Tensor, state: Any, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, Any]:
+        if self.tokenwise:
+            return self._branch(x, inputs), None
+        if not hasattr(self.block, "step"):
+            raise TypeError(f"every block must have step to decode, but {type(self.block).__name__} has none")
+        y, state = self.block.step(self.residual.branch(x), state, **{name: inputs[name] for name in self.takes})
+        return y, state
 
 
 class Layer(nn.Module):
@@ -101,6 +127,12 @@ class Stack(nn.Module):
         causal: passed to every block. False is an error for a block that is always causal.
         attn_dropout, ff_dropout: probabilities with which attention weights and hidden features are dropped.
         ff_mult: hidden features of the feedforward as a multiple of dim.
+        layer_scale: learned factors on what every sub-layer adds, small at the start; see `LayerScale`.
+        token_shift: a layout of text and image in which every sub-layer sees shifted tokens; see `TokenShift`.
+        shared_attn_ids, shared_ff_ids: an id per layer, cycled over the depth: layers with the same id share the
+            weights of their blocks, or of their feedforward. Norms and factors stay their own.
+        reversible: two streams, each sub-layer adding to one what it makes of the other; the result is their mean.
+            Training memory for activations is that of one sub-layer. No second derivative, no torch.compile.
         shared: parts such as `rotary=` or `bias=`; each goes to the blocks whose constructor has that name.
 
     Raises:
@@ -122,6 +154,11 @@ class Stack(nn.Module):
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         ff_mult: float = 4,
+        layer_scale: bool = False,
+        token_shift: TextImageLayout | None = None,
+        shared_attn_ids: Sequence[int] | None = None,
+        shared_ff_ids: Sequence[int] | None = None,
+        reversible: bool = False,
         **shared: Any,
     ) -> None:
         super().__init__()
@@ -130,29 +167,50 @@ class Stack(nn.Module):
         check_fraction(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
         if ff_dropout and (feedforward is None or callable(feedforward)):
             raise ValueError(f"ff_dropout must be 0 beside feedforward={feedforward!r}, got {ff_dropout=}")
+        if reversible and not RESIDUALS[residual].additive:
+            raise ValueError(f"residual must add to the stream with reversible=True, got {residual=}")
         self.dim = dim
         self.causal = causal
+        self.reversible = reversible
         wanted = {"heads": heads, "dim_head": dim_head, "dropout": attn_dropout or None, **shared}
         parts = {name: part for name, part in wanted.items() if part is not None}
         layers = parse_layers(attention)
         used: set[str] = set()
         rule = RESIDUALS[residual]
+        made: dict[tuple[int, int], tuple[BlockSpec, nn.Module]] = {}
+        feedforwards: dict[int, nn.Module] = {}
 
-        def sublayer(block: nn.Module, *, tokenwise: bool = False) -> Sublayer:
-            connection = rule(dim, norm=norm, depth=depth)
-            connection.initialize(block)
-            return Sublayer(block, connection, tokenwise=tokenwise)
+        def sublayer(block: nn.Module, layer: int, *, fresh: bool, tokenwise: bool = False) -> Sublayer:
+            connection = rule(dim, norm=norm, depth=depth, scale=layer_scale_start(layer) if layer_scale else None)
+            if fresh:
+                connection.initialize(block)
+            if token_shift is not None:
+                block = TokenShift(block, dim, layout=token_shift)
+            return Sublayer(block, connection, tokenwise=tokenwise and token_shift is None)
 
         self.layers = nn.ModuleList()
-        for index in range(depth):
+        attn_ids = shared_blocks("shared_attn_ids", shared_attn_ids, depth)
+        ff_ids = shared_blocks("shared_ff_ids", shared_ff_ids, depth)
+        for index, (attn_id, ff_id) in enumerate(zip(attn_ids, ff_ids, strict=True)):
             sublayers = []
-            for spec in layers[index % len(layers)]:
-                block, taken = make_block(spec, dim, causal, parts)
-                used |= taken
-                sublayers.append(sublayer(block))
+            for place, spec in enumerate(layers[index % len(layers)]):
+                key = (attn_id, place)
+                fresh = key not in made
+                if fresh:
+                    block, taken = make_block(spec, dim, causal, parts)
+                    used |= taken
+                    made[key] = spec, block
+                elif made[key][0] != spec:
+                    raise ValueError(
+                        f"shared_attn_ids must give one id to layers of one kind, got id {attn_id} for "
+                        f"{made[key][0]!r} and {spec!r}"
+                    )
+                sublayers.append(sublayer(made[key][1], index, fresh=fresh))
             if feedforward is not None:
-                block = make_feedforward(feedforward, dim, mult=ff_mult, dropout=ff_dropout)
-                sublayers.append(sublayer(block, tokenwise=True))
+                fresh = ff_id not in feedforwards
+                if fresh:
+                    feedforwards[ff_id] = make_feedforward(feedforward, dim, mult=ff_mult, dropout=ff_dropout)
+                sublayers.append(sublayer(feedforwards[ff_id], index, fresh=fresh, tokenwise=True))
             self.layers.append(Layer(sublayers))
         unused = sorted(set(parts) - used)
         if unused:
@@ -160,6 +218,8 @@ class Stack(nn.Module):
             raise ValueError(f"{name} must be taken by at least one block, but none of {attention!r} has it")
         self.norm = make_norm(norm, dim) if rule.final_norm else nn.Identity()
         self.takes_context = any("context" in sub.takes for sub in self.sublayers())
+        if reversible and self.takes_context:
+            raise ValueError("reversible must be False with blocks that read a context, got reversible=True")
 
     def forward(
         self,
@@ -183,8 +243,11 @@ class Stack(nn.Module):
         inputs = self._inputs(x, mask, context, context_mask)
         if self.takes_context and context is None:
             raise ValueError("context must be given to a stack with blocks that read one, got None")
-        for layer in self.layers:
-            x = layer(x, inputs)
+        if self.reversible:
+            x = self._run_reversible(x, inputs)
+        else:
+            for layer in self.layers:
+                x = layer(x, inputs)
         out: Tensor = self.norm(x)
         return out
 
@@ -205,16 +268,26 @@ class Stack(nn.Module):
             raise TypeError(f"state must be a StackState of {count} blocks, got {_describe(state)}")
         old = iter([None] * count if state is None else state.blocks)
         new = []
-        for sub in sublayers:
-            if sub.tokenwise:
-                x = sub(x, inputs)
-                continue
-            if not hasattr(sub.block, "step"):
-                raise TypeError(f"every block must have step to decode, but {type(sub.block).__name__} has none")
-            x, block_state = sub.step(x, next(old), inputs)
-            new.append(block_state)
+        streams = [x, x]
+        for k, sub in enumerate(sublayers):
+            block_state = None if sub.tokenwise else next(old)
+            if self.reversible:
+                delta, block_state = sub.step_delta(streams[1 - k % 2], block_state, inputs)
+                streams[k % 2] = streams[k % 2] + delta
+            else:
+                x, block_state = sub.step(x, block_state, inputs)
+            if not sub.tokenwise:
+                new.append(block_state)
+        if self.reversible:
+            x = (streams[0] + streams[1]) / 2
         seen = count_tokens(None if state is None else state.seen, x.shape[1])
         return self.norm(x), StackState(new, seen)
+
+    def _run_reversible(self, x: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
+        sublayers = self.sublayers()
+        functions = [partial(sub.delta, inputs=inputs) for sub in sublayers]
+        first, second = run_reversible(functions, sublayers, x)
+        return (first + second) / 2
 
     def sublayers(self) -> list[Sublayer]:
         """All sub-layers, in the order in which they run."""
@@ -234,96 +307,3 @@ class Stack(nn.Module):
 
 def _describe(state: object) -> str:
     return f"one of {len(state.blocks)} blocks" if isinstance(state, StackState) else type(state).__name__
-
-
-def is_named(spec: object) -> bool:
-    """Whether `spec` is (name, options); a list, as JSON makes of the tuple, counts."""
-    return isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[1], Mapping)
-
-
-def parse_layers(attention: LayerSpec | Sequence[LayerSpec]) -> list[list[BlockSpec]]:
-    """The blocks of each layer of one cycle, from any of the forms that `Stack` takes.
-
-    Raises:
-        ValueError: an empty list.
-        TypeError: something that is no block.
-    """
-    if isinstance(attention, str) or callable(attention) or is_named(attention):
-        return [[attention]]  # type: ignore[list-item]
-    if not isinstance(attention, (list, tuple)):
-        raise TypeError(f"attention must be a name, (name, options), a callable or a list, got {attention!r}")
-    layers = []
-    for layer in attention:
-        whole = isinstance(layer, (list, tuple)) and not is_named(layer)
-        layers.append(list(layer) if whole else [layer])
-    if not layers or not all(layers):
-        raise ValueError(f"attention must name at least one block per layer, got {attention!r}")
-    for spec in (spec for layer in layers for spec in layer):
-        if not (isinstance(spec, str) or callable(spec) or is_named(spec)):
-            raise TypeError(f"attention must be made of names, (name, options) and callables, got {spec!r}")
-    return layers
-
-
-def make_block(spec: BlockSpec, dim: int, causal: bool, parts: Mapping[str, Any]) -> tuple[nn.Module, set[str]]:
-    """Build one block, with the shared parts that its constructor has a name for.
-
-    Returns:
-        The block, and the names of the parts that it took.
-
-    Raises:
-        ValueError: an unknown block or option, or a block that cannot be bidirectional in a stack that is.
-    """
-    if isinstance(spec, str):
-        spec = (spec, {})
-    if is_named(spec):
-        name, options = spec  # type: ignore[misc]
-        check_choice("attention", name, BLOCKS)
-        make: Callable[..., nn.Module] = BLOCKS[name]
-    elif callable(spec):
-        name, options, make = getattr(spec, "__name__", type(spec).__name__), {}, spec
-    else:
-        raise TypeError(f"attention must be a name, (name, options) or a callable, got {spec!r}")
-    bound = getattr(make, "keywords", {})  # what functools.partial has settled is not overruled
-    known = {key for key in inspect.signature(make).parameters if key != "dim" and key not in bound}
-    for option in options:
-        check_choice(f"option of {name!r}", option, sorted(known))
-    taken = {key: part for key, part in parts.items() if key in known}
-    if "causal" in known:
-        taken["causal"] = causal
-    block = make(dim, **{**taken, **options})
-    if not causal and getattr(block, "causal", False) and "context" not in inspect.signature(block.forward).parameters:
-        raise ValueError(f"causal=False must be possible for every block, but {name!r} is causal")
-    return block, set(taken)
-
-
-def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Module:
-    """Build one feedforward; options of `(name, options)` go before `defaults`.
-
-    Raises:
-        ValueError: an unknown name or option.
-    """
-    if isinstance(spec, str):
-        spec = (spec, {})
-    if is_named(spec):
-        name, options = spec  # type: ignore[misc]
-        check_choice("feedforward", name, FEEDFORWARDS)
-        known = inspect.signature(FEEDFORWARDS[name]).parameters
-        for option in options:
-            check_choice(f"option of {name!r}", option, sorted(set(known) - {"dim"}))
-        return FEEDFORWARDS[name](dim, **{**defaults, **options})
-    if callable(spec):
-        return spec(dim)
-    raise TypeError(f"feedforward must be a name, (name, options), a callable or None, got {spec!r}")
-
-
-def takes_part(attention: LayerSpec | Sequence[LayerSpec], name: str) -> bool:
-    """Whether a block of these layers has a constructor argument called `name`, for a part that blocks share."""
-    for layer in parse_layers(attention):
-        for spec in layer:
-            block: Any = spec[0] if is_named(spec) else spec  # type: ignore[index]
-            if isinstance(block, str):
-                check_choice("attention", block, BLOCKS)
-                block = BLOCKS[block]
-            if name in inspect.signature(block).parameters:
-                return True
-    return False

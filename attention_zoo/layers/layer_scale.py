@@ -1,0 +1,39 @@
+"""LayerScale: a learned factor per feature on what a sub-layer adds to the stream, small at the start.
+
+Paper: Going deeper with Image Transformers, https://arxiv.org/abs/2103.17239
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attention_zoo.layers.checks import check_positive
+
+
+class LayerScale(nn.Module):
+    """x * weight.
+
+    Args:
+        dim: features d.
+        start: every weight at the start.
+    """
+
+    def __init__(self, dim: int, *, start: float = 0.1) -> None:
+        super().__init__()
+        check_positive(dim=dim)
+        self.weight = nn.Parameter(torch.full((dim,), float(start)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return x * self.weight.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return str(self.weight.shape[0])
+
+
+def layer_scale_start(layer: int) -> float:
+    """The factor that a layer, counted from 0, starts with: smaller where a stack is deep."""
+    if layer < 18:
+        return 0.1
+    return 1e-5 if layer < 24 else 1e-6

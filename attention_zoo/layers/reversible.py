@@ -1,0 +1,105 @@
+"""Reversible residual streams: backward computes the activations again from the output, and none are kept.
+
+Paper: The Reversible Residual Network, https://arxiv.org/abs/1707.04585
+Upstream: DALLE-pytorch, ReversibleSequence.
+Differs: parameters are inputs of the autograd function, so that torch.autograd.grad and DDP see them; eval mode and
+autocast too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Function = Callable[[Tensor], Tensor]
+
+
+def reversible(functions: Sequence[Function], modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two streams x1 = x2 = x; the functions add to one what they make of the other: x1 += f_0(x2), x2 += f_1(x1), ...
+
+    Activation memory is that of one function, whatever their number. Backward recomputes each function once, with the
+    random numbers and the autocast of forward. There is no second derivative, and torch.compile does not trace it.
+
+    Args:
+        functions: from (b, n, d) to (b, n, d); nothing but x and parameters of `modules` may need a gradient.
+        modules: the module behind each function.
+        x: (b, n, d).
+
+    Returns:
+        Both streams at the end.
+    """
+    parameters = list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
+    if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
+        return run_forward(functions, x, x)
+    owned = [[p for p in module.parameters() if p.requires_grad] for module in modules]
+    first, second = _Reversible.apply(functions, owned, x, *parameters)  # type: ignore[no-untyped-call]
+    return first, second
+
+
+def run_forward(functions: Sequence[Function], first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The functions in turn, recording what autograd records."""
+    streams = [first, second]
+    for k, function in enumerate(functions):
+        streams[k % 2] = streams[k % 2] + function(streams[1 - k % 2])
+    return streams[0], streams[1]
+
+
+class _Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, functions: Sequence[Function], owned: list[list[Tensor]], x: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.functions, ctx.owned, ctx.parameters = functions, owned, parameters
+        ctx.random, ctx.autocast = [], _autocast(x)
+        streams = [x, x]
+        for k, function in enumerate(functions):
+            ctx.random.append(_random_state(x))
+            streams[k % 2] = streams[k % 2] + function(streams[1 - k % 2])
+        ctx.save_for_backward(*streams)
+        return streams[0], streams[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        streams, towards = list(ctx.saved_tensors), list(grads)
+        found: dict[Tensor, Tensor] = {}
+        for k in reversed(range(len(ctx.functions))):
+            into, out_of = k % 2, 1 - k % 2
+            x = streams[out_of].detach().requires_grad_()
+            with torch.enable_grad(), _same_random_numbers(ctx.random[k], x), ctx.autocast():
+                y = ctx.functions[k](x)
+            leaves = [x, *ctx.owned[k]]
+            parts = torch.autograd.grad(y, leaves, towards[into].to(y.dtype), allow_unused=True)
+            streams[into] = streams[into] - y.detach()
+            if parts[0] is not None:
+                towards[out_of] = towards[out_of] + parts[0]
+            for parameter, part in zip(ctx.owned[k], parts[1:], strict=True):
+                if part is not None:
+                    found[parameter] = found[parameter] + part if parameter in found else part
+        return None, None, towards[0] + towards[1], *(found.get(p) for p in ctx.parameters)
+
+
+def _autocast(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
+    """Makes the context that autocasts as it is done now."""
+    device = x.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def _random_state(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
+
+
+@contextmanager
+def _same_random_numbers(state: tuple[Tensor, Tensor | None], x: Tensor) -> Iterator[None]:
+    """Draw what was drawn at `state`, and go on afterwards where it was left."""
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], x.device)
+        yield

@@ -1,0 +1,66 @@
+"""Images as tokens. Any object with `num_tokens`, `encode(images) -> ids` and `decode(ids) -> images` will do."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from attention_zoo.layers.checks import check_positive
+
+
+class ImageTokenizer(Protocol):
+    """What turns images into token ids (b, height * width), row by row, and back."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many ids there are."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(b, ...) -> (b, height * width) int."""
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """(b, height * width) int -> (b, ...)."""
+
+
+class GreyTokenizer:
+    """Small grey images, one token a pixel: its brightness in equal steps.
+
+    Args:
+        height, width: pixels in a column and in a row.
+        levels: shades of grey, 0 the first and 1 the last.
+    """
+
+    def __init__(self, *, height: int, width: int, levels: int) -> None:
+        check_positive(height=height, width=width, levels=levels)
+        if levels < 2:
+            raise ValueError(f"levels must be at least 2, got {levels=}")
+        self.height = height
+        self.width = width
+        self.num_tokens = levels
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(b, height, width) in 0 ... 1 -> (b, height * width) int.
+
+        Raises:
+            ValueError: another shape, or a brightness outside 0 ... 1.
+        """
+        if images.ndim != 3 or images.shape[1:] != (self.height, self.width):
+            want = (self.height, self.width)
+            raise ValueError(f"images must be (b, height, width) with {want}, got shape {tuple(images.shape)}")
+        if images.numel() and not bool((images >= 0).all() & (images <= 1).all()):
+            raise ValueError(f"images must lie in 0 ... 1, got {float(images.min()):g} to {float(images.max()):g}")
+        return (images.flatten(1) * (self.num_tokens - 1)).round().long()
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """(b, height * width) int -> (b, height, width) in 0 ... 1.
+
+        Raises:
+            ValueError: another shape, or an id out of range.
+        """
+        if ids.ndim != 2 or ids.shape[1] != self.height * self.width:
+            raise ValueError(f"ids must be (b, {self.height * self.width}), got shape {tuple(ids.shape)}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_tokens:
+            raise ValueError(f"ids must lie in 0 ... {self.num_tokens - 1}, got {int(ids.min())} to {int(ids.max())}")
+        return ids.view(-1, self.height, self.width).to(torch.get_default_dtype()) / (self.num_tokens - 1)

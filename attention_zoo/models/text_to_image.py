@@ -1,0 +1,280 @@
+"""A transformer that draws: text and image are one sequence, and every token is predicted from those before it.
+
+Paper: DALL-E, https://arxiv.org/abs/2102.12092; guidance, https://arxiv.org/abs/2207.12598
+Upstream: DALLE-pytorch, DALLE.
+Differs: height and width may differ; cached decoding of text, image and across the border, with token shift; the
+caller's tensors are left alone; values are not rotated unless asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_zoo.layers.checks import check_choice, check_fraction, check_padding, check_positive, check_tokens
+from attention_zoo.layers.positions import TextImageRotary
+from attention_zoo.layers.residual import Norm
+from attention_zoo.models.blocks import FeedForwardSpec, LayerSpec, takes_part
+from attention_zoo.models.saving import SavedModel
+from attention_zoo.models.stack import Stack, StackState
+from attention_zoo.ops.image_layout import TextImageLayout
+from attention_zoo.ops.losses import masked_cross_entropy
+
+BOS = 0
+
+
+class TextToImageTransformer(SavedModel):
+    """p(text, image), one token after the other: a start token, text_len text tokens, height x width image tokens.
+
+    Text id 0 is padding; at position i it becomes the id num_text_tokens + i, so that the model learns what an absent
+    word at each place means. Inside, image ids follow those of the text: token = num_text_ids + image id.
+
+    Args:
+        num_text_tokens: text ids, 0 (padding) included.
+        text_len: text tokens of every sample.
+        num_image_tokens: image ids.
+        height, width: image tokens in a column and in a row.
+        dim: features d.
+        depth: layers.
+        attention: a block, or a list of blocks cycled over the layers; see `Stack`. Blocks that know images get the
+            layout: "conv", "axial_row", "axial_col", "block_sparse".
+        heads, dim_head: passed to the blocks that have them; None leaves each its own default.
+        positions: "rotary", for text and image, or "learned": tables of text positions, rows and columns.
+        rotate_values: rotary turns the values too, as in old checkpoints.
+        bias: give output projections and feedforwards biases.
+        feedforward, ff_mult, norm, residual, layer_scale, shared_attn_ids, shared_ff_ids, reversible: see `Stack`.
+        token_shift: part of every token's features comes from its neighbours; see `TokenShift`.
+        attn_dropout: probability with which an attention weight is dropped in training.
+        ff_dropout: probability with which a hidden feature of a feedforward is dropped in training.
+        image_loss_weight: weight w of the image in the loss (text + w image) / (1 + w).
+        tie_embeddings: logits and embeddings share one table.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Example:
+        >>> kinds = ["full", "axial_row", "axial_col", "conv"]
+        >>> model = TextToImageTransformer(num_text_tokens=256, text_len=16, num_image_tokens=17, height=8, width=8,
+        ...     dim=128, depth=4, attention=kinds)
+        >>> loss = model.loss(text, image)
+    """
+
+    def __init__(
+        self,
+        *,
+        num_text_tokens: int,
+        text_len: int,
+        num_image_tokens: int,
+        height: int,
+        width: int,
+        dim: int,
+        depth: int,
+        attention: LayerSpec | Sequence[LayerSpec] = "full",
+        heads: int | None = None,
+        dim_head: int | None = None,
+        positions: str = "rotary",
+        rotate_values: bool = False,
+        bias: bool = True,
+        feedforward: FeedForwardSpec = "geglu",
+        ff_mult: float = 4,
+        norm: Norm = "layer",
+        residual: str = "pre",
+        layer_scale: bool = True,
+        token_shift: bool = True,
+        shared_attn_ids: Sequence[int] | None = None,
+        shared_ff_ids: Sequence[int] | None = None,
+        reversible: bool = False,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        image_loss_weight: float = 7.0,
+        tie_embeddings: bool = False,
+    ) -> None:
+        super().__init__()
+        self.remember(locals())
+        check_positive(num_text_tokens=num_text_tokens, text_len=text_len, num_image_tokens=num_image_tokens)
+        check_choice("positions", positions, ("rotary", "learned"))
+        if not image_loss_weight >= 0:
+            raise ValueError(f"image_loss_weight must be at least 0, got {image_loss_weight=}")
+        self.num_text_tokens = num_text_tokens
+        self.num_image_tokens = num_image_tokens
+        self.num_text_ids = num_text_tokens + text_len
+        self.num_tokens = self.num_text_ids + num_image_tokens
+        self.layout = TextImageLayout(text_len + 1, height, width)
+        self.image_loss_weight = image_loss_weight
+        shared: dict[str, Any] = {
+            "rotary": TextImageRotary(self.layout) if positions == "rotary" else None,
+            "rotate_values": rotate_values or None,
+            "out_bias": bias or None,
+            "layout": self.layout if takes_part(attention, "layout") else None,
+        }
+        self.stack = Stack(
+            dim,
+            depth,
+            attention=attention,
+            feedforward=(feedforward, {"bias": bias}) if isinstance(feedforward, str) else feedforward,
+            norm=norm,
+            residual=residual,
+            heads=heads,
+            dim_head=dim_head,
+            attn_dropout=attn_dropout,
+            ff_dropout=ff_dropout,
+            ff_mult=ff_mult,
+            layer_scale=layer_scale,
+            token_shift=self.layout if token_shift else None,
+            shared_attn_ids=shared_attn_ids,
+            shared_ff_ids=shared_ff_ids,
+            reversible=reversible,
+            **shared,
+        )
+        self.to_logits = nn.Linear(dim, self.num_tokens)
+        self.embedding = None if tie_embeddings else nn.Embedding(self.num_tokens, dim)
+        if positions == "learned":
+            self.text_positions = nn.Parameter(0.02 * torch.randn(self.layout.text_len, dim))
+            self.row_positions = nn.Parameter(0.02 * torch.randn(height, dim))
+            self.column_positions = nn.Parameter(0.02 * torch.randn(width, dim))
+        self.positions = positions
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of a whole sample, the start token included."""
+        return self.layout.length
+
+    def tokens(self, text: Tensor, image: Tensor | None = None) -> Tensor:
+        """Text and image as the one sequence that `step` takes, the start token before it.
+
+        Args:
+            text: (b, t) int, 0 = padding; all text_len of them where there is an image, fewer as a prompt for text.
+            image: (b, m) int, the first m tokens of the image.
+
+        Returns:
+            (b, 1 + t + m) int.
+
+        Raises:
+            ValueError, TypeError: ids out of range, or the wrong number of them.
+        """
+        text_len = self.layout.text_len - 1
+        parts = []
+        if text.ndim != 2 or text.shape[1]:
+            check_tokens(text, self.num_text_tokens, name="text")
+            if text.shape[1] > text_len or (image is not None and text.shape[1] < text_len):
+                raise ValueError(f"text must hold text_len = {text_len} tokens, got shape {tuple(text.shape)}")
+            place = torch.arange(text.shape[1], device=text.device) + self.num_text_tokens
+            parts.append(torch.where(text == 0, place, text.long()))
+        elif image is not None:
+            raise ValueError(f"text must hold text_len = {text_len} tokens, got shape {tuple(text.shape)}")
+        parts.insert(0, torch.full((text.shape[0], 1), BOS, device=text.device))
+        if image is not None and not (image.ndim == 2 and image.shape[1] == 0):
+            check_tokens(image, self.num_image_tokens, name="image")
+            if image.shape[0] != text.shape[0] or image.shape[1] > self.layout.image_len:
+                raise ValueError(
+                    f"image must be (b, m) with b = {text.shape[0]} as in text and at most {self.layout.image_len} "
+                    f"tokens, got shape {tuple(image.shape)}"
+                )
+            parts.append(image.long() + self.num_text_ids)
+        return torch.cat(parts, dim=1)
+
+    def forward(self, text: Tensor, image: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        """Logits of the token after each token, -inf where it would be of the wrong kind.
+
+        Args:
+            text: (b, text_len) int, 0 = padding.
+            image: (b, m) int, the first m tokens of the image; the last token of a whole one is not read.
+            mask: (b, text_len) bool, True = a text token that is looked at.
+
+        Returns:
+            (b, n, num_tokens) with n = 1 + text_len + m, at most text_len + height * width. Text ids come first, then
+            the ids of padding, then image ids.
+        """
+        tokens = self.tokens(text, image)[:, : self.layout.length - 1]
+        return self._logits(self.stack(self._embed(tokens, 0), mask=self._whole_mask(mask, text, tokens)), 0)
+
+    def loss(self, text: Tensor, image: Tensor, *, mask: Tensor | None = None, null_prob: float = 0.0) -> Tensor:
+        """(cross entropy of text + w cross entropy of image) / (1 + w), in nats per token.
+
+        Args:
+            text: (b, text_len) int, 0 = padding.
+            image: (b, height * width) int.
+            mask: (b, text_len) bool, True = a text token that is looked at, and predicted.
+            null_prob: probability with which a row's text is replaced by padding, so that guidance has something to
+                compare with.
+        """
+        check_fraction(null_prob=null_prob)
+        if null_prob:
+            kept = torch.rand(text.shape[0], 1, device=text.device) >= null_prob
+            text = torch.where(kept, text, torch.zeros_like(text))
+        tokens = self.tokens(text, image)
+        if tokens.shape[1] != self.layout.length:
+            raise ValueError(f"image must hold {self.layout.image_len} tokens, got shape {tuple(image.shape)}")
+        border = self.layout.text_len - 1
+        x = self.stack(self._embed(tokens[:, :-1], 0), mask=self._whole_mask(mask, text, tokens[:, :-1]))
+        weight, bias, ids = self.to_logits.weight, self.to_logits.bias, self.num_text_ids
+        words = F.linear(x[:, :border], weight[:ids], bias[:ids])
+        pixels = F.linear(x[:, border:], weight[ids:], bias[ids:])
+        of_text = masked_cross_entropy(words, tokens[:, 1 : border + 1], mask)
+        of_image = masked_cross_entropy(pixels, tokens[:, border + 1 :] - ids)
+        return (of_text + self.image_loss_weight * of_image) / (1 + self.image_loss_weight)
+
+    def step(
+        self, tokens: Tensor, state: StackState | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, StackState]:
+        """Logits after each of some new tokens, given all before them.
+
+        Args:
+            tokens: (b, t) int as `tokens` makes them: the start token first, then text, then image.
+            state: what the step before returned; None at the start. It keeps its meaning.
+            mask: (b, t) bool over the new tokens.
+
+        Returns:
+            (b, t, num_tokens), -inf where a token would be of the wrong kind, and the new state.
+
+        Raises:
+            ValueError: the sequence would exceed text and image, or a token is of the wrong kind for its place.
+        """
+        if state is not None and not isinstance(state, StackState):
+            raise TypeError(f"state must be a StackState, got {type(state).__name__}")
+        start = 0 if state is None else state.length
+        check_tokens(tokens, self.num_tokens)
+        check_padding(mask, tokens)
+        self.layout.check(start + tokens.shape[1], name="tokens")
+        x, state = self.stack.step(self._embed(tokens, start), state, mask=mask)
+        return self._logits(x, start), state
+
+    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+        stop = start + tokens.shape[1]
+        self._check_kinds(tokens, start)
+        table = self.to_logits.weight if self.embedding is None else self.embedding.weight
+        x = F.embedding(tokens, table)
+        if self.positions == "rotary":
+            return x
+        rows, columns = self.row_positions[:, None], self.column_positions
+        every = torch.cat((self.text_positions, (rows + columns).flatten(0, 1)))
+        return x + every[start:stop]
+
+    def _check_kinds(self, tokens: Tensor, start: int) -> None:
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        border = max(self.layout.text_len - start, 0)
+        if bool((tokens[:, :border] >= self.num_text_ids).any() | (tokens[:, border:] < self.num_text_ids).any()):
+            raise ValueError(
+                f"tokens must be text up to position {self.layout.text_len - 1} and image, ids from "
+                f"{self.num_text_ids}, from there on, got another kind at {start} ... {start + tokens.shape[1] - 1}"
+            )
+
+    def _logits(self, x: Tensor, start: int) -> Tensor:
+        place = torch.arange(start, start + x.shape[1], device=x.device)
+        is_image = torch.arange(self.num_tokens, device=x.device) >= self.num_text_ids
+        wrong = is_image != (place >= self.layout.text_len - 1)[:, None]
+        logits: Tensor = self.to_logits(x)
+        return logits.masked_fill(wrong, -torch.inf)
+
+    def _whole_mask(self, mask: Tensor | None, text: Tensor, tokens: Tensor) -> Tensor | None:
+        if mask is None:
+            return None
+        check_padding(mask, text)
+        whole = torch.ones(tokens.shape, dtype=torch.bool, device=mask.device)
+        whole[:, 1 : 1 + mask.shape[1]] = mask
+        return whole

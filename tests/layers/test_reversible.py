@@ -1,0 +1,105 @@
+"""Reversible streams: the gradients of plain back-propagation, without its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_zoo import Stack
+from attention_zoo.layers.reversible import run_forward
+from attention_zoo.testing.subject import seeded
+from tests.slow import relative_error
+
+
+def stack(depth: int = 3, dim: int = 16, **options: Any) -> Stack:
+    with seeded(0):
+        return Stack(dim, depth, heads=2, dim_head=8, reversible=True, layer_scale=True, **options)
+
+
+def plain(model: Stack, x: Tensor) -> Tensor:
+    inputs = {"mask": None, "context": None, "context_mask": None}
+    subs = [sub for layer in model.layers for sub in layer.sublayers]
+    first, second = run_forward([lambda x, sub=sub: sub.delta(x, inputs) for sub in subs], x, x)
+    return model.norm((first + second) / 2)
+
+
+def gradients(model: Stack, out: Tensor, x: Tensor) -> list[Tensor]:
+    with seeded(7):
+        weight = torch.randn(out.shape)
+    return list(torch.autograd.grad((out * weight).sum(), [x, *model.parameters()]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"shared_ff_ids": [0], "residual": "sandwich"}], ids=["plain", "shared"])
+def test_gradients_equal_those_of_plain_back_propagation(options: dict[str, Any], training: bool) -> None:
+    model = stack(**options).double().train(training)
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    for got, want in zip(gradients(model, model(x), x), gradients(model, plain(model, x), x), strict=True):
+        assert relative_error(got, want) < 1e-10
+
+
+def test_dropout_is_replayed_and_the_random_numbers_go_on_undisturbed() -> None:
+    model = stack(ff_dropout=0.5).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    found = []
+    for run in (model, lambda x: plain(model, x)):
+        torch.manual_seed(3)
+        found.append([*gradients(model, run(x), x), torch.rand(1)])
+    assert all(relative_error(got, want) < 1e-10 for got, want in zip(*found, strict=True))
+
+
+def test_gradients_under_autocast_are_those_of_plain_back_propagation_under_autocast() -> None:
+    model = stack()
+    x = torch.randn(2, 9, 16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = model(x), plain(model, x)
+    for a, b in zip(gradients(model, got, x), gradients(model, want, x), strict=True):
+        assert relative_error(a, b) < 3e-2
+
+
+def test_a_frozen_part_and_an_input_without_gradient_are_no_trouble() -> None:
+    model = stack()
+    model.layers[1].requires_grad_(False)
+    model(torch.randn(2, 5, 16)).sum().backward()
+    assert model.layers[0].sublayers[0].block.to_qkv.weight.grad is not None
+    assert model.layers[1].sublayers[0].block.to_qkv.weight.grad is None
+
+
+def test_what_is_kept_for_backward_does_not_grow_with_the_depth() -> None:
+    def kept(depth: int) -> int:
+        model, sizes = stack(depth), []
+        parameters = {p.data_ptr() for p in model.parameters()}
+
+        def count(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(torch.randn(2, 50, 16, requires_grad=True))
+        return sum(sizes)
+
+    assert kept(2) == kept(8)
+
+
+def test_a_second_derivative_raises() -> None:
+    model = stack()
+    x = torch.randn(1, 5, 16, requires_grad=True)
+    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"residual": "post"}, "residual must add to the stream with reversible=True, got residual='post'"),
+        ({"attention": [["full", "cross"]]}, "reversible must be False with blocks that read a context"),
+    ],
+)
+def test_what_cannot_be_reversed_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stack(**options)

@@ -1,0 +1,258 @@
+"""The model that draws: its sequence, its loss, decoding step by step, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention_zoo import (
+    GreyTokenizer,
+    TextToImageTransformer,
+    draw_image_tokens,
+    draw_images,
+    write_and_draw,
+    write_text,
+)
+from attention_zoo.testing.subject import seeded
+from tests.slow import relative_error
+
+KINDS = ["full", "axial_row", "axial_col", "conv"]
+TEXT_LEN, HEIGHT, WIDTH, WORDS, SHADES = 5, 3, 4, 11, 7
+
+
+def small(**options: Any) -> TextToImageTransformer:
+    settings: dict[str, Any] = {"attention": KINDS, "depth": 4, "heads": 2, "dim_head": 8, **options}
+    with seeded(0):
+        model = TextToImageTransformer(
+            num_text_tokens=WORDS,
+            text_len=TEXT_LEN,
+            num_image_tokens=SHADES,
+            height=HEIGHT,
+            width=WIDTH,
+            dim=16,
+            **settings,
+        )
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.3 * torch.randn_like(weight))
+    return model.eval()
+
+
+def sample(batch: int = 3, seed: int = 1) -> tuple[Tensor, Tensor]:
+    with seeded(seed):
+        text = torch.randint(0, WORDS, (batch, TEXT_LEN))
+        text[0, 3:] = 0
+        return text, torch.randint(0, SHADES, (batch, HEIGHT * WIDTH))
+
+
+def in_steps(model: TextToImageTransformer, tokens: Tensor, sizes: list[int], mask: Tensor | None = None) -> Tensor:
+    state, outs, start = None, [], 0
+    for size in sizes:
+        part = None if mask is None else mask[:, start : start + size]
+        out, state = model.step(tokens[:, start : start + size], state, mask=part)
+        outs.append(out)
+        start += size
+    return torch.cat(outs, dim=1)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all kinds": {},
+    "learned positions, sandwich": {"positions": "learned", "residual": "sandwich"},
+    "no shift, block-sparse": {
+        "token_shift": False,
+        "attention": [("block_sparse", {"block_size": 4, "local_blocks": 1, "random_blocks": 1}), "conv"],
+        "feedforward": "gelu",
+    },
+    "reversible, shared weights, tied": {
+        "reversible": True,
+        "attention": ["axial_row", ("conv", {"kernel_size": 3})],
+        "shared_attn_ids": [0, 1, 0, 1],
+        "shared_ff_ids": [0, 0],
+        "tie_embeddings": True,
+    },
+    "rotated values, no biases": {"rotate_values": True, "bias": False},
+}
+
+
+@pytest.mark.parametrize("splits", [[1] * 17, [17], [3, 5, 9], [6, 2, 1, 8], [10, 7]], ids=str)
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_steps_over_any_split_equal_the_full_pass(options: dict[str, Any], splits: list[int]) -> None:
+    model, (text, image) = small(**options), sample()
+    mask = torch.ones(3, TEXT_LEN, dtype=torch.bool)
+    mask[0, 3:] = False
+    mask[1, :2] = False
+    tokens = model.tokens(text, image)[:, :17]
+    whole = torch.ones(3, 17, dtype=torch.bool)
+    whole[:, 1 : 1 + TEXT_LEN] = mask
+    with torch.no_grad():
+        for given, padding in ((None, None), (mask, whole)):
+            want = model(text, image, mask=given)
+            got = in_steps(model, tokens, splits, padding)
+            finite = want.isfinite()
+            if padding is not None:
+                finite &= padding[..., None]
+            assert torch.equal(got.isfinite() | ~finite, torch.ones_like(finite))
+            assert relative_error(got.masked_fill(~finite, 0), want.masked_fill(~finite, 0)) < 1e-5
+
+
+def test_nothing_depends_on_what_comes_later() -> None:
+    model, (text, image) = small(), sample()
+    other = sample(seed=2)[1]
+    for known in (0, 1, 5):
+        mixed = torch.cat((image[:, :known], other[:, known:]), dim=1)
+        until = 1 + TEXT_LEN + known
+        assert torch.equal(model(text, image)[:, :until], model(text, mixed)[:, :until])
+
+
+def test_a_token_of_the_wrong_kind_has_no_probability() -> None:
+    model, (text, image) = small(), sample()
+    logits = model(text, image)
+    assert logits.shape == (3, 17, WORDS + TEXT_LEN + SHADES)
+    ids = model.num_text_ids
+    assert bool((logits[:, :TEXT_LEN, ids:] == -torch.inf).all())
+    assert bool(logits[:, :TEXT_LEN, :ids].isfinite().all())
+    assert bool((logits[:, TEXT_LEN:, :ids] == -torch.inf).all())
+    assert bool(logits[:, TEXT_LEN:, ids:].isfinite().all())
+
+
+def test_the_loss_weighs_text_and_image() -> None:
+    model, (text, image) = small(image_loss_weight=3.0), sample()
+    logits, tokens = model(text, image), model.tokens(text, image)
+    each = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    want = (each[:, :TEXT_LEN].mean() + 3 * each[:, TEXT_LEN:].mean()) / 4
+    assert relative_error(model.loss(text, image), want) < 1e-6
+
+
+def test_padding_at_each_place_is_an_id_of_its_own() -> None:
+    model, (text, image) = small(), sample()
+    tokens = model.tokens(text, image)
+    assert tokens[:, 0].tolist() == [0, 0, 0]
+    assert tokens[0, 4:6].tolist() == [WORDS + 3, WORDS + 4]
+    assert torch.equal(tokens[:, 6:] - WORDS - TEXT_LEN, image)
+
+
+def test_null_prob_drops_whole_texts_and_leaves_the_caller_s_alone() -> None:
+    model, (text, image) = small(), sample(64)
+    before = text.clone()
+    nothing = model.loss(torch.zeros_like(text), image)
+    with seeded(0):
+        almost_all = model.loss(text, image, null_prob=0.999999)
+    assert torch.equal(text, before)
+    assert relative_error(almost_all, nothing) < 1e-6
+
+
+def test_drawing_greedily_takes_the_likeliest_token_of_every_full_pass() -> None:
+    model, (text, _) = small(), sample()
+    drawn = draw_image_tokens(model, text, temperature=0)
+    image = torch.empty(3, 0, dtype=torch.int64)
+    for _ in range(HEIGHT * WIDTH):
+        image = torch.cat((image, model(text, image)[:, -1:].argmax(-1) - model.num_text_ids), dim=1)
+    assert torch.equal(drawn, image)
+
+
+def test_guidance_moves_the_logits_away_from_those_without_text() -> None:
+    model, (text, image) = small(), sample()
+    prime, before = image[:, :5].clone(), text.clone()
+    drawn = draw_image_tokens(model, text, prime=prime, guidance=3.0, temperature=0)
+    want = prime
+    for _ in range(HEIGHT * WIDTH - 5):
+        cond, null = (model(words, want)[:, -1, model.num_text_ids :] for words in (text, torch.zeros_like(text)))
+        want = torch.cat((want, (null + 3 * (cond - null)).argmax(-1)[:, None]), dim=1)
+    assert torch.equal(drawn, want)
+    assert torch.equal(text, before)
+    assert torch.equal(prime, image[:, :5])
+
+
+def test_filters_choose_among_the_ids_that_are_allowed() -> None:
+    model, (text, _) = small(), sample()
+    assert torch.equal(draw_image_tokens(model, text, top_k=1), draw_image_tokens(model, text, temperature=0))
+    drawn = draw_image_tokens(model, text, top_p=0.5, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (3, HEIGHT * WIDTH)
+    assert int(drawn.min()) >= 0
+    assert int(drawn.max()) < SHADES
+
+
+def test_text_is_written_greedily_and_then_drawn() -> None:
+    model, (text, _) = small(), sample()
+    written, drawn = write_and_draw(model, text[:, :2], temperature=0)
+    tokens = model.tokens(text[:, :2])
+    for _ in range(TEXT_LEN - 2):
+        logits = in_steps(model, tokens, [tokens.shape[1]])
+        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(written, torch.where(tokens[:, 1:] < WORDS, tokens[:, 1:], 0).masked_fill(written == 0, 0))
+    assert torch.equal(drawn, draw_image_tokens(model, written, temperature=0))
+    assert write_text(model, torch.empty(2, 0, dtype=torch.int64)).shape == (2, TEXT_LEN)
+
+
+def test_drawing_puts_the_training_mode_back() -> None:
+    model, (text, _) = small().train(), sample()
+    model.stack.layers[0].eval()
+    draw_image_tokens(model, text)
+    assert model.training
+    assert not model.stack.layers[0].training
+
+
+def test_a_saved_model_computes_the_same(tmp_path: Path) -> None:
+    model, (text, image) = small(shared_attn_ids=[0, 1, 2, 3, 0], tie_embeddings=True), sample()
+    model.save(tmp_path)
+    assert torch.equal(TextToImageTransformer.load(tmp_path).eval()(text, image), model(text, image))
+
+
+def test_bfloat16_is_near_float32() -> None:
+    model, (text, image) = small(), sample()
+    want = model(text, image)
+    got = model.bfloat16()(text, image)
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got.masked_fill(~want.isfinite(), 0), want.masked_fill(~want.isfinite(), 0)) < 5e-2
+
+
+def test_grey_images_survive_their_tokenizer() -> None:
+    tokenizer = GreyTokenizer(height=2, width=3, levels=17)
+    images = torch.randint(0, 17, (4, 2, 3)) / 16
+    assert torch.equal(tokenizer.decode(tokenizer.encode(images)), images)
+    model, (text, _) = small(), sample()
+    drawn = draw_images(model, GreyTokenizer(height=HEIGHT, width=WIDTH, levels=SHADES), text, temperature=0)
+    assert torch.equal(drawn.flatten(1) * (SHADES - 1), draw_image_tokens(model, text, temperature=0).float())
+
+
+def refusals() -> dict[str, tuple[Any, str]]:
+    text, image = sample()
+    wrong_shades = GreyTokenizer(height=HEIGHT, width=WIDTH, levels=5)
+    return {
+        "text id": (lambda m: m(text + WORDS, image), "text must lie in"),
+        "image id": (lambda m: m(text, image + SHADES), "image must lie in"),
+        "text length": (lambda m: m(text[:, 1:], image), r"text must hold text_len = 5 tokens.*\(3, 4\)"),
+        "too much text": (lambda m: m(torch.cat((text, text), 1)), r"text must hold text_len = 5 tokens.*\(3, 10\)"),
+        "image length": (lambda m: m(text, torch.cat((image, image), 1)), r"image must be .*at most 12.*\(3, 24\)"),
+        "part of an image": (lambda m: m.loss(text, image[:, 1:]), r"image must hold 12 tokens.*\(3, 11\)"),
+        "batch": (lambda m: m(text, image[:2]), r"image must be .*b = 3.*\(2, 12\)"),
+        "whole prime": (lambda m: draw_image_tokens(m, text, prime=image), r"prime must hold fewer.*\(3, 12\)"),
+        "null_prob": (lambda m: m.loss(text, image, null_prob=1.5), "null_prob must lie in"),
+        "vocabulary": (
+            lambda m: draw_images(m, wrong_shades, text),
+            "tokenizer must have .* 7 image ids, got 5",
+        ),
+        "too long": (lambda m: m.step(torch.zeros(1, 30, dtype=torch.int64)), "tokens must hold at most the 18 tokens"),
+        "kind": (lambda m: m.step(torch.zeros(1, 8, dtype=torch.int64)), "tokens must be text up to position 5"),
+        "state": (lambda m: m.step(torch.zeros(1, 1, dtype=torch.int64), "x"), "state must be a StackState, got str"),
+        "positions": (lambda m: small(positions="t5"), "positions must be one of"),
+        "unlike layers": (
+            lambda m: small(shared_attn_ids=[0]),
+            "shared_attn_ids must give one id to layers of one",
+        ),
+        "shift": (lambda m: TextToImageTransformer(**{**m.arguments, "dim": 18}), "dim must be divisible by 4"),
+        "levels": (lambda m: GreyTokenizer(height=2, width=2, levels=1), "levels must be at least 2"),
+        "brightness": (lambda m: wrong_shades.encode(torch.full((1, HEIGHT, WIDTH), 2.0)), "images must lie in 0"),
+    }
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_what_does_not_fit_is_refused_with_its_name_and_value(name: str) -> None:
+    call, message = refusals()[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(small())
