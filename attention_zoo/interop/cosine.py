@@ -5,6 +5,8 @@ The transformer's `attn_l2norm_groups` never reached its layers: its weights wer
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from attention_zoo.attention import CosineSimAttention, FullAttention
@@ -89,4 +91,7 @@ def _move_attention(move: Transfer) -> None:
     move.put("to_out.weight", "to_out.weight")
 
 
-CLASSES = {"Attention": load_attention, "CosineSimCausalTransformer": load_transformer}
+CLASSES: dict[str, Callable[..., nn.Module]] = {
+    "Attention": load_attention,
+    "CosineSimCausalTransformer": load_transformer,
+}

@@ -54,7 +54,8 @@ class SwishAttention(SelfAttention):
             scores = self.dim_head**-0.5 * at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
             key = None if mask is None else mask[:, None, None]
             seen = visible(*scores.shape[-2:], mask=key, causal=True, device=q.device)
-            return scores if seen is None else scores.masked_fill(~seen, 0.0)
+            seen_scores: Tensor = scores if seen is None else scores.masked_fill(~seen, 0.0)
+            return seen_scores
 
     def _merge(self, out: Tensor, x: Tensor) -> Tensor:
         merged = out.transpose(1, 2).flatten(2)
@@ -280,7 +281,7 @@ def _set_eps(module: nn.Module) -> None:
             part.eps = EPS
 
 
-CLASSES = {
+CLASSES: dict[str, Callable[..., nn.Module]] = {
     "CausalFullAttention": load_full_attention,
     "GateLoopedAttention": load_gate_loop,
     "SimpleGateLoopLayer": load_simple,

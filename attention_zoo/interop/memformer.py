@@ -6,6 +6,8 @@ query read the mean of all values, and the loss counted padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,7 +42,8 @@ def averaging_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, bi
         scores = q.shape[-1] ** -0.5 * at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
         scores = scores if bias is None else scores + bias
         scores = scores if seen is None else scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-        return (scores.softmax(-1) @ at_least_float32(v)).to(v.dtype)
+        out: Tensor = scores.softmax(-1) @ at_least_float32(v)
+        return out.to(v.dtype)
 
 
 class AveragingAttention(FullAttention):
@@ -261,4 +264,4 @@ def _move_feedforward(move: Transfer) -> None:
     move.affine("to_out", "net.2")
 
 
-CLASSES = {"Attention": load_attention, "Memformer": load_memformer}
+CLASSES: dict[str, Callable[..., nn.Module]] = {"Attention": load_attention, "Memformer": load_memformer}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attention_zoo.interop import cosine, gateloop, memformer, quartic
+from attention_zoo.interop import cosine, dalle, gateloop, memformer, quartic
 from attention_zoo.interop.weights import Weights
 from attention_zoo.layers.checks import check_choice
 
@@ -19,6 +19,7 @@ PACKAGES: dict[str, dict[str, Loader]] = {
     "flash-cosine-sim-attention": cosine.CLASSES,
     "gateloop-transformer": gateloop.CLASSES,
     "memformer": memformer.CLASSES,
+    "DALLE-pytorch": dalle.CLASSES,
 }
 
 

@@ -6,6 +6,8 @@ mix lay along the keys, so that it belongs to one length, unless it was never mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -140,4 +142,4 @@ def _one_number(scale: Tensor) -> Tensor:
     return scale.flatten()[:1]
 
 
-CLASSES = {"Attention": load_attention, "MultiStreamTransformer": load_transformer}
+CLASSES: dict[str, Callable[..., nn.Module]] = {"Attention": load_attention, "MultiStreamTransformer": load_transformer}

@@ -115,6 +115,15 @@ def run_memformer(module: Any, inputs: dict[str, Tensor], options: dict[str, Any
     return found if output.loss is None else {**found, "dec_out": output.loss}
 
 
+def run_dalle(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
+    """Logits, the lowest number for those of the wrong kind, or the loss."""
+    _only(options, "return_loss")
+    if options.get("return_loss"):
+        return {"out": module.loss(inputs["text"], inputs["image"])}
+    logits = module(inputs["text"], inputs.get("image"))
+    return {"out": logits.masked_fill(logits == -torch.inf, torch.finfo(logits.dtype).min)}
+
+
 def _only(options: Mapping[str, Any], *known: str) -> None:
     for name, value in options.items():
         if name not in known:
@@ -132,4 +141,9 @@ RUN: dict[tuple[str, str], Run] = {
     ("gateloop-transformer", "Transformer"): run_language_model,
     ("memformer", "Attention"): run_memformer_attention,
     ("memformer", "Memformer"): run_memformer,
+    ("DALLE-pytorch", "Attention"): run_block,
+    ("DALLE-pytorch", "SparseConvCausalAttention"): run_block,
+    ("DALLE-pytorch", "SparseAxialCausalAttention"): run_block,
+    ("DALLE-pytorch", "Transformer"): run_block,
+    ("DALLE-pytorch", "DALLE"): run_dalle,
 }
