@@ -275,9 +275,7 @@ def _move_stack(move: Transfer, stack: Stack) -> None:
     moved: dict[nn.Module, str] = {}
     for layer in range(len(stack.layers)):
         for place, move_block in enumerate((_move_attention, _move_feedforward)):
-            source = (
-                f"layers.blocks.{layer}.{'fg'[place]}.net." if stack.reversible else f"layers.layers.{layer}.{place}."
-            )
+            source = f"blocks.{layer}.{'fg'[place]}.net" if stack.reversible else f"layers.{layer}.{place}"
             to = f"layers.{layer}.sublayers.{place}."
             here = move.at(to, f"layers.{source}.")
             here.put("residual.scale.weight", "scale", change=torch.flatten)
