@@ -1,7 +1,8 @@
 """Weights of quartic-transformer.
 
 Its scale was e^+0.5 in place of e^-0.5, and its groups of streams were fixed at two. The norm weight of its non-linear
-mix lay along the keys, so that it belongs to one length, unless it was never moved from 1.
+mix lay along the keys, so that it belongs to one length, unless all its numbers are equal. Masked tokens counted as
+positions.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from attention_zoo.interop.normed import Normed
 from attention_zoo.interop.weights import Transfer, Weights
 from attention_zoo.layers.norms import RMSNorm
 from attention_zoo.models import MultiStreamTransformer
+from attention_zoo.models.multi_stream import MultiStreamState
+
+
+class IndexedPositions(MultiStreamTransformer):
+    """`MultiStreamTransformer` whose positions are the tokens' indices, masked tokens counted. Arguments as there."""
+
+    def _embed(self, tokens: Tensor, mask: Tensor | None, state: MultiStreamState | None) -> tuple[Tensor, Tensor]:
+        return super()._embed(tokens, None, state)
 
 
 def load_attention(
@@ -72,7 +81,7 @@ def load_transformer(
 ) -> MultiStreamTransformer:
     """`MultiStreamTransformer`, which sees both ways."""
     kind = "mlp" if non_linear_talking_heads else "linear"
-    model = MultiStreamTransformer(
+    model = IndexedPositions(
         num_tokens=num_tokens,
         dim=dim,
         depth=depth,

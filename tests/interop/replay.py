@@ -96,9 +96,12 @@ def run_talking_heads(module: Any, inputs: dict[str, Tensor], options: dict[str,
 
 
 def run_multi_stream(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Logits; the package's diversity loss, whose logarithm was none, is not ours."""
+    """Logits; a mask may have a row per stream. The package's diversity loss, whose logarithm was none, is not ours."""
     _only({name: value for name, value in options.items() if value})
-    return {"out": module(inputs["x"], mask=inputs.get("mask"))}
+    mask = inputs.get("mask")
+    if mask is not None and mask.shape[0] != inputs["x"].shape[0]:
+        mask = mask[:: module.streams]
+    return {"out": module(inputs["x"], mask=mask)}
 
 
 def run_memformer_attention(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
