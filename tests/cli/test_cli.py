@@ -39,23 +39,26 @@ class Averaging(AttentionBlock):
         return out
 
 
-def test_list_shows_every_block_with_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+def listed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The table that `list` prints, without what follows it."""
     assert main(["list"]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["block", "class", "causal", "context"]
+    return capsys.readouterr().out.split("\n\n")[0].splitlines()
+
+
+def test_list_shows_every_block_with_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+    header, *lines = listed(capsys)
+    assert header.split()[:4] == ["block", "class", "causal", "mask"]
     assert [line.split()[:2] for line in lines] == [[name, cls.__name__] for name, cls in BLOCKS.items()]
 
 
-def test_list_says_who_needs_a_context_and_who_may_be_bidirectional(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["list"])
-    rows = {line.split()[0]: line.split()[2:4] for line in capsys.readouterr().out.splitlines()}
-    assert rows["full"] == ["optional", "-"]
-    assert rows["cross"] == ["always", "needed"]
+def test_list_says_how_states_grow_and_who_may_be_bidirectional(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {line.split()[0]: line.split()[2:6] for line in listed(capsys)}
+    assert rows["full"] == ["optional", "yes", "yes", "O(n)"]
+    assert rows["gate_loop"] == ["always", "yes", "yes", "O(1)"]
 
 
 def test_columns_of_the_list_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["list"])
-    header, *lines = capsys.readouterr().out.splitlines()
+    header, *lines = listed(capsys)
     for title in ("class", "causal", "context", "what it is"):
         start = header.index(title)
         assert all(line[start - 1] == " " and line[start] != " " for line in lines)
@@ -154,7 +157,7 @@ def test_the_module_runs_and_ends_quietly_when_nobody_reads_on() -> None:
     command = [sys.executable, "-m", "attention_zoo", "list"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("\n") == 1 + len(BLOCKS)
+    assert done.stdout.split("\n\n")[0].count("\n") == len(BLOCKS)
     reading, writing = os.pipe()
     os.close(reading)
     cut = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
