@@ -12,6 +12,7 @@ from typing import Protocol
 import attention_zoo.cli.bench as bench
 import attention_zoo.cli.check as check
 import attention_zoo.cli.convert as convert
+import attention_zoo.cli.gallery as gallery
 import attention_zoo.cli.list as listing
 
 
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "bench": bench,
     "check": check,
     "convert": convert,
+    "gallery": gallery,
 }
 
 
