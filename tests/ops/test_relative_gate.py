@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_zoo.ops.gate_loop import unit_gate
+from attention_zoo.ops.gates import unit_gate
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
 from tests.slow import relative_error
 
