@@ -179,7 +179,7 @@ class SelfAttention(AttentionBlock):
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         self._check(x, mask)
         q, k, v = self._project(x, start=0)
-        return self._merge(self.attend(q, k, v, mask))
+        return self._merge(self.attend(q, k, v, mask), x)
 
     def step(
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None
@@ -191,7 +191,7 @@ class SelfAttention(AttentionBlock):
             state = state.append(k, v, mask)
         else:
             state = KeyValueState(k, v, mask)
-        return self._merge(self.attend(q, state.keys, state.values, state.mask)), state
+        return self._merge(self.attend(q, state.keys, state.values, state.mask), x), state
 
     def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         self._check(x, mask)
@@ -210,7 +210,7 @@ class SelfAttention(AttentionBlock):
             v = self.rotary(v, start)
         return qk[:, : self.heads], qk[:, self.heads :], v
 
-    def _merge(self, out: Tensor) -> Tensor:
+    def _merge(self, out: Tensor, x: Tensor) -> Tensor:
         projected: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
         return projected
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import attention_zoo.cli.bench as bench
+import attention_zoo.cli.convert as convert
 import attention_zoo.cli.list as listing
 
 
@@ -26,6 +27,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "list": listing,
     "bench": bench,
+    "convert": convert,
 }
 
 
