@@ -67,7 +67,7 @@ def relative_gate_blocks_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, log and phase."""
     q, keys = _halves(q), _Turned.of(k, log, phase)
-    grads = _Gradients(*(torch.zeros_like(tensor) for tensor in (q, k, v, log, phase)))
+    grads = _Gradients(*(tensor.new_zeros(tensor.shape) for tensor in (q, k, v, log, phase)))
     for start in range(0, q.shape[2], QUERY_BLOCK):
         block = _Block.of(q, keys, start)
         weights = weigh(block.scores(), _seen_keys(mask, block), softmax)
@@ -314,8 +314,8 @@ def _(
     dropout: float,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like_keys = [tensor.new_empty(tensor.shape) for tensor in (k, v, log, phase)]
-    return torch.empty_like(q), *like_keys  # type: ignore[return-value]
+    to_q, to_k, to_v, to_log, to_phase = (tensor.new_empty(tensor.shape) for tensor in (q, k, v, log, phase))
+    return to_q, to_k, to_v, to_log, to_phase
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
