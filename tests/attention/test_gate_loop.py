@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,20 @@ def test_the_gradient_fraction_scales_the_gradient_to_the_gates_alone() -> None:
         grads.append((block.to_a.weight.grad, block.to_k.weight.grad))
     torch.testing.assert_close(grads[1][0], 0.25 * grads[0][0])
     torch.testing.assert_close(grads[1][1], grads[0][1])
+
+
+def test_the_real_gates_error_under_autocast_is_that_of_rounding_its_inputs() -> None:
+    block = GateLoopAttention(32, heads=8, real_gate=True, swish_gate=False)
+    x = torch.randn(3, 67, 32)
+    rounded = copy.deepcopy(block)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16())
+        exact, rounded_exactly = block.double()(x.double()), rounded.double()(x.bfloat16().double())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = block.float()(x)
+    assert relative_error(got, rounded_exactly) < 1e-2
+    assert relative_error(rounded_exactly, exact) > 2e-2  # the gate jumps from -1/2 to 1/2 where z changes its sign
 
 
 def test_bad_arguments_are_refused_by_name() -> None:
