@@ -175,6 +175,7 @@ CASES = [
     Case("talking_heads: mlp", lambda: TalkingHeadsAttention(DIM, pre="mlp", post="mlp", **SMALL)),
     Case("talking_heads: pre only", lambda: TalkingHeadsAttention(DIM, post=None, **SMALL)),
     Case("talking_heads: post only", lambda: TalkingHeadsAttention(DIM, pre=None, **SMALL)),
+    Case("talking_heads: rotary", lambda: TalkingHeadsAttention(DIM, rotary=Rotary(), **SMALL)),
     Case("talking_heads: none", lambda: TalkingHeadsAttention(DIM, pre=None, post=None, **SMALL)),
     Case(
         "talking_heads: 2 streams, bidirectional",
