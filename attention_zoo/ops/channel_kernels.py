@@ -1,6 +1,6 @@
 """The gate loop of heads of size 1 as loops of numba, the features inside: one pass over memory, gates included.
 
-The functions here are compiled when they are first used, which takes about a second for each dtype.
+The functions here are compiled when they are first used, which takes some seconds for each dtype.
 """
 
 from __future__ import annotations
