@@ -23,7 +23,8 @@ from attention_zoo.attention import (
     TalkingHeadsAttention,
 )
 from attention_zoo.cli.measure import Call, Setup, compare, median_seconds, peak_bytes
-from attention_zoo.ops.gate_loop import gate_loop, unit_gate
+from attention_zoo.ops.gate_loop import gate_loop
+from attention_zoo.ops.gates import unit_gate
 from attention_zoo.ops.image_layout import TextImageLayout
 from attention_zoo.ops.softmax import softmax_attention
 

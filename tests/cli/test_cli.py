@@ -19,7 +19,9 @@ from attention_zoo.cli import decode as decoding
 from attention_zoo.cli.blocks import PHASES, BlockCost, measure_block, mixing
 from attention_zoo.cli.decode import Decoding
 from attention_zoo.cli.measure import Setup, compare, describe_machine, peak_bytes, seconds, threads
+from attention_zoo.cli.recurrence import tree_mixing
 from attention_zoo.cli.table import format_number, format_row
+from attention_zoo.ops.channel_gate_loop import channel_gate_loop
 
 CPU = torch.device("cpu")
 TINY = Setup(dim=16, heads=2, dim_head=8, depth=1, runs=2, device=CPU, dtype=torch.float32)
@@ -265,3 +267,27 @@ def test_bench_shows_what_memory_over_segments_costs(
     assert six["ours"] < 1.2 * two["ours"]  # the activations of one segment, however many there are
     assert six["beside"] > 2 * two["beside"]
     assert "replay of 6 segments, beside full" in capsys.readouterr().out
+
+
+def test_bench_shows_what_recurrences_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("attention_zoo.cli.recurrence.SIZES", ((2, 9), (1, 20)))
+    file = tmp_path / "recurrence.json"
+    assert main(["bench", "--recurrence", "--dim", "8", "--runs", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["recurrences"]
+    assert {(row["rows"], row["length"]) for row in rows} == {(2, 9), (1, 20)}
+    assert all(row["ours_ms"] > 0 and row["beside_ms"] > 0 and row["ratio"] > 0 for row in rows)
+    assert "scan: gate loop, beside a tree" in capsys.readouterr().out
+
+
+def test_the_tree_that_recurrences_are_held_against_is_right() -> None:
+    q, k, v, z = (torch.randn(2, 21, 3, *last, dtype=torch.float64) for last in ((), (), (), (2,)))
+    want = channel_gate_loop(q, k, v, z, impl="reference").out
+    assert torch.allclose(tree_mixing(q, k, v, z), want, atol=1e-12)
+
+
+def test_the_state_of_a_recurrence_has_one_size_and_a_cache_grows() -> None:
+    found = {name: decoding.measure_decoding(name, TINY) for name in ("gate_loop", "full")}
+    assert found["gate_loop"].late_bytes == found["gate_loop"].early_bytes
+    assert found["full"].late_bytes > 9 * found["full"].early_bytes
