@@ -22,8 +22,11 @@ from attention_zoo.cli.blocks import measure_blocks
 from attention_zoo.cli.decode import EARLY, LATE, NEW, PROMPT, measure_decoding
 from attention_zoo.cli.measure import Setup, check_device, describe_machine, threads
 from attention_zoo.cli.memory import measure_memory
+from attention_zoo.cli.pictures import new_figure
 from attention_zoo.cli.recurrence import measure_recurrences
+from attention_zoo.cli.results import as_markdown, draw_costs
 from attention_zoo.cli.table import format_number, format_row
+from attention_zoo.cli.targets import find_block
 from attention_zoo.layers.checks import check_choice, check_positive
 from attention_zoo.layers.files import write_aside
 
@@ -51,6 +54,9 @@ COLUMNS = {
     "block MiB": ">9",
     "mixing MiB": ">10",
     "SDPA MiB": ">8",
+    "tokens/s": ">9",
+    "step ms": ">7",
+    "state KiB": ">9",
 }
 MEMORY_COLUMNS = {"what": "<38", "unit": "<4", "ours": ">8", "beside": ">8", "beside/ours": ">11"}
 DECODE_COLUMNS = {
@@ -75,7 +81,7 @@ RECURRENCE_COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; `check_arguments` looks at their values."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("blocks", nargs="*", metavar="BLOCK", help="what to measure (all; with --decode: full)")
+    parser.add_argument("blocks", nargs="*", metavar="BLOCK", help="names, or module:Class (all; --decode: full)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help="tokens (512 1024 2048)")
     for name, (default, meaning) in SIZES.items():
         flag = f"--{name.replace('_', '-')}"
@@ -86,6 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", action="store_true", help="measure Memformer, and training by memory replay")
     parser.add_argument("--recurrence", action="store_true", help="measure recurrences with one gate per channel")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write a table of the blocks to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw time and memory against length (PNG)")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -95,14 +103,21 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: an unknown block, dtype or device, a size below 1, or a file that cannot be written.
     """
     for name in args.blocks:
-        check_choice("block", name, BLOCKS)
+        find_block(name)
     for length in args.lengths:
         check_positive(lengths=length)
     check_positive(**{name: getattr(args, name) for name in SIZES})
     check_choice("dtype", args.dtype, DTYPES)
     check_device(args.device)
-    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"json must be a file in a folder that exists, got json={str(args.json)!r}")
+    for name in ("json", "markdown", "plot"):
+        file = getattr(args, name)
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise ValueError(f"{name} must be a file in a folder that exists, got {name}={str(file)!r}")
+    for name in ("markdown", "plot"):
+        if getattr(args, name) is not None and (args.memory or args.recurrence or args.decode):
+            raise ValueError(f"{name} is for blocks, and must be left out with --memory, --recurrence or --decode")
+    if args.plot is not None:
+        new_figure(1, 1)  # says at once what is missing
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,11 +139,14 @@ def run(args: argparse.Namespace) -> int:
             what, rows = "blocks", bench_blocks(args.blocks or [*BLOCKS], args.lengths, setup)
     if args.json is not None:
         settings = {name: getattr(args, name) for name in ("device", "dtype", *SIZES)}
-        what = (
-            "memory" if args.memory else "recurrences" if args.recurrence else "decoding" if args.decode else "blocks"
-        )
         results = {"machine": machine, "settings": settings, what: rows}
         write_aside(args.json, lambda path: Path(path).write_text(json.dumps(results, indent=2) + "\n"))
+    if args.markdown is not None:
+        text = as_markdown(rows, f"{format_machine(machine)}, {args.dtype}, dim {args.dim}, batch 1")
+        write_aside(args.markdown, lambda path: Path(path).write_text(text))
+    if args.plot is not None:
+        figure = draw_costs(rows, format_machine(machine))
+        write_aside(args.plot, lambda path: figure.savefig(path, dpi=100, format="png"))
     return 0
 
 
@@ -141,7 +159,10 @@ def bench_blocks(names: Sequence[str], lengths: Sequence[int], setup: Setup) -> 
         times = (cost.block_ms, cost.mixing_ms, cost.sdpa_ms)
         ratio = f"{format_number(cost.ratio)}{'*' if cost.whole else ' '}"
         peaks = (peak / MIB for peak in (cost.block_bytes, cost.mixing_bytes, cost.sdpa_bytes))
-        print(format_row([cost.block, cost.length, cost.phase, *times, ratio, *peaks], layout), flush=True)
+        step = "" if cost.step_ms is None else format_number(cost.step_ms)
+        state = "" if cost.state_bytes is None else format_number(cost.state_bytes / KIB)
+        ends = (int(cost.tokens_per_second), step, state)
+        print(format_row([cost.block, cost.length, cost.phase, *times, ratio, *peaks, *ends], layout), flush=True)
         rows.append(asdict(cost))
     if any(row["whole"] for row in rows):
         print("\n* the whole block, projections included, over SDPA without any")

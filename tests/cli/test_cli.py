@@ -81,7 +81,8 @@ def test_json_of_the_bench_has_every_field_of_every_block_length_and_phase(
     assert [(row["block"], row["length"], row["phase"]) for row in rows] == want
     for row in rows:
         assert set(row) == {field.name for field in fields(BlockCost)}
-        assert all(row[name] > 0 for name in row if name.endswith(("_ms", "_bytes", "ratio")))
+        numbers = {name: row[name] for name in row if name.endswith(("_ms", "_bytes", "ratio"))}
+        assert all(number > 0 for name, number in numbers.items() if name not in ("step_ms", "state_bytes"))
     printed = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in printed[0]
     assert sum(line.split()[:1] == [name] for line in printed for name in BLOCKS) == len(want)
@@ -291,3 +292,38 @@ def test_the_state_of_a_recurrence_has_one_size_and_a_cache_grows() -> None:
     found = {name: decoding.measure_decoding(name, TINY) for name in ("gate_loop", "full")}
     assert found["gate_loop"].late_bytes == found["gate_loop"].early_bytes
     assert found["full"].late_bytes > 9 * found["full"].early_bytes
+
+
+def test_the_bench_writes_a_table_and_a_plot(tmp_path: Path) -> None:
+    table, plot = tmp_path / "bench.md", tmp_path / "bench.png"
+    options = ["--lengths", "8", "16", "--markdown", str(table), "--plot", str(plot), *TINY_OPTIONS]
+    assert main(["bench", "full", "simple_gate_loop", *options]) == 0
+    lines = table.read_text().splitlines()
+    assert lines[0].endswith("float32, dim 16, batch 1")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    assert [row[:2] for row in rows] == [
+        [f"`{block}`", length] for block in ("full", "simple_gate_loop") for length in ("8", "16")
+    ]
+    assert {len(row) for row in rows} == {10}
+    assert rows[2][3].endswith("*")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_state_in_the_bench_is_the_block_s_own(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    assert main(["bench", "full", "gate_loop", "--lengths", "8", "16", "--json", str(file), *TINY_OPTIONS]) == 0
+    rows = [row for row in json.loads(file.read_text())["blocks"] if row["phase"] == "forward"]
+    sizes = {(row["block"], row["length"]): row["state_bytes"] for row in rows}
+    assert sizes["full", 16] == 2 * sizes["full", 8] == 2 * 16 * 16 * 4
+    assert sizes["gate_loop", 16] == sizes["gate_loop", 8]
+
+
+def test_a_block_of_one_s_own_is_benched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from torch import nn\nclass Mine(nn.Linear):\n    def __init__(self, dim): super().__init__(dim, dim)\n"
+    (tmp_path / "benched_blocks.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "bench.json"
+    assert main(["bench", "benched_blocks:Mine", "--lengths", "8", "--json", str(file), *TINY_OPTIONS]) == 0
+    row = json.loads(file.read_text())["blocks"][0]
+    assert (row["block"], row["whole"], row["step_ms"]) == ("benched_blocks:Mine", True, None)
