@@ -31,6 +31,7 @@ from attention_zoo.layers import (
     TextImageRotary,
 )
 from attention_zoo.models import (
+    Capabilities,
     GreyTokenizer,
     LanguageModel,
     Memformer,
@@ -38,6 +39,7 @@ from attention_zoo.models import (
     MultiStreamTransformer,
     Stack,
     TextToImageTransformer,
+    capabilities,
     cosine_sim_lm,
     gate_loop_lm,
 )
@@ -62,6 +64,7 @@ __all__ = [
     "AttentionBlock",
     "AxialAttention",
     "BlockSparseAttention",
+    "Capabilities",
     "ConvAttention",
     "CosineSimAttention",
     "CrossAttention",
@@ -95,6 +98,7 @@ __all__ = [
     "axial_mask",
     "block_sparse_attention",
     "block_sparse_mask",
+    "capabilities",
     "conv_attention",
     "conv_mask",
     "cosine_sim_attention",

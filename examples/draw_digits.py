@@ -51,7 +51,7 @@ def parse_options() -> argparse.Namespace:
     add("--heads", type=int, default=4, help="heads, each of dim / heads features (%(default)s)")
     add("--batch", type=int, default=48, help="images in a step (%(default)s)")
     add("--lr", type=float, default=2e-3, help="the highest learning rate (%(default)s)")
-    add("--steps", type=int, default=1500, help="steps of training (%(default)s)")
+    add("--steps", type=int, default=800, help="steps of training (%(default)s)")
     add(
         "--guidance",
         type=float,
@@ -201,9 +201,11 @@ def main() -> None:
     plot(drawn, named, options.out / "digits.png")
     real = float((torch.tensor(judge.predict(unseen.images.flatten(1))) == unseen.digits).float().mean())
     score = float((named == drawn.digits).float().mean())
+    copies = int((torch.cdist(drawn.images.flatten(1), seen.images.flatten(1)).amin(1) < 1e-3).sum())
     print(
         f"The classifier names {score:.0%} of {len(named)} drawings as asked for, and {real:.0%} of real unseen digits."
     )
+    print(f"{copies} of the drawings are copies of digits that the model learned from.")
     print(f"The model and digits.png are in {options.out}.")
 
 

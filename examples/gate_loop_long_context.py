@@ -1,6 +1,6 @@
 """Train on 512 bytes at a time, then read 8192: a gate loop's memory has one size, full attention's grows.
 
-    python examples/gate_loop_long_context.py                       # gate loop beside full attention
+    python examples/gate_loop_long_context.py                       # gate loop beside full attention, some minutes
     python examples/gate_loop_long_context.py --steps 50 --dim 64   # quicker
 
 Prints bits per byte of unseen text by position, and what decoding holds and takes as the context grows.
@@ -34,7 +34,7 @@ def parse_options() -> argparse.Namespace:
     add("--train-len", type=int, default=512, help="bytes seen at once in training (%(default)s)")
     add("--long-len", type=int, default=8192, help="bytes read in evaluation (%(default)s)")
     add("--batch", type=int, default=4, help="pieces of text in a step (%(default)s)")
-    add("--steps", type=int, default=300, help="steps of training (%(default)s)")
+    add("--steps", type=int, default=900, help="steps of training (%(default)s)")
     add("--lr", type=float, default=2e-3, help="learning rate (%(default)s)")
     add("--data", help="a text file, or a folder of them (the sources of Python's standard library)")
     return parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> None:
     text = training.read_text(options.data)
     seen, unseen = training.as_tokens(text.training), training.as_tokens(text.validation)
     sizes = {"num_tokens": 256, "dim": options.dim, "depth": options.depth}
-    pieces = training.windows(unseen, options.long_len + 1, at_most=2)
+    pieces = training.windows(unseen, options.long_len + 1, at_most=4)
     found = {}
     heads = {"dim_head": max(4, options.dim // 8)}
     for name, make, own in (("gate loop", gate_loop_lm, {}), ("full attention", LanguageModel, heads)):
@@ -84,7 +84,9 @@ def main() -> None:
         model = make(**sizes, **own)
         learn(model, seen, options, name)
         found[name] = read(model.eval(), pieces)
-    print("\nbits per byte by position" + "".join(f"{name:>18}" for name in found))
+    frequencies, zipped = training.unigram_entropy(text.validation), training.gzip_bits_per_byte(text.validation)
+    print(f"\nbits per byte of unseen text: byte frequencies {frequencies:.3f}, gzip {zipped:.3f}")
+    print("bits per byte by position" + "".join(f"{name:>18}" for name in found))
     edge = min(options.train_len, options.long_len)
     edges = [0, edge]
     while edges[-1] < options.long_len:
@@ -92,7 +94,8 @@ def main() -> None:
     for start, stop in pairwise(edges):
         means = [float(bits[start:stop].mean()) for bits, _ in found.values()]
         print(f"{start:>11} ... {stop:<9}" + "".join(f"{mean:>18.3f}" for mean in means))
-    print("\ndecoding after n bytes   " + "".join(f"{name:>26}" for name in found))
+    print(f"\none more byte of {len(pieces)} texts: size of the state, time")
+    print("decoding after n bytes   " + "".join(f"{name:>26}" for name in found))
     rows = list(zip(*(held for _, held in found.values()), strict=True))
     for row in [rows[0], rows[len(rows) // 2], rows[-1]]:
         print(f"{row[0][0]:>25}" + "".join(f"{size / 1024:>10,.0f} KiB {ms:>6.1f} ms" for _, size, ms in row))

@@ -28,7 +28,8 @@ ALLOWED = {
     "generation": {"layers"},
     "training": {"ops", "layers"},
     "testing": {"ops", "layers", "attention.base"},
-    "cli": {"ops", "layers", "attention", "models", "generation", "training", "testing", ""},
+    "interop": {"ops", "layers", "attention", "models"},
+    "cli": {"ops", "layers", "attention", "models", "generation", "training", "testing", "interop", ""},
     "__main__": {"cli"},
 }
 # Everyday packages that a file may import at its top; the others cost time, or belong to an extra.

@@ -74,7 +74,10 @@ class AxialAttention(PatternAttention):
 
 
 class AxialRowAttention(AxialAttention):
-    """`AxialAttention` along rows. Arguments as there, without `axis`."""
+    """Axial attention along rows: an image token sees the text and what precedes it in its row.
+
+    `AxialAttention` with axis="row"; the other arguments are the same.
+    """
 
     def __init__(
         self,
@@ -102,7 +105,10 @@ class AxialRowAttention(AxialAttention):
 
 
 class AxialColumnAttention(AxialAttention):
-    """`AxialAttention` along columns. Arguments as there, without `axis`."""
+    """Axial attention along columns: an image token sees the text and what precedes it in its column.
+
+    `AxialAttention` with axis="column"; the other arguments are the same.
+    """
 
     def __init__(
         self,

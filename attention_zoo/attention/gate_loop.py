@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from attention_zoo.attention.base import AttentionBlock, Mix
 from attention_zoo.layers.checks import check_positive
 from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.layers.state import State, count_tokens, register_state
-from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights, unit_gate
+from attention_zoo.ops.channel_gate_loop import channel_gate_loop
+from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights
+from attention_zoo.ops.gates import complex_of, scale_gradient, unit_gate
 
 
 @dataclass
@@ -94,64 +97,85 @@ class GateLoopAttention(AttentionBlock):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         self._check(x, mask)
-        q, k, v, gate = self._project(x, mask)
-        return self._finish(gate_loop(q, k, v, gate).out, x, None if mask is None else mask.cumsum(1) > 0)
+        out, _ = self._loop(*self._project(x), mask, None)
+        return self._finish(out, x, None if mask is None else mask.cumsum(1) > 0)
 
     def step(self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
         self._check_step(x, state, mask, GateLoopState)
-        q, k, v, gate = self._project(x, mask)
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.cumsum(1) > 0
         memory = None
         if isinstance(state, GateLoopState):
             self._check_memory(state, x)
             memory = torch.view_as_complex(state.memory)
             real = real | state.real[:, None]
-        out, memory = gate_loop(q, k, v, gate, state=memory)
+        out, memory = self._loop(*self._project(x), mask, memory)
         seen = count_tokens(state.seen if isinstance(state, GateLoopState) else None, x.shape[1])
         return self._finish(out, x, real), GateLoopState(torch.view_as_real(memory).clone(), real[:, -1].clone(), seen)
 
     def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         self._check(x, mask)
-        q, k, _, gate = self._project(x, mask)
+        q, k, _, gate = self._by_heads(*self._project(x), mask)
         return gate_loop_weights(q, k, gate)
 
     def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
         self._check(x, mask)
-        q, k, v, gate = self._project(x, mask)
-        return Mix(v, gate_loop(q, k, v, gate).out)
+        q, k, v, z = self._project(x)
+        out, _ = self._loop(q, k, v, z, mask, None)
+        return Mix(self._split(v), self._split(out))
 
-    def _project(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values (b, h, n, e) and gates (b, h, n); a masked token has key 0 and gate 1."""
-        q, k, v = (
-            to(x).view(*x.shape[:2], self.heads, self.dim_head).transpose(1, 2)
-            for to in (self.to_q, self.to_k, self.to_v)
-        )
-        gate = self._gates(x)
-        if mask is not None:
-            k = k.masked_fill(~mask[:, None, :, None], 0.0)
-            gate = torch.where(mask[:, :, None], gate, torch.ones_like(gate))
-        return q, k, v, gate.transpose(1, 2)
-
-    def _gates(self, x: Tensor) -> Tensor:
-        """(b, n, h) complex."""
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values (b, n, h e), and z (b, n, h, 2); None without transition."""
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         if self.to_a is None:
-            dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
-            return torch.ones(*x.shape[:2], self.heads, dtype=dtype, device=x.device)
-        z = self.to_a(x).view(*x.shape[:2], self.heads, 2)
-        if self.gradient_fraction < 1.0 and torch.is_grad_enabled():
-            z = z * self.gradient_fraction + z.detach() * (1.0 - self.gradient_fraction)
+            return q, k, v, None
+        z = scale_gradient(self.to_a(x).view(*x.shape[:2], self.heads, 2), self.gradient_fraction)
         if self.real_gate:
             z = torch.stack((z[..., 0], torch.zeros_like(z[..., 0])), dim=-1)
-        return unit_gate(z)
+        return q, k, v, z
+
+    def _loop(
+        self, q: Tensor, k: Tensor, v: Tensor, z: Tensor | None, mask: Tensor | None, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs (b, n, h e) and the memory (b, h, e, e) after the last token."""
+        if self.dim_head == 1 and z is not None:
+            start = None if memory is None else memory[:, :, 0, 0]
+            out, memory = channel_gate_loop(q, k, v, z, mask=mask, state=start)
+            return out, memory[:, :, None, None]
+        out, memory = gate_loop(*self._by_heads(q, k, v, z, mask), state=memory)
+        return out.transpose(1, 2).flatten(2), memory
+
+    def _by_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, z: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values (b, h, n, e) and gates (b, h, n); a masked token has key 0 and gate 1."""
+        gate = torch.ones(*q.shape[:2], self.heads, dtype=complex_of(q.dtype), device=q.device)
+        if z is not None:
+            gate = unit_gate(z) if mask is None else torch.where(mask[:, :, None], unit_gate(z), gate)
+        if mask is not None:
+            k = k.masked_fill(~mask[:, :, None], 0.0)
+        return self._split(q), self._split(k), self._split(v), gate.transpose(1, 2)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(b, n, h e) as (b, h, n, e)."""
+        return x.view(*x.shape[:2], self.heads, self.dim_head).transpose(1, 2)
 
     def _finish(self, out: Tensor, x: Tensor, real: Tensor | None) -> Tensor:
-        out = out.transpose(1, 2).flatten(2)
+        """What stands after the recurrence; norm, SiLU and product are computed again in backward, not kept."""
+        gate = None if self.to_gate is None else self.to_gate(x)
+        if torch.is_grad_enabled() and (self.norm is not None or gate is not None):
+            finished: Tensor = checkpoint(
+                self._norm_and_gate, out, gate, real, use_reentrant=False, preserve_rng_state=False
+            )
+            return finished
+        return self._norm_and_gate(out, gate, real)
+
+    def _norm_and_gate(self, out: Tensor, gate: Tensor | None, real: Tensor | None) -> Tensor:
         if self.norm is not None:
             out = self.norm(out)
             if real is not None:  # the norm's bias is no sign of a token
                 out = out.masked_fill(~real[..., None], 0.0)
-        if self.to_gate is not None:
-            out = out * F.silu(self.to_gate(x))
+        if gate is not None:
+            out = out * F.silu(gate)
         return out if self.to_out is None else self.to_out(out)
 
     def _check_memory(self, state: GateLoopState, x: Tensor) -> None:

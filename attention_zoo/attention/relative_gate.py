@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from attention_zoo.attention.base import AttentionBlock, Mix
 from attention_zoo.layers.positions import Rotary
 from attention_zoo.layers.state import KeyValueState, State, register_state
-from attention_zoo.ops.gate_loop import unit_gate
+from attention_zoo.ops.gates import complex_of, scale_gradient, unit_gate
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
 
 
@@ -140,12 +140,8 @@ class RelativeGateAttention(AttentionBlock):
         """(b, n, h, e / 2) complex."""
         shape = (*x.shape[:2], self.heads, self.dim_head // 2)
         if self.to_a is None:
-            dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
-            return torch.ones(shape, dtype=dtype, device=x.device)
-        z = self.to_a(x).view(*shape, 2)
-        if self.gradient_fraction < 1.0 and torch.is_grad_enabled():
-            z = z * self.gradient_fraction + z.detach() * (1.0 - self.gradient_fraction)
-        return unit_gate(z)
+            return torch.ones(shape, dtype=complex_of(x.dtype), device=x.device)
+        return unit_gate(scale_gradient(self.to_a(x).view(*shape, 2), self.gradient_fraction))
 
     def _finish(self, out: Tensor, x: Tensor) -> Tensor:
         out = out.transpose(1, 2).flatten(2)

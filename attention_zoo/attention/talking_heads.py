@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.base import AttentionBlock, Mix
 from attention_zoo.layers.checks import check_choice, check_features, check_padding, check_positive
+from attention_zoo.layers.positions import RotaryEmbedding
 from attention_zoo.layers.state import KeyValueState, State
 from attention_zoo.ops.talking_heads import (
     HeadMix,
@@ -62,6 +63,7 @@ class TalkingHeadsAttention(AttentionBlock):
         streams: streams s; their heads talk to each other. The input is (b, n, d), or (b, s, n, d) with s streams.
         pre, post: the mixes before and after the softmax: "linear", "mlp" or None.
         scale: multiplies the scores; e^-0.5 where None.
+        rotary: turns queries and keys by their position, the same in all streams.
         causal: hide the future from every token.
         dropout: probability with which an attention weight is dropped in training, before the mix after the softmax.
 
@@ -79,16 +81,20 @@ class TalkingHeadsAttention(AttentionBlock):
         pre: str | None = "linear",
         post: str | None = "linear",
         scale: float | None = None,
+        rotary: RotaryEmbedding | None = None,
         causal: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(dim, heads=heads, dim_head=dim_head, causal=causal, dropout=dropout)
         check_positive(streams=streams)
+        if rotary is not None:
+            rotary.prepare(dim_head)
         for name, kind in (("pre", pre), ("post", post)):
             if kind is not None:
                 check_choice(name, kind, MIXES)
         self.streams = streams
         self.scale = scale
+        self.rotary = rotary
         inner = heads * dim_head
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_k = nn.Linear(dim, inner, bias=False)
@@ -116,7 +122,7 @@ class TalkingHeadsAttention(AttentionBlock):
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, KeyValueState]:
         self._check_step(x, state, mask, KeyValueState)
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, 0 if state is None else state.length)
         if isinstance(state, KeyValueState):
             want = (*k.shape[:2], state.length, self.dim_head)
             if state.keys.shape != want:
@@ -157,7 +163,7 @@ class TalkingHeadsAttention(AttentionBlock):
             dropout=self._drop,
         )
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         b, n = x.shape[0], x.shape[-2]
         q, k, v = (
             to(x)
@@ -166,6 +172,8 @@ class TalkingHeadsAttention(AttentionBlock):
             .reshape(b, self.streams * self.heads, n, self.dim_head)  # (b, s h, n, e)
             for to in (self.to_q, self.to_k, self.to_v)
         )
+        if self.rotary is not None:
+            q, k = self.rotary(q, start), self.rotary(k, start)
         return q, k, v
 
     def _merge(self, out: Tensor, x: Tensor) -> Tensor:

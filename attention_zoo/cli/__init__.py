@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import attention_zoo.cli.bench as bench
+import attention_zoo.cli.check as check
+import attention_zoo.cli.convert as convert
+import attention_zoo.cli.gallery as gallery
 import attention_zoo.cli.list as listing
 
 
@@ -26,6 +29,9 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "list": listing,
     "bench": bench,
+    "check": check,
+    "convert": convert,
+    "gallery": gallery,
 }
 
 

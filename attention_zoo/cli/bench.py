@@ -1,4 +1,4 @@
-"""Measure blocks beside torch's own attention, or decoding, or memory over segments: time, peak memory, ratio.
+"""Measure blocks beside torch's own attention, or decoding, memory over segments, recurrences: time, memory, ratio.
 
 A block is measured whole, and its mixing apart: what it does to queries, keys and values that are already projected.
 The ratio is mixing over torch's scaled_dot_product_attention (SDPA) of the same shape, timed in turn; SDPA is causal
@@ -22,7 +22,11 @@ from attention_zoo.cli.blocks import measure_blocks
 from attention_zoo.cli.decode import EARLY, LATE, NEW, PROMPT, measure_decoding
 from attention_zoo.cli.measure import Setup, check_device, describe_machine, threads
 from attention_zoo.cli.memory import measure_memory
+from attention_zoo.cli.pictures import new_figure
+from attention_zoo.cli.recurrence import measure_recurrences
+from attention_zoo.cli.results import as_markdown, draw_costs
 from attention_zoo.cli.table import format_number, format_row
+from attention_zoo.cli.targets import find_block
 from attention_zoo.layers.checks import check_choice, check_positive
 from attention_zoo.layers.files import write_aside
 
@@ -36,6 +40,7 @@ SIZES = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LENGTHS = [512, 1024, 2048]
+KIB = 2**10
 MIB = 2**20
 NAME = f"<{max(len(name) for name in BLOCKS)}"
 COLUMNS = {
@@ -49,15 +54,34 @@ COLUMNS = {
     "block MiB": ">9",
     "mixing MiB": ">10",
     "SDPA MiB": ">8",
+    "tokens/s": ">9",
+    "step ms": ">7",
+    "state KiB": ">9",
 }
 MEMORY_COLUMNS = {"what": "<38", "unit": "<4", "ours": ">8", "beside": ">8", "beside/ours": ">11"}
-DECODE_COLUMNS = {"block": NAME, "tokens/s": ">8", f"ms at {EARLY}": ">9", f"ms at {LATE}": ">10", "ratio": ">6"}
+DECODE_COLUMNS = {
+    "block": NAME,
+    "tokens/s": ">8",
+    f"ms at {EARLY}": ">9",
+    f"ms at {LATE}": ">10",
+    "ratio": ">6",
+    f"KiB at {EARLY}": ">10",
+    f"KiB at {LATE}": ">11",
+}
+RECURRENCE_COLUMNS = {
+    "what": "<33",
+    "rows": ">4",
+    "length": ">6",
+    "ours ms": ">7",
+    "beside ms": ">9",
+    "beside/ours": ">11",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; `check_arguments` looks at their values."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("blocks", nargs="*", metavar="BLOCK", help="what to measure (all; with --decode: full)")
+    parser.add_argument("blocks", nargs="*", metavar="BLOCK", help="names, or module:Class (all; --decode: full)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help="tokens (512 1024 2048)")
     for name, (default, meaning) in SIZES.items():
         flag = f"--{name.replace('_', '-')}"
@@ -66,7 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)} (float32)")
     parser.add_argument("--decode", action="store_true", help="measure how language models of these blocks decode")
     parser.add_argument("--memory", action="store_true", help="measure Memformer, and training by memory replay")
+    parser.add_argument("--recurrence", action="store_true", help="measure recurrences with one gate per channel")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write a table of the blocks to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw time and memory against length (PNG)")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -76,14 +103,21 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: an unknown block, dtype or device, a size below 1, or a file that cannot be written.
     """
     for name in args.blocks:
-        check_choice("block", name, BLOCKS)
+        find_block(name)
     for length in args.lengths:
         check_positive(lengths=length)
     check_positive(**{name: getattr(args, name) for name in SIZES})
     check_choice("dtype", args.dtype, DTYPES)
     check_device(args.device)
-    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"json must be a file in a folder that exists, got json={str(args.json)!r}")
+    for name in ("json", "markdown", "plot"):
+        file = getattr(args, name)
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise ValueError(f"{name} must be a file in a folder that exists, got {name}={str(file)!r}")
+    for name in ("markdown", "plot"):
+        if getattr(args, name) is not None and (args.memory or args.recurrence or args.decode):
+            raise ValueError(f"{name} is for blocks, and must be left out with --memory, --recurrence or --decode")
+    if args.plot is not None:
+        new_figure(1, 1)  # says at once what is missing
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,16 +130,23 @@ def run(args: argparse.Namespace) -> int:
         print(format_machine(machine))
         print(f"dim {args.dim}, heads {args.heads}, dim_head {args.dim_head}, {args.dtype}, {args.runs} runs\n")
         if args.memory:
-            rows = bench_memory(setup)
+            what, rows = "memory", bench_memory(setup)
+        elif args.recurrence:
+            what, rows = "recurrences", bench_recurrences(setup)
         elif args.decode:
-            rows = bench_decoding(args.blocks or ["full"], setup)
+            what, rows = "decoding", bench_decoding(args.blocks or ["full"], setup)
         else:
-            rows = bench_blocks(args.blocks or [*BLOCKS], args.lengths, setup)
+            what, rows = "blocks", bench_blocks(args.blocks or [*BLOCKS], args.lengths, setup)
     if args.json is not None:
         settings = {name: getattr(args, name) for name in ("device", "dtype", *SIZES)}
-        what = "memory" if args.memory else "decoding" if args.decode else "blocks"
         results = {"machine": machine, "settings": settings, what: rows}
         write_aside(args.json, lambda path: Path(path).write_text(json.dumps(results, indent=2) + "\n"))
+    if args.markdown is not None:
+        text = as_markdown(rows, f"{format_machine(machine)}, {args.dtype}, dim {args.dim}, batch 1")
+        write_aside(args.markdown, lambda path: Path(path).write_text(text))
+    if args.plot is not None:
+        figure = draw_costs(rows, format_machine(machine))
+        write_aside(args.plot, lambda path: figure.savefig(path, dpi=100, format="png"))
     return 0
 
 
@@ -118,7 +159,10 @@ def bench_blocks(names: Sequence[str], lengths: Sequence[int], setup: Setup) -> 
         times = (cost.block_ms, cost.mixing_ms, cost.sdpa_ms)
         ratio = f"{format_number(cost.ratio)}{'*' if cost.whole else ' '}"
         peaks = (peak / MIB for peak in (cost.block_bytes, cost.mixing_bytes, cost.sdpa_bytes))
-        print(format_row([cost.block, cost.length, cost.phase, *times, ratio, *peaks], layout), flush=True)
+        step = "" if cost.step_ms is None else format_number(cost.step_ms)
+        state = "" if cost.state_bytes is None else format_number(cost.state_bytes / KIB)
+        ends = (int(cost.tokens_per_second), step, state)
+        print(format_row([cost.block, cost.length, cost.phase, *times, ratio, *peaks, *ends], layout), flush=True)
         rows.append(asdict(cost))
     if any(row["whole"] for row in rows):
         print("\n* the whole block, projections included, over SDPA without any")
@@ -133,7 +177,8 @@ def bench_decoding(names: Sequence[str], setup: Setup) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         found = measure_decoding(name, setup)
-        cells = (name, found.tokens_per_second, found.early_ms, found.late_ms, found.ratio)
+        times = (found.tokens_per_second, found.early_ms, found.late_ms, found.ratio)
+        cells = (name, *times, found.early_bytes / KIB, found.late_bytes / KIB)
         print(format_row(cells, layout), flush=True)
         rows.append(asdict(found))
     return rows
@@ -146,6 +191,18 @@ def bench_memory(setup: Setup) -> list[dict[str, Any]]:
     rows = []
     for cost in measure_memory(setup):
         print(format_row([cost.what, cost.unit, cost.ours, cost.beside, cost.ratio], layout), flush=True)
+        rows.append(asdict(cost))
+    return rows
+
+
+def bench_recurrences(setup: Setup) -> list[dict[str, Any]]:
+    """Print what recurrences cost beside copying and beside a tree of steps, and return the rows as plain data."""
+    layout = [*RECURRENCE_COLUMNS.values()]
+    print(format_row([*RECURRENCE_COLUMNS], layout))
+    rows = []
+    for cost in measure_recurrences(setup):
+        cells = (cost.what, cost.rows, cost.length, cost.ours_ms, cost.beside_ms, cost.ratio)
+        print(format_row(cells, layout), flush=True)
         rows.append(asdict(cost))
     return rows
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_zoo.attention import (
-    BLOCKS,
     AttentionBlock,
     BlockSparseAttention,
     CrossAttention,
@@ -22,8 +21,10 @@ from attention_zoo.attention import (
     SelfAttention,
     TalkingHeadsAttention,
 )
-from attention_zoo.cli.measure import Call, Setup, compare, median_seconds, peak_bytes
-from attention_zoo.ops.gate_loop import gate_loop, unit_gate
+from attention_zoo.cli.measure import WARM_UP, Call, Setup, compare, median_seconds, peak_bytes
+from attention_zoo.cli.targets import find_block, make_block
+from attention_zoo.ops.gate_loop import gate_loop
+from attention_zoo.ops.gates import unit_gate
 from attention_zoo.ops.image_layout import TextImageLayout
 from attention_zoo.ops.softmax import softmax_attention
 
@@ -62,6 +63,9 @@ class BlockCost:
             mask where it sees a window or an axis of an image.
         ratio: mixing over SDPA, the median over pairs timed in turn.
         whole: the mixing is the whole block, because this block offers nothing narrower.
+        tokens_per_second: of the whole block in this phase.
+        step_ms, state_bytes: decoding the last of `length` tokens, and the state after it; None in training, and for a
+            block without step.
     """
 
     block: str
@@ -75,6 +79,9 @@ class BlockCost:
     mixing_bytes: int
     sdpa_bytes: int
     whole: bool
+    tokens_per_second: float
+    step_ms: float | None
+    state_bytes: int | None
 
 
 def layout_for(length: int) -> TextImageLayout:
@@ -83,15 +90,22 @@ def layout_for(length: int) -> TextImageLayout:
     return TextImageLayout(length - side * side, side, side)
 
 
-def build_block(name: str, length: int, setup: Setup) -> AttentionBlock:
-    """A block with its own defaults but for sizes and layout, of which it gets those that it has an argument for."""
-    known = inspect.signature(BLOCKS[name]).parameters
+def build_block(name: str, length: int, setup: Setup) -> nn.Module:
+    """A block with its own defaults but for sizes and layout, of which it gets those that it has an argument for.
+
+    Args:
+        name: in BLOCKS, or `module:Class`.
+        length: tokens of the layout, for a block that knows images.
+        setup: sizes and place.
+    """
+    make = find_block(name)
+    known = inspect.signature(make).parameters
     sizes: dict[str, Any] = {"heads": setup.heads, "dim_head": setup.dim_head, "layout": layout_for(length)}
-    block = BLOCKS[name](setup.dim, **{key: size for key, size in sizes.items() if key in known})
+    block = make_block(make, name, setup.dim, {key: size for key, size in sizes.items() if key in known})
     return block.to(setup.device, setup.dtype)
 
 
-def block_inputs(block: AttentionBlock, length: int, setup: Setup) -> tuple[Tensor, ...]:
+def block_inputs(block: nn.Module, length: int, setup: Setup) -> tuple[Tensor, ...]:
     """Random features (1, n, d) for the block's `forward`: x, and a context of the same length where it reads one."""
     count = 1 + ("context" in inspect.signature(block.forward).parameters)
     return tuple(_random(setup, 1, length, setup.dim) for _ in range(count))
@@ -103,7 +117,7 @@ def head_inputs(length: int, setup: Setup) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def mixing(block: AttentionBlock, length: int, setup: Setup) -> Mixing:
+def mixing(block: nn.Module, length: int, setup: Setup) -> Mixing:
     """What of this block is compared to SDPA. A kind of block that can run its mixing alone gets a branch here."""
     if isinstance(block, SelfAttention):
 
@@ -127,10 +141,11 @@ def mixing(block: AttentionBlock, length: int, setup: Setup) -> Mixing:
 
         gate = unit_gate(_random(setup, 1, length, block.heads, 2)).transpose(1, 2)
         return Mixing(loop, (q, k, v), causal=True)
-    return Mixing(block, block_inputs(block, length, setup), block.causal, whole=True)
+    causal = bool(getattr(block, "causal", True))
+    return Mixing(block, block_inputs(block, length, setup), causal, whole=True)
 
 
-def measure_block(name: str, block: AttentionBlock, length: int, phase: str, setup: Setup) -> BlockCost:
+def measure_block(name: str, block: nn.Module, length: int, phase: str, setup: Setup) -> BlockCost:
     """Time one phase of a block and of SDPA, batch 1, and take their peak memory.
 
     Args:
@@ -158,7 +173,30 @@ def measure_block(name: str, block: AttentionBlock, length: int, phase: str, set
         block_call = _call(phase, block, block_inputs(block, length, setup), block)
         block_time, block_peak = median_seconds(block_call, device, runs), peak_bytes(block_call, device)
     times = (block_time * 1000, mix_time * 1000, sdpa_time * 1000, ratio)
-    return BlockCost(name, length, phase, *times, block_peak, mix_peak, sdpa_peak, part.whole)
+    step = measure_step(block, length, setup) if phase == "forward" else (None, None)
+    speed = length / block_time
+    return BlockCost(name, length, phase, *times, block_peak, mix_peak, sdpa_peak, part.whole, speed, *step)
+
+
+def measure_step(block: nn.Module, length: int, setup: Setup) -> tuple[float | None, int | None]:
+    """Milliseconds for a token decoded when about `length` came before, and the bytes of the state at the end."""
+    steps = WARM_UP + setup.runs
+    decodes = callable(getattr(block, "step", None)) and getattr(type(block), "step", None) is not AttentionBlock.step
+    if not decodes or not getattr(block, "causal", True) or length <= steps:
+        return None, None
+    step: Any = block.step
+    x, *others = block_inputs(block, length, setup)
+    with torch.inference_mode():
+        _, state = step(x[:, :-steps], **({"context": others[0]} if others else {}))
+        places = iter(range(length - steps, length))
+
+        def decode() -> None:
+            nonlocal state
+            place = next(places)
+            _, state = step(x[:, place : place + 1], state)
+
+        taken = median_seconds(decode, setup.device, setup.runs)
+    return taken * 1000, int(state.nbytes)
 
 
 def measure_blocks(names: Sequence[str], lengths: Sequence[int], setup: Setup) -> Iterator[BlockCost]:

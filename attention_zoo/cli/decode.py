@@ -1,4 +1,4 @@
-"""How fast a language model decodes, and what a late token costs beside an early one."""
+"""How fast a language model decodes, what a late token costs beside an early one, and how large its state is."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Decoding:
         tokens_per_second: new tokens by the time of `generate`, prompt and sampling included.
         early_ms, late_ms: median milliseconds of a step at token 100 and at token 1000.
         ratio: late over early, the median over pairs of steps.
+        early_bytes, late_bytes: size of the state after token 100 and after token 1000.
     """
 
     block: str
@@ -43,6 +44,8 @@ class Decoding:
     early_ms: float
     late_ms: float
     ratio: float
+    early_bytes: int
+    late_bytes: int
 
 
 def measure_decoding(block: str, setup: Setup) -> Decoding:
@@ -65,17 +68,23 @@ def measure_decoding(block: str, setup: Setup) -> Decoding:
     prompt = torch.randint(NUM_TOKENS, (1, PROMPT), device=setup.device)
     taken = median_seconds(lambda: generate(model, prompt, NEW), setup.device, setup.runs)
     with torch.no_grad():
+        sizes = [_prefill(model, position).nbytes for position in (EARLY, LATE)]
         # Two sequences side by side, so that what slows the machine for a while slows an early and a late token alike.
         late, early = (_stepper(model, position - WINDOW // 2) for position in (LATE, EARLY))
         late_time, early_time, ratio = compare(late, early, setup.device, WINDOW)
-    return Decoding(block, PROMPT, NEW, NEW / taken, early_time * 1000, late_time * 1000, ratio)
+    return Decoding(block, PROMPT, NEW, NEW / taken, early_time * 1000, late_time * 1000, ratio, *sizes)
+
+
+def _prefill(model: LanguageModel, position: int) -> Any:
+    """The state of a model that has seen `position` tokens."""
+    device = model.token_embedding.weight.device
+    return model.step(torch.randint(NUM_TOKENS, (1, position), device=device))[1]
 
 
 def _stepper(model: LanguageModel, position: int) -> Callable[[], None]:
     """A call that feeds one more token to a model that has seen `position` of them."""
-    device = model.token_embedding.weight.device
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    state: Any = model.step(torch.randint(NUM_TOKENS, (1, position), device=device))[1]
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.token_embedding.weight.device)
+    state = _prefill(model, position)
 
     def step() -> None:
         nonlocal state

@@ -69,12 +69,16 @@ class MemoryUpdate(nn.Module):
         check_padding(mask, x)
         if memory.shape[0] != x.shape[0]:
             raise ValueError(f"memory must have the batch of x, got {memory.shape[0]} and {x.shape[0]}")
+        new = self.write(memory, x, mask)
+        return new if mask is None else torch.where(mask.any(dim=1)[:, None, None], new, memory)
+
+    def write(self, memory: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The memory after a segment, also for rows of padding alone, whose slots then read but themselves."""
         keys, values = self._heads(self.to_k(x)), self._heads(self.to_v(x))
         seen = self._seen(memory, x, mask)
-        new = memory
         for _ in range(self.updates):
-            new = self._write(new, keys, values, seen)
-        return new if mask is None else torch.where(mask.any(dim=1)[:, None, None], new, memory)
+            memory = self._write(memory, keys, values, seen)
+        return memory
 
     def _write(self, memory: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         q, k, v = (self._heads(to(memory)) for to in (self.to_q, self.to_k, self.to_v))

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 Function = Callable[[Tensor], Tensor]
 
@@ -64,8 +63,9 @@ class _Reversible(torch.autograd.Function):
         return streams[0], streams[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # with create_graph=True; what follows is recorded nowhere
+            raise RuntimeError("reversible streams have no second derivative: build the stack with reversible=False")
         streams, towards = list(ctx.saved_tensors), list(grads)
         found: dict[Tensor, Tensor] = {}
         for k in reversed(range(len(ctx.functions))):

@@ -1,6 +1,7 @@
 """Whole models: thin compositions of the zoo's blocks."""
 
 from attention_zoo.models.builders import cosine_sim_lm, gate_loop_lm
+from attention_zoo.models.capabilities import Capabilities, capabilities
 from attention_zoo.models.image_tokenizer import GreyTokenizer, ImageTokenizer
 from attention_zoo.models.language_model import LanguageModel, LanguageModelState
 from attention_zoo.models.memformer import Memformer, MemformerOutput, TargetDecoder
@@ -11,6 +12,7 @@ from attention_zoo.models.stack import Layer, Stack, StackState
 from attention_zoo.models.text_to_image import TextToImageTransformer
 
 __all__ = [
+    "Capabilities",
     "GreyTokenizer",
     "ImageTokenizer",
     "LanguageModel",
@@ -28,6 +30,7 @@ __all__ = [
     "StackState",
     "TargetDecoder",
     "TextToImageTransformer",
+    "capabilities",
     "cosine_sim_lm",
     "gate_loop_lm",
 ]

@@ -71,7 +71,10 @@ def gate_loop_lm(
     Paper: https://arxiv.org/abs/2311.01927
 
     Args:
-        num_tokens, dim, depth, heads, dim_head, ff_mult: see `LanguageModel`; heads=None is one per channel.
+        num_tokens, dim, depth, ff_mult: see `LanguageModel`.
+        heads: of every block that has heads; None leaves each its own default, for a gate loop one per channel.
+        dim_head: of the blocks in a hybrid that have it. The heads of a gate loop share dim, so with gate loops alone
+            it is an error.
         attention: "gate_loop", or a list that mixes it with other blocks, such as ["gate_loop", "gate_loop", "full"];
             blocks that take rotary positions get them.
         post_norm: LayerNorm after every residual sum and none before the logits, in place of RMSNorm before every

@@ -8,7 +8,8 @@ and a decoder without a context are errors.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from attention_zoo.layers.checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.positions import RelativeBias
+from attention_zoo.models.blocks import BlockSpec
 from attention_zoo.models.saving import SavedModel
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import next_token_loss
@@ -65,6 +67,9 @@ class Memformer(SavedModel):
         ...     encoded, memory, *_ = model(segment, memory=memory)
     """
 
+    encoder_blocks: ClassVar[Sequence[BlockSpec]] = ("full", "cross")
+    decoder_blocks: ClassVar[Sequence[BlockSpec]] = ("full", "cross")
+
     def __init__(
         self,
         *,
@@ -99,14 +104,14 @@ class Memformer(SavedModel):
         self.max_seq_len = dec_max_seq_len
         self.memory = InitialMemory(memory_slots, dim)
         self.source_embedding = _embedding(enc_num_tokens, dim)
-        self.encoder = _body(dim, enc_depth, enc_heads, "enc_heads", causal=False, **options)
+        self.encoder = _body(self.encoder_blocks, dim, enc_depth, enc_heads, "enc_heads", causal=False, **options)
         self.update = MemoryUpdate(dim, heads=memory_heads, updates=memory_updates, ff_mult=ff_mult)
         self.target_embedding: nn.Embedding | None = None
         self.decoder: Stack | None = None
         self.to_logits: nn.Linear | None = None
         if dec_num_tokens is not None and dec_depth is not None:
             self.target_embedding = _embedding(dec_num_tokens, dim)
-            self.decoder = _body(dim, dec_depth, dec_heads, "dec_heads", causal=True, **options)
+            self.decoder = _body(self.decoder_blocks, dim, dec_depth, dec_heads, "dec_heads", causal=True, **options)
             self.to_logits = nn.Linear(dim, dec_num_tokens)
 
     @property
@@ -257,14 +262,16 @@ def _embedding(num_tokens: int, dim: int) -> nn.Embedding:
     return embedding
 
 
-def _body(dim: int, depth: int, heads: int, name: str, *, causal: bool, **options: Any) -> Stack:
+def _body(
+    blocks: Sequence[BlockSpec], dim: int, depth: int, heads: int, name: str, *, causal: bool, **options: Any
+) -> Stack:
     check_positive(dim=dim, **{name: heads})
     if dim % heads:
         raise ValueError(f"{name} must divide dim, got {name}={heads}, {dim=}")
     return Stack(
         dim,
         depth,
-        attention=[["full", "cross"]],
+        attention=[list(blocks)],
         feedforward=("gelu", {"bias": True}),
         heads=heads,
         dim_head=dim // heads,

@@ -172,6 +172,7 @@ class Stack(nn.Module):
         self.dim = dim
         self.causal = causal
         self.reversible = reversible
+        self.shifts = token_shift is not None
         wanted = {"heads": heads, "dim_head": dim_head, "dropout": attn_dropout or None, **shared}
         parts = {name: part for name, part in wanted.items() if part is not None}
         layers = parse_layers(attention)

@@ -2,27 +2,22 @@
 
 h_t = a_t h_{t-1} + k_t v_t^T,  y_t = q_t^T Re(h_t)
 
-The fast path takes chunks of 64 tokens: inside a chunk ((q k^T) * D) v with D_ij = Re(a_{j+1} ... a_i), between chunks
-the complex memory as real matmuls. Its backward is written by hand and computes D and the memories again.
-
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attention_zoo.ops.gate_loop_chunks import chunked_gate_loop, decay
+from attention_zoo.ops.gates import complex_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.recurrence import linear_recurrence
 from attention_zoo.ops.softmax import check_heads
-
-CHUNK = 64  # tokens whose weights are held as one square
-GROUP = 16  # chunks that are computed side by side on the CPU
-SMALLEST = 1e-300  # magnitude that stands for a gate of 0 in the logarithm: whatever it multiplies is 0 in float32
 
 
 class GateLoop(NamedTuple):
@@ -61,7 +56,7 @@ def gate_loop(
     _check(q, v, gate, state)
     with no_autocast(q):
         q, k, wide = at_least_float32(q), at_least_float32(k), at_least_float32(v)
-        dtype = torch.complex128 if q.dtype == torch.float64 else torch.complex64
+        dtype = complex_of(q.dtype)
         gate = gate.to(dtype)
         if state is None:
             state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype, device=q.device)
@@ -72,7 +67,7 @@ def gate_loop(
         else:
             pairs = torch.view_as_real(state)
             stacked = torch.cat((pairs[..., 0], pairs[..., 1]), dim=-2)  # (b, h, 2e, e_v)
-            out, stacked = _chunked(q, k, wide, torch.view_as_real(gate), stacked)
+            out, stacked = chunked_gate_loop(q, k, wide, torch.view_as_real(gate), stacked)
             state = torch.complex(*stacked.chunk(2, dim=-2))
         return GateLoop(out.to(v.dtype), state)
 
@@ -81,28 +76,8 @@ def gate_loop_weights(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
     """The weights (b, h, i, j) with which the gate loop sums the values: (q_i k_j) Re(a_{j+1} ... a_i), 0 for j > i."""
     with no_autocast(q):
         scores = at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
-        pairs = torch.view_as_real(gate.to(torch.complex128 if q.dtype == torch.float64 else torch.complex64))
-        log, cos, sin = _log_and_phase(pairs)
-        weights = scores * _real(log, cos, sin)
+        weights = scores * decay(torch.view_as_real(gate.to(complex_of(q.dtype))))
     return weights.to(q.dtype)
-
-
-def unit_gate(z: Tensor) -> Tensor:
-    """sigma(|z|) e^{i arg z} without trigonometry; 0.5 at z = 0, where the gradient is 0.
-
-    Args:
-        z: (..., 2) floating, real and imaginary part.
-
-    Returns:
-        (...) complex, in at least complex64.
-    """
-    with no_autocast(z):
-        z = at_least_float32(z)
-        square = z.square().sum(-1, keepdim=True)
-        zero = square == 0
-        size = torch.where(zero, 1.0, square).sqrt()
-        half = torch.tensor([0.5, 0.0], dtype=z.dtype, device=z.device)
-        return torch.view_as_complex(torch.where(zero, half, z * (size.sigmoid() / size)))
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,247 +96,6 @@ def _elementwise(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -
     return q * out.real.transpose(1, 2)[..., None], last[:, :, None, None]
 
 
-def _log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the gates (..., c, 2) multiplied up: log-magnitude in float64, cosine and sine of the phase, (..., c) each.
-
-    float64, because 64 small gates reach logarithms whose differences float32 would round.
-    """
-    re, im = gate.double().unbind(-1)
-    log = torch.hypot(re, im).clamp(min=SMALLEST).log().cumsum(-1)
-    phase = torch.atan2(im, re).cumsum(-1)
-    return log, phase.cos().to(gate.dtype), phase.sin().to(gate.dtype)
-
-
-def _sizes(log: Tensor, dtype: torch.dtype) -> Tensor:
-    """|D_ij| of D_ij = a_{j+1} ... a_i, (..., c, c), 0 for j > i."""
-    return (log[..., :, None] - log[..., None, :]).to(dtype).exp().tril()
-
-
-def _real(log: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Re D_ij, (..., c, c)."""
-    return _sizes(log, cos.dtype) * (torch.stack((cos, sin), -1) @ torch.stack((cos, sin), -2))
-
-
-def _imaginary(log: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Im D_ij, (..., c, c)."""
-    return _sizes(log, cos.dtype) * (torch.stack((sin, -cos), -1) @ torch.stack((cos, sin), -2))
-
-
-class _Chunks(NamedTuple):
-    """Chunks side by side, (b h, N, c, ...), and the products of gates that tie them to the memories between them.
-
-    q, k, v: (B, N, c, e).
-    log, cos, sin: (B, N, c), the gates of a chunk multiplied up.
-    first: (B, N, c, 2), the product of the gates of a chunk up to and with each token.
-    last: (B, N, c, 2), the product of those after each token.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log: Tensor
-    cos: Tensor
-    sin: Tensor
-    first: Tensor
-    last: Tensor
-
-    @property
-    def whole(self) -> Tensor:
-        """(B, N, 2), the product of all gates of a chunk."""
-        return self.first[:, :, -1]
-
-    def read(self) -> Tensor:
-        """(..., c, 2e), what reads a memory stacked as real over imaginary part."""
-        return torch.cat((self.q * self.first[..., :1], self.q * -self.first[..., 1:]), dim=-1)
-
-    def write(self) -> Tensor:
-        """(..., c, 2e), what writes values into the memory after the chunk."""
-        return torch.cat((self.k * self.last[..., :1], self.k * self.last[..., 1:]), dim=-1)
-
-
-def _fold(tensor: Tensor, size: int, fill: float = 0.0) -> Tensor:
-    """(b, h, n, f) as chunks (b h, N, size, f), the last one filled up."""
-    missing = -tensor.shape[2] % size
-    if missing:
-        pad = tensor.new_full((*tensor.shape[:2], missing, tensor.shape[3]), fill)
-        tensor = torch.cat((tensor, pad), dim=2)
-    return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1, size, tensor.shape[3])
-
-
-def _cut(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> _Chunks:
-    size = min(CHUNK, q.shape[2])
-    missing = -q.shape[2] % size
-    if missing:  # gates of 1: the last memory stays as the last token left it
-        one = torch.tensor([1.0, 0.0], dtype=gate.dtype, device=gate.device).expand(*gate.shape[:2], missing, 2)
-        gate = torch.cat((gate, one), dim=2)
-    log, cos, sin = _log_and_phase(_fold(gate, size))
-    grown = log.to(cos.dtype).exp()
-    rest = (log[..., -1:] - log).to(cos.dtype).exp()
-    c, s = cos[..., -1:], sin[..., -1:]
-    last = torch.stack((rest * (c * cos + s * sin), rest * (s * cos - c * sin)), dim=-1)
-    first = torch.stack((grown * cos, grown * sin), dim=-1)
-    return _Chunks(_fold(q, size), _fold(k, size), _fold(v, size), log, cos, sin, first, last)
-
-
-def _turn(gate: Tensor, memory: Tensor) -> Tensor:
-    """The product of complex numbers (B, 2) and memories (B, 2e, e_v)."""
-    re, im = memory.chunk(2, dim=1)
-    return gate[:, :1, None] * memory + gate[:, 1:, None] * torch.cat((-im, re), dim=1)
-
-
-def _memories(chunks: _Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The memory before every chunk, (B, N, 2e, e_v), and after the last, (B, 2e, e_v)."""
-    written = chunks.write().transpose(-1, -2) @ chunks.v
-    for index in range(written.shape[1]):
-        after = written[:, index] + _turn(chunks.whole[:, index], state)
-        written[:, index] = state
-        state = after
-    return written, state
-
-
-@torch.library.custom_op("attention_zoo::gate_loop", mutates_args=())
-def _chunked(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    b, h, n, _ = q.shape
-    chunks = _cut(q, k, v, gate)
-    before, after = _memories(chunks, state.flatten(0, 1))
-    flat, before = _flat(chunks), before.flatten(0, 1)
-    out = flat.v.new_empty(flat.v.shape)
-    for part in _groups(flat):
-        given = _Chunks(*(tensor[part] for tensor in flat))
-        scores = (given.q @ given.k.transpose(-1, -2)).mul_(_real(given.log, given.cos, given.sin))
-        out[part] = (scores @ given.v).add_(given.read() @ before[part])
-    return out.view(b, h, -1, v.shape[3])[:, :, :n].clone(), after.reshape(state.shape).clone()
-
-
-@torch.library.custom_op("attention_zoo::gate_loop_backward", mutates_args=())
-def _chunked_backward(
-    to_out: Tensor, to_state: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chunks = _cut(q, k, v, gate)
-    before, _ = _memories(chunks, state.flatten(0, 1))
-    grad = _fold(to_out, chunks.q.shape[2])
-    to_after = chunks.read().transpose(-1, -2) @ grad  # below: the gradient to the memory after every chunk
-    later = to_state.flatten(0, 1)
-    back = chunks.whole * torch.tensor([1.0, -1.0], dtype=gate.dtype, device=gate.device)
-    for index in reversed(range(to_after.shape[1])):
-        earlier = to_after[:, index] + _turn(back[:, index], later)
-        to_after[:, index] = later
-        later = earlier
-
-    flat, around = _flat(chunks), [tensor.flatten(0, 1) for tensor in (grad, before, to_after)]
-    grads = [tensor.new_empty(tensor.shape) for tensor in (flat.q, flat.k, flat.v, flat.first)]
-    for part in _groups(flat):
-        given = _Chunks(*(tensor[part] for tensor in flat))
-        for whole, piece in zip(grads, _chunk_gradients(given, *(t[part] for t in around)), strict=True):
-            whole[part] = piece
-    to_q, to_k, to_v, to_gate = (
-        tensor.view(*q.shape[:2], -1, tensor.shape[-1])[:, :, : q.shape[2]].clone() for tensor in grads
-    )
-    return to_q, to_k, to_v, to_gate, later.reshape(state.shape).clone()
-
-
-def _flat(chunks: _Chunks) -> _Chunks:
-    """The chunks of all heads in a row, (b h N, c, ...)."""
-    return _Chunks(*(tensor.flatten(0, 1) for tensor in chunks))
-
-
-def _groups(chunks: _Chunks) -> list[slice]:
-    """All chunks in groups: on the CPU few enough at a time for its caches."""
-    total = chunks.q.shape[0]
-    size = GROUP if chunks.q.device.type == "cpu" else total
-    return [slice(start, start + size) for start in range(0, total, size)]
-
-
-def _chunk_gradients(chunks: _Chunks, grad: Tensor, before: Tensor, to_after: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v and the gates (..., c, 2) of chunks between known memories and their gradients."""
-    real = _real(chunks.log, chunks.cos, chunks.sin)
-    imaginary = _imaginary(chunks.log, chunks.cos, chunks.sin)
-    scores = chunks.q @ chunks.k.transpose(-1, -2)
-    pairs = grad @ chunks.v.transpose(-1, -2)
-    from_memory = grad @ before.transpose(-1, -2)  # (..., c, 2e)
-    into_memory = chunks.v @ to_after.transpose(-1, -2)
-    to_v = ((scores * real).transpose(-1, -2) @ grad).add_(chunks.write() @ to_after)
-    weighted = pairs * real
-    first, last = chunks.first, chunks.last
-    read, write = from_memory.chunk(2, dim=-1), into_memory.chunk(2, dim=-1)
-    to_q = weighted @ chunks.k + (read[0] * first[..., :1] - read[1] * first[..., 1:])
-    to_k = weighted.transpose(-1, -2) @ chunks.q + (write[0] * last[..., :1] + write[1] * last[..., 1:])
-    reads = torch.stack([(chunks.q * part).sum(-1) for part in read], dim=-1)
-    writes = torch.complex((chunks.k * write[0]).sum(-1), -(chunks.k * write[1]).sum(-1))
-    whole = _inner(to_after, before)
-    return to_q, to_k, to_v, _gate_gradient(chunks, scores.mul_(pairs), real, imaginary, reads, writes, whole)
-
-
-def _inner(grad: Tensor, memory: Tensor) -> Tensor:
-    """sum conj(grad) memory over the features of stacked memories: (...) complex."""
-    (a, b), (c, d) = grad.chunk(2, dim=-2), memory.chunk(2, dim=-2)
-    return torch.complex((a * c + b * d).sum((-1, -2)), (a * d - b * c).sum((-1, -2)))
-
-
-def _gate_gradient(
-    chunks: _Chunks, pairs: Tensor, real: Tensor, imaginary: Tensor, reads: Tensor, writes: Tensor, whole: Tensor
-) -> Tensor:
-    """The gradient to every gate, (..., c, 2), with no division, so that a gate of 0 has its true one.
-
-    The loss is Re of sum_ij pairs_ij D_ij + sum_i reads_i first_i + sum_j writes_j last_j + whole * (all gates). Each
-    product that holds a_t is (product after t) a_t (product before t), and the gradient is the conjugate of the rest.
-    """
-    start = torch.tensor([1.0, 0.0], dtype=real.dtype, device=real.device).expand_as(chunks.first[..., :1, :])
-    first = torch.cat((start, chunks.first[..., :-1, :]), dim=-2)  # the product up to t - 1
-    zero = torch.zeros_like(real[..., :1, :])
-    before = [torch.cat((zero, part[..., :-1, :]), dim=-2) for part in (real, imaginary)]  # D_{t-1, j}
-    left = torch.cat((pairs, reads), dim=-1)  # (i, j + 2)
-    inner = left @ torch.cat((before[0], first[..., :1], -first[..., 1:]), dim=-1).transpose(-1, -2)  # (i, t)
-    turned = left @ torch.cat((before[1], first.flip(-1)), dim=-1).transpose(-1, -2)
-    near_real = (real * inner).sub_(imaginary * turned).sum(-2)
-    near_imaginary = turned.mul_(real).add_(inner.mul_(imaginary)).sum(-2)
-
-    columns = torch.view_as_real(writes)
-    through = torch.complex(before[0] @ columns[..., :1], before[0] @ columns[..., 1:])
-    through = through + 1j * torch.complex(before[1] @ columns[..., :1], before[1] @ columns[..., 1:])
-    outer = through.squeeze(-1) + whole[..., None] * torch.view_as_complex(first)
-    rest = torch.complex(near_real, near_imaginary) + torch.view_as_complex(chunks.last) * outer
-    return torch.view_as_real(rest.conj().resolve_conj())
-
-
-@_chunked.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), state.new_empty(state.shape)
-
-
-@_chunked_backward.register_fake
-def _(
-    to_out: Tensor, to_state: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        gate.new_empty(gate.shape),
-        state.new_empty(state.shape),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, to_out: Tensor, to_state: Tensor) -> tuple[Tensor, ...]:
-    with no_autocast(to_out):
-        grads: tuple[Tensor, ...] = _chunked_backward(to_out, to_state, *ctx.saved_tensors)
-    return grads
-
-
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "the chunked gate loop has no second derivative: compute it inside `with attention_zoo.reference():`"
-    )
-
-
-_chunked.register_autograd(_backward, setup_context=_save)
-_chunked_backward.register_autograd(_refuse)
-
-
 def _check(q: Tensor, v: Tensor, gate: Tensor, state: Tensor | None) -> None:
     if not gate.is_complex():
         raise TypeError(f"gate must be complex, got dtype {gate.dtype}")
@@ -375,6 +109,6 @@ def _check(q: Tensor, v: Tensor, gate: Tensor, state: Tensor | None) -> None:
     want = (*q.shape[:2], q.shape[3], v.shape[3])
     if state.shape != want:
         raise ValueError(f"state must be (b, h, e, e_v) = {want}, got shape {tuple(state.shape)}")
-    runs_in = torch.complex128 if q.dtype == torch.float64 else torch.complex64
+    runs_in = complex_of(q.dtype)
     if state.dtype != runs_in:
         raise TypeError(f"state must be of dtype {runs_in}, in which the gate loop runs, got {state.dtype}")

@@ -59,12 +59,46 @@ def linear_recurrence(a: Tensor, x: Tensor, *, state: Tensor | None = None, impl
     with no_autocast(x):
         gate, wide = at_least_float32(a), at_least_float32(x)
         start = wide.new_zeros(x.shape[0], x.shape[2]) if state is None else state
-        if impl == "auto":
-            impl = "numba" if x.device.type == "cpu" and HAS_NUMBA else "scan"
-        if impl == "numba":
-            _check_numba(x)
-        out = _reference(gate, wide, start) if impl == "reference" else _fast(gate, wide, start, impl)
+        out = _reference(gate, wide, start) if impl == "reference" else _fast(gate, wide, start, fast_impl(impl, x))
         return Recurrence(out.to(x.dtype), out[:, -1])
+
+
+def fast_impl(impl: str, x: Tensor) -> str:
+    """The fast way that runs for x: "scan" or "numba", for "auto" the better of those that can.
+
+    Raises:
+        ImportError: numba is asked for and not installed.
+        ValueError: numba is asked for off the CPU.
+    """
+    if impl == "auto":
+        return "numba" if x.device.type == "cpu" and HAS_NUMBA else "scan"
+    if impl == "numba" and not HAS_NUMBA:
+        raise ImportError("impl='numba' needs numba: pip install 'attention-zoo[fast]'")
+    if impl == "numba" and x.device.type != "cpu":
+        raise ValueError(f"impl='numba' runs on the CPU alone, got x on {x.device}")
+    return impl
+
+
+def recur(a: Tensor, x: Tensor, start: Tensor, impl: str) -> Tensor:
+    """h_t for every token by "scan" or "numba", a fresh (b, n, d) without a gradient."""
+    if impl == "numba":
+        return _numba(a, x, start)
+    b, n, d = x.shape
+    if b * d < WIDE or x.device.type != "cpu":  # elsewhere every step costs the start of a kernel
+        return _scan(a, x, start).clone()
+    out = x.new_empty(x.shape)
+    for t in range(n):
+        start = torch.addcmul(x[:, t], a[:, t], start, out=out[:, t])
+    return out
+
+
+def recur_backward(to_out: Tensor, a: Tensor, out: Tensor, start: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a, x and the start: the same recurrence run backwards."""
+    a = a.conj().resolve_conj()
+    later = torch.cat((a[:, 1:], torch.ones_like(a[:, :1])), dim=1).flip(1)  # the gate of the token after
+    to_x = recur(later, to_out.flip(1), torch.zeros_like(start), impl).flip(1)
+    before = torch.cat((start[:, None], out[:, :-1]), dim=1)
+    return to_x * before.conj(), to_x, a[:, 0] * to_x[:, 0]
 
 
 def _reference(a: Tensor, x: Tensor, h: Tensor) -> Tensor:
@@ -97,29 +131,12 @@ def _scan(a: Tensor, x: Tensor, start: Tensor) -> Tensor:
 
 @torch.library.custom_op("attention_zoo::linear_recurrence", mutates_args=())
 def _fast(a: Tensor, x: Tensor, start: Tensor, impl: str) -> Tensor:
-    return _forward(a, x, start, impl)
+    return recur(a, x, start, impl)
 
 
 @torch.library.custom_op("attention_zoo::linear_recurrence_backward", mutates_args=())
 def _fast_backward(to_out: Tensor, a: Tensor, out: Tensor, start: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of a linear recurrence is the same recurrence run backwards."""
-    a = a.conj().resolve_conj()
-    later = torch.cat((a[:, 1:], torch.ones_like(a[:, :1])), dim=1).flip(1)  # the gate of the token after
-    to_x = _forward(later, to_out.flip(1), torch.zeros_like(start), impl).flip(1)
-    before = torch.cat((start[:, None], out[:, :-1]), dim=1)
-    return to_x * before.conj(), to_x, a[:, 0] * to_x[:, 0]
-
-
-def _forward(a: Tensor, x: Tensor, start: Tensor, impl: str) -> Tensor:
-    if impl == "numba":
-        return _numba(a, x, start)
-    b, n, d = x.shape
-    if b * d < WIDE:
-        return _scan(a, x, start).clone()
-    out = x.new_empty(x.shape)
-    for t in range(n):
-        start = torch.addcmul(x[:, t], a[:, t], start, out=out[:, t])
-    return out
+    return recur_backward(to_out, a, out, start, impl)
 
 
 @_fast.register_fake
@@ -175,13 +192,6 @@ def _kernel() -> Callable[..., None]:
 
     compiled: Callable[..., None] = numba.njit(run, nogil=True, fastmath={"contract"})
     return compiled
-
-
-def _check_numba(x: Tensor) -> None:
-    if not HAS_NUMBA:
-        raise ImportError("impl='numba' needs numba: pip install 'attention-zoo[fast]'")
-    if x.device.type != "cpu":
-        raise ValueError(f"impl='numba' runs on the CPU alone, got x on {x.device}")
 
 
 def _check(a: Tensor, x: Tensor, state: Tensor | None) -> None:

@@ -9,14 +9,13 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
 
 from attention_zoo.ops.implementation import choose
-from attention_zoo.ops.masks import visible
 from attention_zoo.ops.precision import at_least_float32, no_autocast
+from attention_zoo.ops.relative_gate_blocks import relative_gate_blocks, relative_gate_scores, weigh
 from attention_zoo.ops.softmax import check_heads
 
-QUERY_BLOCK = 32  # queries whose scores are held at a time; among themselves they cost 32 e / 2 products each
 SMALLEST = 1e-300  # magnitude that stands for a gate of 0 in the logarithm
 
 
@@ -60,23 +59,13 @@ def relative_gate_attention(
     with no_autocast(q):
         q, k, wide, gate = _prepare(q, k, v, gate, mask)
         if impl == "reference":
-            weights = _weigh(_reference_scores(q, k, gate), mask, softmax, dropout)
-            return (weights @ wide).to(v.dtype)
-        log, cos, sin = _log_and_phase(gate, q.dtype)
-        outs = []
-        for start in range(0, q.shape[2], QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, q.shape[2])
-
-            def attend(*parts: Tensor, start: int = start, stop: int = stop) -> Tensor:
-                q, k, log, cos, sin, values = parts
-                scores = _scores(q, k, log, cos, sin, start, stop)
-                weights = _weigh(scores, None if mask is None else mask[:, : scores.shape[-1]], softmax, dropout)
-                return weights @ values[:, :, : scores.shape[-1]]
-
-            parts = (q, k, log, cos, sin, wide)
-            grad = torch.is_grad_enabled()
-            outs.append(checkpoint(attend, *parts, use_reentrant=False) if grad else attend(*parts))
-        return torch.cat(outs, dim=2).to(v.dtype)
+            weights = weigh(_reference_scores(q, k, gate), mask, softmax)
+            return (F.dropout(weights, dropout) @ wide).to(v.dtype)
+        log, phase = _log_and_phase(gate)
+        # The seed, not the dropped weights, is what backward needs to drop them again.
+        seed = torch.randint(2**62, (), device="cpu") if dropout else torch.zeros((), dtype=torch.int64)
+        out: Tensor = relative_gate_blocks(q, k, wide, log, phase, mask, softmax, dropout, seed)
+        return out.to(v.dtype)
 
 
 def relative_gate_weights(
@@ -85,12 +74,7 @@ def relative_gate_weights(
     """The weights (b, h, i, j) with which `relative_gate_attention` sums the values."""
     with no_autocast(q):
         wide_q, wide_k, _, gate = _prepare(q, k, k, gate, mask)
-        log, cos, sin = _log_and_phase(gate, wide_q.dtype)
-        rows = []
-        for start in range(0, q.shape[2], QUERY_BLOCK):
-            scores = _scores(wide_q, wide_k, log, cos, sin, start, min(start + QUERY_BLOCK, q.shape[2]))
-            rows.append(torch.nn.functional.pad(scores, (0, k.shape[2] - scores.shape[-1])))
-        return _weigh(torch.cat(rows, dim=2), mask, softmax, 0.0).to(q.dtype)
+        return weigh(relative_gate_scores(wide_q, wide_k, *_log_and_phase(gate)), mask, softmax).to(q.dtype)
 
 
 def _prepare(
@@ -109,18 +93,6 @@ def _prepare(
     if mask is not None:
         gate = torch.where(mask[:, None, :, None], gate, torch.ones_like(gate))
     return q * q.shape[-1] ** -0.5, k, v, gate
-
-
-def _weigh(scores: Tensor, mask: Tensor | None, softmax: bool, dropout: float) -> Tensor:
-    key = None if mask is None else mask[:, None, None]
-    seen = visible(*scores.shape[-2:], mask=key, causal=True, device=scores.device)
-    weights = scores
-    if softmax:
-        hidden = scores if seen is None else scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-        weights = hidden.softmax(-1)
-    if seen is not None:
-        weights = weights.masked_fill(~seen, 0.0)
-    return torch.nn.functional.dropout(weights, dropout) if dropout else weights
 
 
 def _reference_scores(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
@@ -142,32 +114,9 @@ def _pairs(x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:-1], -1, 2)
 
 
-def _log_and_phase(gate: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the gates multiplied up along the sequence: log-magnitude in float64, cosine and sine of the phase."""
+def _log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the gates multiplied up along the sequence: log-magnitude and phase, in float64."""
     zero = gate == 0
     re, im = torch.view_as_real(torch.where(zero, torch.ones_like(gate), gate)).double().unbind(-1)
     log = torch.hypot(re, im).clamp(min=SMALLEST).log().masked_fill(zero, math.log(SMALLEST))
-    phase = torch.atan2(im, re).cumsum(2)
-    return log.cumsum(2), phase.cos().to(dtype), phase.sin().to(dtype)
-
-
-def _scores(q: Tensor, k: Tensor, log: Tensor, cos: Tensor, sin: Tensor, start: int, stop: int) -> Tensor:
-    """The scores (b, h, stop - start, keys) of the queries start ... stop - 1 and the keys up to the last of them."""
-    first, last = k.shape[2] - q.shape[2] + start, k.shape[2] - q.shape[2] + stop
-    here = slice(first, last)
-    query = _pairs(q[:, :, start:stop])
-    key = _pairs(k[:, :, here])
-    sizes = log[:, :, here, None] - log[:, :, None, here]
-    later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
-    sizes = sizes.masked_fill(later[..., None], -torch.inf).to(q.dtype).exp()  # (b, h, i, j, p)
-    turn = cos[:, :, here, None] * cos[:, :, None, here] + sin[:, :, here, None] * sin[:, :, None, here]
-    near = ((query[:, :, :, None] * key[:, :, None]).sum(-1) * sizes * turn).sum(-1)
-    if not first:
-        return near
-    meet = log[:, :, first : first + 1]
-    left = (log[:, :, here] - meet).to(q.dtype).exp()
-    right = (meet - log[:, :, :first]).to(q.dtype).exp()
-    query = torch.cat((query * (left * cos[:, :, here])[..., None], query * (left * sin[:, :, here])[..., None]), -1)
-    key = _pairs(k[:, :, :first])
-    key = torch.cat((key * (right * cos[:, :, :first])[..., None], key * (right * sin[:, :, :first])[..., None]), -1)
-    return torch.cat((query.flatten(-2) @ key.flatten(-2).transpose(-1, -2), near), dim=-1)
+    return log.cumsum(2), torch.atan2(im, re).cumsum(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,24 @@ def test_masked_tokens_leave_the_recurrent_state_unchanged(heads: int | None) ->
     torch.testing.assert_close(later.memory, state.memory, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("sub_norm", [False, True])
+def test_a_block_keeps_less_than_eight_times_its_input_for_backward(sub_norm: bool) -> None:
+    block, x = GateLoopAttention(64, sub_norm=sub_norm), torch.randn(1, 256, 64, requires_grad=True)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *block.parameters())}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = block(x)
+    assert out.requires_grad
+    assert 6.9 < sum(kept.values()) / x.nbytes < 7.1  # q, k, v, z twice as wide, what the loop gives, the swish gate
+
+
 @pytest.mark.parametrize("heads", [None, 4])
 def test_a_run_over_100_000_tokens_in_pieces_equals_the_whole(heads: int | None) -> None:
     block, x, state, pieces = GateLoopAttention(8, heads=heads), torch.randn(1, 100_000, 8), None, []
@@ -168,6 +187,20 @@ def test_the_gradient_fraction_scales_the_gradient_to_the_gates_alone() -> None:
         grads.append((block.to_a.weight.grad, block.to_k.weight.grad))
     torch.testing.assert_close(grads[1][0], 0.25 * grads[0][0])
     torch.testing.assert_close(grads[1][1], grads[0][1])
+
+
+def test_the_real_gates_error_under_autocast_is_that_of_rounding_its_inputs() -> None:
+    block = GateLoopAttention(32, heads=8, real_gate=True, swish_gate=False)
+    x = torch.randn(3, 67, 32)
+    rounded = copy.deepcopy(block)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16())
+        exact, rounded_exactly = block.double()(x.double()), rounded.double()(x.bfloat16().double())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = block.float()(x)
+    assert relative_error(got, rounded_exactly) < 1e-2
+    assert relative_error(rounded_exactly, exact) > 2e-2  # the gate jumps from -1/2 to 1/2 where z changes its sign
 
 
 def test_bad_arguments_are_refused_by_name() -> None:

@@ -19,7 +19,9 @@ from attention_zoo.cli import decode as decoding
 from attention_zoo.cli.blocks import PHASES, BlockCost, measure_block, mixing
 from attention_zoo.cli.decode import Decoding
 from attention_zoo.cli.measure import Setup, compare, describe_machine, peak_bytes, seconds, threads
+from attention_zoo.cli.recurrence import tree_mixing
 from attention_zoo.cli.table import format_number, format_row
+from attention_zoo.ops.channel_gate_loop import channel_gate_loop
 
 CPU = torch.device("cpu")
 TINY = Setup(dim=16, heads=2, dim_head=8, depth=1, runs=2, device=CPU, dtype=torch.float32)
@@ -39,23 +41,26 @@ class Averaging(AttentionBlock):
         return out
 
 
-def test_list_shows_every_block_with_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+def listed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The table that `list` prints, without what follows it."""
     assert main(["list"]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["block", "class", "causal", "context"]
+    return capsys.readouterr().out.split("\n\n")[0].splitlines()
+
+
+def test_list_shows_every_block_with_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+    header, *lines = listed(capsys)
+    assert header.split()[:4] == ["block", "class", "causal", "mask"]
     assert [line.split()[:2] for line in lines] == [[name, cls.__name__] for name, cls in BLOCKS.items()]
 
 
-def test_list_says_who_needs_a_context_and_who_may_be_bidirectional(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["list"])
-    rows = {line.split()[0]: line.split()[2:4] for line in capsys.readouterr().out.splitlines()}
-    assert rows["full"] == ["optional", "-"]
-    assert rows["cross"] == ["always", "needed"]
+def test_list_says_how_states_grow_and_who_may_be_bidirectional(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {line.split()[0]: line.split()[2:6] for line in listed(capsys)}
+    assert rows["full"] == ["optional", "yes", "yes", "O(n)"]
+    assert rows["gate_loop"] == ["always", "yes", "yes", "O(1)"]
 
 
 def test_columns_of_the_list_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["list"])
-    header, *lines = capsys.readouterr().out.splitlines()
+    header, *lines = listed(capsys)
     for title in ("class", "causal", "context", "what it is"):
         start = header.index(title)
         assert all(line[start - 1] == " " and line[start] != " " for line in lines)
@@ -76,7 +81,8 @@ def test_json_of_the_bench_has_every_field_of_every_block_length_and_phase(
     assert [(row["block"], row["length"], row["phase"]) for row in rows] == want
     for row in rows:
         assert set(row) == {field.name for field in fields(BlockCost)}
-        assert all(row[name] > 0 for name in row if name.endswith(("_ms", "_bytes", "ratio")))
+        numbers = {name: row[name] for name in row if name.endswith(("_ms", "_bytes", "ratio"))}
+        assert all(number > 0 for name, number in numbers.items() if name not in ("step_ms", "state_bytes"))
     printed = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in printed[0]
     assert sum(line.split()[:1] == [name] for line in printed for name in BLOCKS) == len(want)
@@ -154,7 +160,7 @@ def test_the_module_runs_and_ends_quietly_when_nobody_reads_on() -> None:
     command = [sys.executable, "-m", "attention_zoo", "list"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("\n") == 1 + len(BLOCKS)
+    assert done.stdout.split("\n\n")[0].count("\n") == len(BLOCKS)
     reading, writing = os.pipe()
     os.close(reading)
     cut = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
@@ -262,3 +268,62 @@ def test_bench_shows_what_memory_over_segments_costs(
     assert six["ours"] < 1.2 * two["ours"]  # the activations of one segment, however many there are
     assert six["beside"] > 2 * two["beside"]
     assert "replay of 6 segments, beside full" in capsys.readouterr().out
+
+
+def test_bench_shows_what_recurrences_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("attention_zoo.cli.recurrence.SIZES", ((2, 9), (1, 20)))
+    file = tmp_path / "recurrence.json"
+    assert main(["bench", "--recurrence", "--dim", "8", "--runs", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["recurrences"]
+    assert {(row["rows"], row["length"]) for row in rows} == {(2, 9), (1, 20)}
+    assert all(row["ours_ms"] > 0 and row["beside_ms"] > 0 and row["ratio"] > 0 for row in rows)
+    assert "scan: gate loop, beside a tree" in capsys.readouterr().out
+
+
+def test_the_tree_that_recurrences_are_held_against_is_right() -> None:
+    q, k, v, z = (torch.randn(2, 21, 3, *last, dtype=torch.float64) for last in ((), (), (), (2,)))
+    want = channel_gate_loop(q, k, v, z, impl="reference").out
+    assert torch.allclose(tree_mixing(q, k, v, z), want, atol=1e-12)
+
+
+def test_the_state_of_a_recurrence_has_one_size_and_a_cache_grows() -> None:
+    found = {name: decoding.measure_decoding(name, TINY) for name in ("gate_loop", "full")}
+    assert found["gate_loop"].late_bytes == found["gate_loop"].early_bytes
+    assert found["full"].late_bytes > 9 * found["full"].early_bytes
+
+
+def test_the_bench_writes_a_table_and_a_plot(tmp_path: Path) -> None:
+    table, plot = tmp_path / "bench.md", tmp_path / "bench.png"
+    options = ["--lengths", "8", "16", "--markdown", str(table), "--plot", str(plot), *TINY_OPTIONS]
+    assert main(["bench", "full", "simple_gate_loop", *options]) == 0
+    lines = table.read_text().splitlines()
+    assert lines[0].endswith("float32, dim 16, batch 1")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    assert [row[:2] for row in rows] == [
+        [f"`{block}`", length] for block in ("full", "simple_gate_loop") for length in ("8", "16")
+    ]
+    assert {len(row) for row in rows} == {10}
+    assert rows[2][3].endswith("*")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_state_in_the_bench_is_the_block_s_own(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    assert main(["bench", "full", "gate_loop", "--lengths", "8", "16", "--json", str(file), *TINY_OPTIONS]) == 0
+    rows = [row for row in json.loads(file.read_text())["blocks"] if row["phase"] == "forward"]
+    sizes = {(row["block"], row["length"]): row["state_bytes"] for row in rows}
+    assert sizes["full", 16] == 2 * sizes["full", 8] == 2 * 16 * 16 * 4
+    assert sizes["gate_loop", 16] == sizes["gate_loop", 8]
+
+
+def test_a_block_of_one_s_own_is_benched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from torch import nn\nclass Mine(nn.Linear):\n    def __init__(self, dim): super().__init__(dim, dim)\n"
+    (tmp_path / "benched_blocks.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "bench.json"
+    assert main(["bench", "benched_blocks:Mine", "--lengths", "8", "--json", str(file), *TINY_OPTIONS]) == 0
+    row = json.loads(file.read_text())["blocks"][0]
+    assert (row["block"], row["whole"], row["step_ms"]) == ("benched_blocks:Mine", True, None)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_zoo import LanguageModel, Memformer
+from attention_zoo import LanguageModel, Memformer, TextToImageTransformer
 from attention_zoo.training import read_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -85,6 +85,16 @@ def test_the_recall_example_leaves_its_model_and_its_picture(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "recall.png"]
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
     Memformer.load(tmp_path)
+
+
+def test_the_digits_example_draws_and_is_judged(tmp_path: Path) -> None:
+    options = ["--steps", "3", "--dim", "16", "--heads", "2", "--batch", "4", "--samples", "2", "--device", "cpu"]
+    done = run([sys.executable, str(EXAMPLES / "draw_digits.py"), *options, "--out", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert "of 20 drawings as asked for" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "digits.png", "model.safetensors"]
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert TextToImageTransformer.load(tmp_path).num_image_tokens == 17
 
 
 def test_the_streams_example_scores_both_models_and_leaves_its_picture(tmp_path: Path) -> None:

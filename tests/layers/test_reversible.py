@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from attention_zoo import Stack
 from attention_zoo.layers.reversible import run_forward
@@ -88,9 +90,29 @@ def test_what_is_kept_for_backward_does_not_grow_with_the_depth() -> None:
 def test_a_second_derivative_raises() -> None:
     model = stack()
     x = torch.randn(1, 5, 16, requires_grad=True)
-    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative: build the stack with reversible=False"):
+        torch.autograd.grad(model(x).square().sum() + x.square().sum(), x, create_graph=True)
+
+
+def train_a_part(rank: int, store: str, parts: Tensor, out: str) -> None:
+    """One of two processes: the gradients that DDP leaves after a step on its part of the batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = DistributedDataParallel(stack())
+    model(parts[rank]).square().sum().backward()
+    if rank == 0:
+        torch.save([parameter.grad for parameter in model.parameters()], out)
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_averages_the_gradients_of_both_processes(tmp_path: Path) -> None:
+    parts = torch.randn(2, 2, 9, 16)
+    arguments = (str(tmp_path / "store"), parts, str(tmp_path / "grads.pt"))
+    torch.multiprocessing.spawn(train_a_part, arguments, nprocs=2)
+    model = stack()
+    (model(parts[0]).square().sum() / 2 + model(parts[1]).square().sum() / 2).backward()
+    for got, parameter in zip(torch.load(tmp_path / "grads.pt"), model.parameters(), strict=True):
+        assert relative_error(got, parameter.grad) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights, unit_gate
+from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights
+from attention_zoo.ops.gates import unit_gate
 from tests.slow import relative_error
 
 

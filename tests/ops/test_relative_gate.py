@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_zoo.ops.gate_loop import unit_gate
+from attention_zoo.ops.gates import unit_gate
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
 from tests.slow import relative_error
 
@@ -49,3 +49,26 @@ def test_a_gate_of_zero_cuts_all_that_came_before_and_gives_no_nan() -> None:
     assert relative_error(out[:, :, 70:], alone) < 1e-5
     (gradient,) = torch.autograd.grad(out.sum(), gate)
     assert bool(torch.view_as_real(gradient).isfinite().all())
+
+
+def test_dropout_drops_the_same_weights_in_backward() -> None:
+    q, k, v = (torch.randn(1, 2, 40, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    gate = unit_gate(torch.randn(1, 2, 40, 2, 2, dtype=torch.float64))
+
+    def run(*leaves: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return relative_gate_attention(*leaves, gate, dropout=0.3)
+
+    assert torch.autograd.gradcheck(run, (q, k, v), fast_mode=True)
+    dropped = relative_gate_attention(q, k, torch.ones_like(v), gate, dropout=0.3)[..., 0].detach()
+    assert 0.8 < float(dropped.mean()) < 1.2
+    assert float(dropped.std()) > 0.01
+    assert not bool(relative_gate_attention(q, k, v, gate, dropout=1.0).any())
+
+
+def test_a_second_derivative_of_the_blocks_raises() -> None:
+    q, k, v = (torch.randn(1, 1, 9, 4, requires_grad=True) for _ in range(3))
+    gate = unit_gate(torch.randn(1, 1, 9, 2, 2))
+    (first,) = torch.autograd.grad(relative_gate_attention(q, k, v, gate).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="reference"):
+        torch.autograd.grad(first.sum(), k)

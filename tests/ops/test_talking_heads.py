@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops.diversity import stream_diversity_loss
-from attention_zoo.ops.talking_heads import QUERY_BLOCK, HeadMix, HeadMLP, mix_heads, talking_heads_attention
+from attention_zoo.ops.head_mix import HeadMix, HeadMLP, mix_heads
+from attention_zoo.ops.talking_heads import talking_heads_attention
+from attention_zoo.ops.talking_heads_blocks import QUERY_BLOCK
 from tests.slow import relative_error
 
 HEADS = 6
@@ -193,6 +195,66 @@ def test_the_diversity_loss_is_minus_the_mean_jensen_shannon_divergence(streams:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, check_dtype=False)
     for ours, theirs in zip(torch.autograd.grad(got, [q, k]), torch.autograd.grad(want, [q, k]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", [None, "linear", "mlp"])
+@pytest.mark.parametrize("n", [3, QUERY_BLOCK, 131])
+@pytest.mark.parametrize("masked", [False, True])
+def test_diversity_by_blocks_equals_the_reference(n: int, kind: str | None, causal: bool, masked: bool) -> None:
+    q, k, _ = inputs(n, n, torch.float64)
+    pre = mix(kind, torch.float64)
+    mask = torch.rand(2, n) < 0.7 if masked else None
+    options: dict[str, Any] = {"streams": 2, "mask": mask, "causal": causal}
+    inputs_of = [q, k, *leaves(pre)]
+    got, want = (stream_diversity_loss(q, k, pre, impl=impl, **options) for impl in ("blocks", "reference"))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(got, inputs_of), torch.autograd.grad(want, inputs_of), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
+
+
+def test_a_second_derivative_by_blocks_raises_and_names_the_way_out() -> None:
+    q, k, v = inputs(7, 7)
+    weight = mix("linear")
+    for out in (talking_heads_attention(q, k, v, weight, None), stream_diversity_loss(q, k, weight, streams=2)):
+        (first,) = torch.autograd.grad(out.square().sum() + q.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"attention_zoo.reference\(\)"):
+            first.square().sum().backward()
+
+
+def test_one_trace_of_the_diversity_loss_serves_every_length() -> None:
+    traces = 0
+
+    def count(graph: Any, _: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return graph
+
+    compiled = torch.compile(
+        lambda q, k, w: stream_diversity_loss(q, k, w, streams=2), backend=count, fullgraph=True, dynamic=True
+    )
+    weight = mix("linear")
+    for n in (5, 70, 131, 200):
+        q, k, _ = inputs(n, n)
+        torch.testing.assert_close(compiled(q, k, weight), stream_diversity_loss(q, k, weight, streams=2))
+    assert traces == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"pre": "linear"}, TypeError, "pre must be a .C, C. tensor, a HeadMLP or None, got str"),
+        ({"post": (torch.ones(HEADS),) * 3}, TypeError, "post must be a .C, C. tensor, a HeadMLP or None, got tuple"),
+        ({"pre": torch.ones(2, 2)}, ValueError, "pre must mix the 6 heads"),
+        ({"dropout": 1.0}, ValueError, "dropout must lie in .0, 1., got dropout=1.0"),
+        ({"impl": "blokcs"}, ValueError, "impl must be one of"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    q, k, v = inputs(3, 3)
+    options: dict[str, Any] = {"pre": None, "post": None, **changes}
+    with pytest.raises(error, match=message):
+        talking_heads_attention(q, k, v, options.pop("pre"), options.pop("post"), **options)
 
 
 def test_one_stream_has_no_diversity_and_equal_streams_have_none_either() -> None:

@@ -1,0 +1,6 @@
+"""Old checkpoints: weights of the packages whose ideas live on here, loaded into the zoo's own modules."""
+
+from attention_zoo.interop.files import convert, load, read_weights
+from attention_zoo.interop.packages import PACKAGES, from_upstream
+
+__all__ = ["PACKAGES", "convert", "from_upstream", "load", "read_weights"]

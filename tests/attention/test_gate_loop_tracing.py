@@ -1,0 +1,57 @@
+"""The gate loops under torch.compile and torch.export: one graph for all lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attention_zoo import GateLoopAttention, RelativeGateAttention, SimpleGateLoop
+from tests.slow import relative_error
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "gate_loop": lambda: GateLoopAttention(16, sub_norm=True),
+    "gate_loop, 4 heads": lambda: GateLoopAttention(16, heads=4),
+    "simple_gate_loop": lambda: SimpleGateLoop(16),
+    "relative_gate": lambda: RelativeGateAttention(16, heads=2, dim_head=8),
+}
+blocks = pytest.mark.parametrize("name", BLOCKS)
+
+
+@blocks
+def test_compiled_once_a_block_runs_at_every_length_forward_and_backward(name: str) -> None:
+    block, graphs, counts = BLOCKS[name](), [], []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compiler.reset()
+    try:
+        compiled: Any = torch.compile(block, fullgraph=True, dynamic=True, backend=counting)
+        for n in (65, 7, 131):
+            found = []
+            for run in (block, compiled):
+                x = torch.linspace(-2, 2, 2 * n * 16).view(2, n, 16).sin().requires_grad_()
+                out = run(x)
+                found.append((out, *torch.autograd.grad(out.square().sum(), (x, *block.parameters()))))
+            for want, got in zip(*found, strict=True):
+                assert relative_error(got, want) < 1e-5
+            counts.append(len(graphs))
+        assert len(set(counts)) == 1, "a new length was compiled anew"
+    finally:
+        torch.compiler.reset()
+
+
+@blocks
+def test_an_exported_block_runs_at_lengths_it_was_not_exported_with(name: str) -> None:
+    block = BLOCKS[name]().eval()
+    length = torch.export.Dim("n", min=2, max=4096)
+    with torch.no_grad():
+        exported = torch.export.export(block, (torch.randn(2, 33, 16),), dynamic_shapes={"x": {1: length}}).module()
+        for n in (12, 131):
+            x = torch.randn(2, n, 16)
+            assert relative_error(exported(x), block(x)) < 1e-5

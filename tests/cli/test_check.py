@@ -1,0 +1,95 @@
+"""The check command on the zoo's blocks and on blocks of a user's own file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from attention_zoo.cli import main
+
+OWN = '''
+import torch
+from torch import nn
+
+
+class Past(nn.Module):
+    """The mean of the past, or with a leak of everything."""
+
+    def __init__(self, dim, leak=False):
+        super().__init__()
+        self.leak = leak
+        self.to_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x, *, mask=None):
+        ones = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
+        total, count = (x * ones).cumsum(1), ones.cumsum(1)
+        if self.leak:
+            total, count = total[:, -1:].expand_as(x), count[:, -1:].expand_as(ones)
+        return self.to_out(total / count.clamp(min=1))
+
+
+NUMBER = 3
+
+
+def not_a_module(dim):
+    return dim
+'''
+FAST = ["--checks", "shapes", "causality", "rows", "steps"]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_blocks.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("own")
+def test_a_sound_block_of_one_s_own_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "own_blocks:Past", "--lengths", "1", "7", *FAST]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["check", "outcome", "what"]
+    assert [line.split()[:2] for line in lines[1:4]] == [[name, "passed"] for name in ("shapes", "causality", "rows")]
+    assert lines[4].split(maxsplit=1)[1].split("  ") == ["not applicable", "the block has no step"]
+
+
+@pytest.mark.usefixtures("own")
+def test_a_leak_is_said_with_its_size_and_ends_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "own_blocks:Past", "--arguments", '{"leak": true}', "--lengths", "1", "7", *FAST]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"causality +failed +output 0 has a gradient .*\d", said)
+    assert "own_blocks:Past fails 1 of 4 checks." in said
+
+
+@pytest.mark.parametrize("block", ["full", "cross", "gate_loop"])
+def test_a_block_of_the_zoo_is_checked_by_its_name(block: str) -> None:
+    assert main(["check", block, "--lengths", "1", "7", *FAST]) == 0
+
+
+def test_an_image_block_takes_its_layout_as_an_object() -> None:
+    layout = '{"layout": {"text_len": 3, "height": 2, "width": 3}, "heads": 2, "dim_head": 8}'
+    assert main(["check", "conv", "--arguments", layout, "--lengths", "1", "2", "9", *FAST]) == 0
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["ful"], "did you mean 'full'"),
+        (["own_blocks:Pest"], r"its modules are ['Past']"),
+        (["own_blocks:NUMBER"], "must be a class or function"),
+        (["own_blocks:not_a_module"], "must give an nn.Module, got int"),
+        (["no_such_file:Block"], "No module named 'no_such_file'"),
+        (["own_blocks:Past", "--arguments", '{"laek": 1}'], "unexpected keyword argument 'laek'"),
+        (["own_blocks:Past", "--arguments", "leak"], "--arguments must be a JSON object"),
+        (["full", "--checks", "causaliti"], "did you mean 'causality'"),
+        (["full", "--dim", "0"], "dim must be at least 1"),
+    ],
+)
+def test_what_cannot_be_checked_is_answered_with_a_sentence(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *options]) == 2
+    assert message in capsys.readouterr().err

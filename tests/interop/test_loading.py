@@ -1,0 +1,235 @@
+"""What the door lets in, what it refuses, and the files that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_zoo import cli
+from attention_zoo.interop import PACKAGES, convert, from_upstream, load
+
+RECORDS = Path(__file__).parents[1] / "data" / "upstream"
+
+
+def record(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    found = torch.load(RECORDS / f"{name}.pt", weights_only=True)
+    return found["meta"], found["state_dict"]
+
+
+def build(meta: dict[str, Any], weights: dict[str, Tensor], **changes: Any) -> torch.nn.Module:
+    return from_upstream(meta["package"], meta["cls"], weights, **{**meta["kwargs"], **changes})
+
+
+def test_a_weight_left_over_is_named() -> None:
+    meta, weights = record("gateloop_simple")
+    with pytest.raises(ValueError, match=r"also has \['to_surprise.weight'\]"):
+        build(meta, {**weights, "to_surprise.weight": torch.ones(3)})
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*.pt")), ids=lambda path: path.stem)
+def test_a_missing_weight_is_named_whichever_it_is(path: Path) -> None:
+    meta, weights = record(path.stem)
+    unused = ("pos_emb", "transformer.pos_emb")  # rebuilt
+    ablated = [name for name in weights if "to_a" in name] if "ablate" in path.stem else []
+    for name in weights:
+        if name in unused or (meta["package"] == "gateloop-transformer" and name in ablated):
+            continue
+        rest = {other: tensor for other, tensor in weights.items() if other != name}
+        with pytest.raises(ValueError, match=f"{name!r}"):
+            build(meta, rest, **(meta["forward_kwargs"] if ablated else {}))
+
+
+def test_a_weight_of_another_shape_is_named_with_both_shapes() -> None:
+    meta, weights = record("gateloop_simple")
+    with pytest.raises(ValueError, match=r"to_qkva.0.weight \(72, 24\) cannot become a \(36, 12\) to_qkva.weight"):
+        build(meta, {**weights, "norm.gamma": torch.ones(12)}, dim=12)
+
+
+def test_shared_layers_must_hold_the_same_numbers() -> None:
+    meta, weights = record("dalle_transformer_norotary")
+    attention = "fn.fn.fn.to_qkv.weight"
+    same = {name: weights[name.replace("layers.layers.2.0.fn.fn", "layers.layers.0.0.fn.fn")] for name in weights}
+    arguments = {"attn_types": ["full"], "shared_attn_ids": [0, 1, 0, 2]}
+    stack = build(meta, same, **arguments)
+    assert stack.layers[0].sublayers[0].block is stack.layers[2].sublayers[0].block
+    changed = {**same, f"layers.layers.2.0.{attention}": torch.zeros(81, 24)}
+    with pytest.raises(ValueError, match=f"layers.layers.2.0.{attention}' and 'layers.layers.0.0.{attention}'"):
+        build(meta, changed, **arguments)
+
+
+def test_an_image_autoencoder_in_the_file_is_left_out() -> None:
+    meta, weights = record("dalle_model_logits")
+    model = build(meta, {**weights, "vae.codebook.weight": torch.ones(3)})
+    assert not [name for name, _ in model.named_parameters() if "vae" in name]
+
+
+def test_older_names_of_the_image_positions_are_understood() -> None:
+    meta, weights = record("dalle_model_loss")
+    older = {name.replace("image_pos_emb.weights.", "image_pos_emb.weights_"): weights[name] for name in weights}
+    torch.testing.assert_close(build(meta, older).state_dict(), build(meta, weights).state_dict(), rtol=0, atol=0)
+
+
+def test_a_module_has_the_dtype_of_its_weights_and_eval_mode() -> None:
+    meta, weights = record("cosine_transformer_postnorm")
+    model = build(meta, {name: tensor.double() for name, tensor in weights.items()})
+    assert not model.training
+    assert model(torch.ones(1, 3, dtype=torch.int64)).dtype == torch.float64
+
+
+def test_the_caller_s_weights_are_not_shared_with_the_module() -> None:
+    meta, weights = record("gateloop_simple")
+    block = build(meta, weights)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+    assert weights["norm.gamma"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("package", "cls", "arguments", "message"),
+    [
+        ("memfromer", "Memformer", {}, "did you mean 'memformer'"),
+        ("memformer", "Memfromer", {}, "did you mean 'Memformer'"),
+        ("memformer", "Attention", {"dim": 8, "head": 2}, "did you mean 'heads'"),
+        ("memformer", "Attention", {}, r"arguments must hold \['dim'\]"),
+        ("memformer", "Memformer", {"dim": 8, "num_memory_slots": 1, "enc_num_tokens": 2, "enc_depth": 1}, "dec_depth"),
+        ("gateloop-transformer", "CausalFullAttention", {"dim": 8, "data_dependent_rel_pos": True}, "over pairs"),
+        (
+            "gateloop-transformer", "Transformer",
+            {"dim": 8, "num_tokens": 3, "depth": 1, "use_gate_looped_attn": False, "data_dependent_rel_pos": True},
+            "RelativeGateAttention",
+        ),
+        (
+            "DALLE-pytorch", "Transformer",
+            {"dim": 8, "depth": 1, "seq_len": 320, "attn_types": ["sparse"], "image_fmap_size": 8}, "in no file",
+        ),
+        ("DALLE-pytorch", "Transformer", {"dim": 8, "depth": 1, "seq_len": 30}, "image_fmap_size must be given"),
+        ("DALLE-pytorch", "Transformer", {"dim": 8, "depth": 1, "seq_len": 30, "attn_types": ["ful"]}, "mean 'full'"),
+        ("DALLE-pytorch", "SparseAxialCausalAttention", {"dim": 8, "seq_len": 31, "axis": 2}, "axis must be 0 or 1"),
+        ("DALLE-pytorch", "SparseConvCausalAttention", {"dim": 8, "seq_len": 31}, "image_size must leave text"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_loaded_is_answered_with_a_sentence(
+    package: str, cls: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_upstream(package, cls, {}, **arguments)
+
+
+def test_the_norm_of_non_linear_talking_heads_must_be_one_number() -> None:
+    meta, weights = record("quartic_attention_mlp")
+    scale = torch.linspace(0.5, 1.5, 19)
+    with pytest.raises(ValueError, match="one number to be loaded, got 19 different ones: it lay along the keys"):
+        build(meta, {**weights, "pre_talking_heads.fn.0.scale": scale})
+
+
+def test_a_state_dict_must_map_names_to_tensors() -> None:
+    with pytest.raises(TypeError, match="state_dict must map names to tensors, got 'dim': int"):
+        from_upstream("memformer", "Attention", {"dim": 8}, dim=8)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*.pt")), ids=lambda path: path.stem)
+def test_what_is_converted_loads_again_and_computes_the_same(path: Path, tmp_path: Path) -> None:
+    meta, weights = record(path.stem)
+    torch.save(weights, tmp_path / "old.pt")
+    account = convert(meta["package"], meta["cls"], tmp_path / "old.pt", tmp_path / "new", arguments=meta["kwargs"])
+    assert set(account) == set(weights)
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
+    again, direct = load(tmp_path / "new"), build(meta, weights)
+    torch.testing.assert_close(dict(again.state_dict()), dict(direct.state_dict()), rtol=0, atol=0)
+
+
+def test_shared_weights_and_embeddings_survive_conversion(tmp_path: Path) -> None:
+    meta, weights = record("dalle_model_logits")
+    arguments = {**meta["kwargs"], "share_input_output_emb": True}
+    shared = {name: tensor for name, tensor in weights.items() if not name.endswith("_emb.weight")}
+    for name in ("text_emb", "image_emb"):
+        shared |= {f"{name}.linear.{kind}": weights[f"to_logits.1.{kind}"] for kind in ("weight", "bias")}
+    torch.save(shared, tmp_path / "old.pt")
+    account = convert(meta["package"], meta["cls"], tmp_path / "old.pt", tmp_path / "new", arguments=arguments)
+    assert account["text_emb.linear.weight"] == "repeats to_logits.1.weight"
+    model = load(tmp_path / "new")
+    torch.testing.assert_close(model.state_dict()["to_logits.weight"], weights["to_logits.1.weight"], rtol=0, atol=0)
+
+
+def test_a_trainer_s_file_brings_its_own_arguments(tmp_path: Path) -> None:
+    meta, weights = record("dalle_model_logits")
+    given = {name: meta["kwargs"][name] for name in ("num_image_tokens", "image_fmap_size")}
+    hparams = {name: value for name, value in meta["kwargs"].items() if name not in given}
+    file = {"hparams": hparams, "vae_params": None, "epoch": 3, "weights": weights}
+    torch.save(file, tmp_path / "dalle.pt")
+    convert(meta["package"], meta["cls"], tmp_path / "dalle.pt", tmp_path / "new", arguments=given)
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["arguments"] == {**hparams, **given}
+
+
+class RunsCode:
+    """A pickle of it calls a function when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"to_q.weight": RunsCode(tmp_path / "ran")}, tmp_path / "evil.pt")
+    call = ["convert", "memformer", "Attention", str(tmp_path / "evil.pt"), str(tmp_path / "new")]
+    assert cli.main(call) == 2
+    assert "run code of its own: it is refused" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_converts_and_prints_what_became_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta, weights = record("gateloop_transformer")
+    torch.save(weights, tmp_path / "old.pt")
+    (tmp_path / "arguments.json").write_text(json.dumps(meta["kwargs"]))
+    call = ["convert", meta["package"], meta["cls"], str(tmp_path / "old.pt"), str(tmp_path / "new")]
+    assert cli.main([*call, "--arguments", str(tmp_path / "arguments.json")]) == 0
+    said = capsys.readouterr().out
+    assert "layers.1.0.norm.gamma" in said
+    assert "stack.layers.1.sublayers.0.residual.norm.weight" in said
+    assert load(tmp_path / "new").num_tokens == 41
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"no weights", "must be a file of torch.save|run code"), (b"", "must be a file of torch.save")],
+)
+def test_a_damaged_file_is_answered_with_a_sentence(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "old.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        convert("memformer", "Attention", tmp_path / "old.pt", tmp_path / "new", arguments={"dim": 8})
+
+
+def test_a_converted_folder_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
+    meta, weights = record("gateloop_simple")
+    torch.save(weights, tmp_path / "old.pt")
+    convert(meta["package"], meta["cls"], tmp_path / "old.pt", tmp_path, arguments=meta["kwargs"])
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a safetensors file"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"package": "memformer"}')
+    with pytest.raises(ValueError, match="field 'class'"):
+        load(tmp_path)
+
+
+def test_every_package_and_class_of_old_has_a_loader() -> None:
+    assert {package: sorted(classes) for package, classes in PACKAGES.items()} == {
+        "quartic-transformer": ["Attention", "MultiStreamTransformer"],
+        "flash-cosine-sim-attention": ["Attention", "CosineSimCausalTransformer"],
+        "gateloop-transformer": ["CausalFullAttention", "GateLoopedAttention", "SimpleGateLoopLayer", "Transformer"],
+        "memformer": ["Attention", "Memformer"],
+        "DALLE-pytorch": [
+            "Attention", "DALLE", "SparseAxialCausalAttention", "SparseConvCausalAttention", "Transformer",
+        ],
+    }  # fmt: skip

@@ -1,0 +1,105 @@
+"""Every yes and every no of the table is what the contract kit finds."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_zoo import BLOCKS, TextImageLayout, capabilities, reference
+from attention_zoo.testing import Subject, run_check
+from attention_zoo.testing.report import NOT_APPLICABLE, PASSED
+
+DIM = 16
+LAYOUT = TextImageLayout(text_len=30, height=7, width=5)
+FOUND = capabilities()
+
+
+def subject(name: str, *, causal: bool = True) -> Subject:
+    cls = BLOCKS[name]
+    takes = inspect.signature(cls).parameters
+    options: dict[str, Any] = {"heads": 2, "dim_head": 8} if "dim_head" in takes else {}
+    if FOUND[name].image:
+        options["layout"] = LAYOUT
+    if not causal:
+        options["causal"] = False
+
+    def context(batch: int, length: int) -> dict[str, Tensor]:
+        return {"context": torch.randn(batch, 5, DIM)}
+
+    return Subject(
+        lambda: cls(DIM, **options),
+        dim=DIM,
+        causal=causal,
+        lengths=(1, 2, 33),
+        inputs=context if FOUND[name].context else None,
+        shift_invariant=not FOUND[name].image,
+    )
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(("capability", "check"), [("mask", "padding"), ("step", "steps"), ("map", "map")])
+def test_a_yes_passes_its_check_and_a_no_is_not_applicable(name: str, capability: str, check: str) -> None:
+    expected = PASSED if getattr(FOUND[name], capability) else NOT_APPLICABLE
+    assert run_check(check, subject(name)).status == expected
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_compile_says_whether_the_block_traces(name: str) -> None:
+    assert (run_check("compile", subject(name)).status == PASSED) == FOUND[name].compile
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_block_is_causal_and_an_optional_one_sees_the_future_when_asked(name: str) -> None:
+    assert run_check("causality", subject(name)).status == PASSED
+    if FOUND[name].causal == "optional":
+        other = subject(name, causal=False)
+        x = other.x(33).requires_grad_()
+        out = other.block()(x)
+        (gradient,) = torch.autograd.grad(out[:, 0].sum(), x)
+        assert gradient[:, -1].abs().max() > 0
+    else:
+        with pytest.raises((TypeError, ValueError)):
+            subject(name, causal=False).block()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_state_grows_as_the_table_says(name: str) -> None:
+    tested = subject(name)
+    block, others = tested.block(), tested.others(60)
+    with torch.no_grad():
+        sizes = [block.step(tested.x(n), **others)[1].nbytes for n in (20, 40, 60)]  # type: ignore[operator]
+    if FOUND[name].state == "1":
+        assert sizes[0] == sizes[1] == sizes[2]
+    else:
+        assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_second_derivatives_are_right_where_the_table_says_so_and_raise_elsewhere(name: str) -> None:
+    tested = subject(name)
+    block, x = tested.block(dtype=torch.float64), tested.x(33, dtype=torch.float64).requires_grad_()
+    others = tested.others(33, dtype=torch.float64)
+
+    def second() -> Tensor:
+        (first,) = torch.autograd.grad(block(x, **others).square().sum(), x, create_graph=True)
+        (found,) = torch.autograd.grad(first.square().sum(), x)
+        return found
+
+    with reference():
+        want = second()
+    if FOUND[name].double_backward:
+        torch.testing.assert_close(second(), want, rtol=1e-7, atol=1e-9)
+    else:
+        with pytest.raises(RuntimeError):
+            second()
+
+
+def test_arguments_that_the_table_names_are_taken_or_refused() -> None:
+    columns = {"streams": "streams", "rotary": "rotary", "bias": "bias", "kv_heads": "kv_heads", "dropout": "dropout"}
+    for name, found in FOUND.items():
+        for column, argument in columns.items():
+            assert getattr(found, column) == (argument in inspect.signature(BLOCKS[name]).parameters)

@@ -1,0 +1,75 @@
+"""The language model of gate loops: hybrids, padded prompts, states, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from attention_zoo import FullAttention, GateLoopAttention, LanguageModel, SimpleGateLoop, gate_loop_lm, generate
+from tests.slow import relative_error
+
+HYBRID: dict[str, Any] = {"attention": ["gate_loop", "gate_loop", "full"], "heads": 4, "dim_head": 8}
+KINDS: dict[str, dict[str, Any]] = {
+    "one gate per channel": {},
+    "heads": {"heads": 4},
+    "simple": {"attention": "simple_gate_loop"},
+    "hybrid": HYBRID,
+    "hybrid, post-norm": {**HYBRID, "post_norm": True},
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def build(kind: str) -> LanguageModel:
+    return gate_loop_lm(num_tokens=31, dim=32, depth=3, **KINDS[kind]).eval()
+
+
+@kinds
+def test_steps_over_any_split_equal_the_whole_with_padding_too(kind: str) -> None:
+    model, tokens = build(kind), torch.randint(31, (2, 70))
+    mask = torch.ones(2, 70, dtype=torch.bool)
+    mask[1, :23] = False
+    with torch.no_grad():
+        whole = model(tokens, mask)
+        for split in ([70], [1] * 70, [23, 40, 7]):
+            state, outs = None, []
+            for part, seen in zip(tokens.split(split, 1), mask.split(split, 1), strict=True):
+                logits, state = model.step(part, state, mask=seen)
+                outs.append(logits)
+            assert relative_error(torch.cat(outs, 1)[mask], whole[mask]) < 1e-5
+
+
+@kinds
+def test_left_padded_prompts_continue_as_each_prompt_alone(kind: str) -> None:
+    model, prompts = build(kind), [torch.randint(31, (1, n)) for n in (3, 9, 17)]
+    padded = torch.cat([torch.nn.functional.pad(prompt, (17 - prompt.shape[1], 0)) for prompt in prompts])
+    mask = torch.arange(17) >= 17 - torch.tensor([[3], [9], [17]])
+    together = generate(model, padded, 12, mask=mask, temperature=0)
+    for row, prompt in enumerate(prompts):
+        assert torch.equal(together[row : row + 1], generate(model, prompt, 12, temperature=0))
+
+
+def test_a_hybrid_has_the_blocks_it_names_and_trains() -> None:
+    model = gate_loop_lm(num_tokens=31, dim=32, depth=6, **HYBRID)
+    kinds = [type(part) for part in model.modules() if isinstance(part, (GateLoopAttention, FullAttention))]
+    assert kinds == [GateLoopAttention, GateLoopAttention, FullAttention] * 2
+    model.loss(torch.randint(31, (2, 20))).backward()
+    assert all(part.grad is not None and bool(part.grad.isfinite().all()) for part in model.parameters())
+
+
+def test_the_state_of_a_model_of_gate_loops_alone_has_one_size() -> None:
+    for kind, numbers in (("one gate per channel", 2 * 32), ("heads", 2 * 32 * 8), ("simple", 32)):
+        model = build(kind)
+        with torch.no_grad():
+            sizes = {model.step(torch.randint(31, (1, n)))[1].nbytes for n in (1, 50, 500)}
+        (size,) = sizes
+        assert 0 < size - 3 * 4 * numbers < 100  # beside the memories of three layers, counts of tokens
+
+
+def test_head_sizes_are_refused_where_no_block_has_them() -> None:
+    with pytest.raises(ValueError, match="dim_head must be taken by at least one block, but none of 'gate_loop'"):
+        gate_loop_lm(num_tokens=31, dim=32, depth=2, dim_head=8)
+    with pytest.raises(ValueError, match=r"heads must be taken by at least one block.*simple_gate_loop"):
+        gate_loop_lm(num_tokens=31, dim=32, depth=2, attention="simple_gate_loop", heads=4)
+    assert any(isinstance(part, SimpleGateLoop) for part in build("simple").modules())
