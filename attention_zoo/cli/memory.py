@@ -22,6 +22,7 @@ DEPTH = 2
 SLOTS = 128
 SEGMENT = 128  # tokens of a segment that is replayed
 SEGMENTS = (2, 8, 32)
+READ = 1024  # tokens that checkpointed layers read
 DEPTHS = (4, 16)  # layers whose activations are computed again
 MIB = 2**20
 
@@ -106,7 +107,7 @@ def _full(model: MemoryLanguageModel, segments: list[Tensor]) -> None:
 
 
 def _layer_peaks(setup: Setup) -> Iterator[MemoryCost]:
-    tokens = torch.randint(NUM_TOKENS, (1, LENGTH + 1), device=setup.device)
+    tokens = torch.randint(NUM_TOKENS, (1, READ + 1), device=setup.device)
 
     def peak(depth: int, *, saving: bool) -> float:
         model = LanguageModel(
