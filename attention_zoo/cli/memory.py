@@ -1,4 +1,4 @@
-"""What memory over segments costs: Memformer beside its reference form, and replay beside full back-propagation."""
+"""What memory costs: Memformer beside its reference form, replay beside full back-propagation, layers recomputed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.cli.measure import Setup, compare, peak_bytes
-from attention_zoo.models import Memformer, MemoryLanguageModel
+from attention_zoo.models import LanguageModel, Memformer, MemoryLanguageModel
 from attention_zoo.ops.implementation import reference
 from attention_zoo.ops.losses import next_token_loss
 from attention_zoo.training import memory_replay
@@ -22,6 +22,8 @@ DEPTH = 2
 SLOTS = 128
 SEGMENT = 128  # tokens of a segment that is replayed
 SEGMENTS = (2, 8, 32)
+READ = 1024  # tokens that checkpointed layers read
+DEPTHS = (4, 16)  # layers whose activations are computed again
 MIB = 2**20
 
 
@@ -44,9 +46,10 @@ class MemoryCost:
 
 
 def measure_memory(setup: Setup) -> Iterator[MemoryCost]:
-    """Compare, one after the other: Memformer's times, then the peak memory of training over segments."""
+    """Compare, one after the other: Memformer's times, then the peak memory of training over segments and of layers."""
     yield from _memformer_times(setup)
     yield from _replay_peaks(setup)
+    yield from _layer_peaks(setup)
 
 
 def _memformer_times(setup: Setup) -> Iterator[MemoryCost]:
@@ -101,3 +104,18 @@ def _full(model: MemoryLanguageModel, segments: list[Tensor]) -> None:
         output = model(segment, memory=memory)
         memory, total = output.memory, total + _loss(output, segment)
     total.backward()  # type: ignore[no-untyped-call]
+
+
+def _layer_peaks(setup: Setup) -> Iterator[MemoryCost]:
+    tokens = torch.randint(NUM_TOKENS, (1, READ + 1), device=setup.device)
+
+    def peak(depth: int, *, saving: bool) -> float:
+        model = LanguageModel(
+            num_tokens=NUM_TOKENS, dim=128, depth=depth, heads=4, dim_head=32, checkpoint_layers=saving
+        )
+        model = model.to(setup.device)
+        return peak_bytes(lambda: model.loss(tokens).backward(), setup.device) / MIB  # type: ignore[no-untyped-call]
+
+    for depth in DEPTHS:
+        ours, beside = peak(depth, saving=True), peak(depth, saving=False)
+        yield MemoryCost(f"{depth} checkpointed layers, beside kept", "MiB", ours, beside, beside / ours)

@@ -58,6 +58,7 @@ class LanguageModel(SavedModel):
         attn_dropout: probability with which an attention weight is dropped in training.
         ff_dropout: probability with which a hidden feature of a feedforward is dropped in training.
         tie_embeddings: logits use the token embedding's table.
+        checkpoint_layers: see `Stack`: less activation memory in training, for more time.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -85,6 +86,7 @@ class LanguageModel(SavedModel):
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         tie_embeddings: bool = False,
+        checkpoint_layers: bool = False,
     ) -> None:
         super().__init__()
         self.remember(locals())
@@ -110,6 +112,7 @@ class LanguageModel(SavedModel):
             attn_dropout=attn_dropout,
             ff_dropout=ff_dropout,
             ff_mult=ff_mult,
+            checkpoint_layers=checkpoint_layers,
             **_shared_positions(positions, attention, heads),
         )
         self.to_logits = None if tie_embeddings else nn.Linear(dim, num_tokens, bias=False)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention_zoo.layers.checks import check_choice, check_features, check_fraction, check_padding, check_positive
 from attention_zoo.layers.layer_scale import layer_scale_start
@@ -133,6 +135,8 @@ class Stack(nn.Module):
             weights of their blocks, or of their feedforward. Norms and factors stay their own.
         reversible: two streams, each sub-layer adding to one what it makes of the other; the result is their mean.
             Training memory for activations is that of one sub-layer. No second derivative, no torch.compile.
+        checkpoint_layers: keep only the input of every layer for backward, which runs the layer again, dropout
+            included: activation memory of one layer and depth inputs, for a third more time.
         shared: parts such as `rotary=` or `bias=`; each goes to the blocks whose constructor has that name.
 
     Raises:
@@ -159,6 +163,7 @@ class Stack(nn.Module):
         shared_attn_ids: Sequence[int] | None = None,
         shared_ff_ids: Sequence[int] | None = None,
         reversible: bool = False,
+        checkpoint_layers: bool = False,
         **shared: Any,
     ) -> None:
         super().__init__()
@@ -169,9 +174,12 @@ class Stack(nn.Module):
             raise ValueError(f"ff_dropout must be 0 beside feedforward={feedforward!r}, got {ff_dropout=}")
         if reversible and not RESIDUALS[residual].additive:
             raise ValueError(f"residual must add to the stream with reversible=True, got {residual=}")
+        if reversible and checkpoint_layers:
+            raise ValueError("checkpoint_layers must be False with reversible=True, which keeps no activations already")
         self.dim = dim
         self.causal = causal
         self.reversible = reversible
+        self.checkpoint_layers = checkpoint_layers
         self.shifts = token_shift is not None
         wanted = {"heads": heads, "dim_head": dim_head, "dropout": attn_dropout or None, **shared}
         parts = {name: part for name, part in wanted.items() if part is not None}
@@ -247,8 +255,9 @@ class Stack(nn.Module):
         if self.reversible:
             x = self._run_reversible(x, inputs)
         else:
+            saving = self.checkpoint_layers and torch.is_grad_enabled()
             for layer in self.layers:
-                x = layer(x, inputs)
+                x = checkpoint(layer, x, inputs, use_reentrant=False) if saving else layer(x, inputs)
         out: Tensor = self.norm(x)
         return out
 

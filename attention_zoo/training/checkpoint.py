@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from attention_zoo.layers.files import write_aside
+from attention_zoo.layers.files import remove_leftovers, write_aside
 
 FORMAT = "attention_zoo.training.checkpoint"
 VERSION = 1
@@ -116,6 +116,9 @@ def save_checkpoint(
 ) -> None:
     """Write a training run to one file, which is replaced only by a whole new one.
 
+    A run that is killed at any moment leaves the last whole checkpoint; what it had begun to write beside it is removed
+    by the next one.
+
     Args:
         path: the file; its folder is made where it is missing.
         model, optimizer, schedule: their `state_dict` is written.
@@ -144,6 +147,7 @@ def save_checkpoint(
         "extra": dict(extra or {}),
     }
     place.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(place)
     write_aside(place, lambda aside: torch.save(contents, aside))
 
 

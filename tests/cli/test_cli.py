@@ -259,14 +259,16 @@ def test_bench_shows_what_memory_over_segments_costs(
     monkeypatch.setattr("attention_zoo.cli.memory.SLOTS", 4)
     monkeypatch.setattr("attention_zoo.cli.memory.SEGMENT", 64)
     monkeypatch.setattr("attention_zoo.cli.memory.SEGMENTS", (2, 6))
+    monkeypatch.setattr("attention_zoo.cli.memory.DEPTHS", (6,))
     file = tmp_path / "memory.json"
     assert main(["bench", "--memory", "--dim", "16", "--heads", "2", "--runs", "1", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["memory"]
-    assert [row["unit"] for row in rows] == ["ms", "ms", "MiB", "MiB"]
+    assert [row["unit"] for row in rows] == ["ms", "ms", "MiB", "MiB", "MiB"]
     assert all(row["ours"] > 0 for row in rows)
-    two, six = rows[2:]
+    two, six, layers = rows[2:]
     assert six["ours"] < 1.2 * two["ours"]  # the activations of one segment, however many there are
     assert six["beside"] > 2 * two["beside"]
+    assert layers["beside"] > 1.5 * layers["ours"]
     assert "replay of 6 segments, beside full" in capsys.readouterr().out
 
 

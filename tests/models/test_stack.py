@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from attention_zoo import (
     CrossAttention,
     FeedForward,
     FullAttention,
+    LanguageModel,
     LayerNorm,
     RelativeBias,
     RMSNorm,
@@ -373,3 +375,42 @@ def test_a_block_without_step_is_named_when_decoding() -> None:
     assert stack(X).shape == X.shape
     with pytest.raises(TypeError, match="every block must have step to decode, but Mean has none"):
         stack.step(X)
+
+
+@pytest.mark.parametrize("attention", ["full", "talking_heads", ["gate_loop", "full"]])
+def test_checkpointed_layers_give_the_same_loss_and_gradients_with_dropout(attention: Any) -> None:
+    found = []
+    for saving in (False, True):
+        torch.manual_seed(0)
+        model = LanguageModel(
+            num_tokens=31, dim=16, depth=3, attention=attention, ff_dropout=0.3, checkpoint_layers=saving
+        )
+        torch.manual_seed(1)
+        loss = model.loss(torch.arange(40).view(2, 20) % 31)
+        found.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_checkpointed_layers_keep_little_more_than_their_inputs() -> None:
+    def kept(*, saving: bool) -> int:
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        stack = Stack(16, 6, checkpoint_layers=saving)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in stack.parameters()}
+        x = torch.randn(2, 50, 16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            stack(x)
+        return sum(size for place, size in sizes.items() if place not in weights)
+
+    x = 2 * 50 * 16 * 4
+    assert kept(saving=True) <= 10 * x
+    assert kept(saving=False) >= 50 * x
+
+
+def test_checkpointing_beside_reversible_streams_is_refused() -> None:
+    with pytest.raises(ValueError, match="checkpoint_layers must be False with reversible=True"):
+        Stack(16, 2, reversible=True, checkpoint_layers=True)

@@ -1,0 +1,105 @@
+"""A run that is killed at any moment goes on from its last checkpoint exactly as if nothing had happened."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attention_zoo import LanguageModel
+from attention_zoo.training import random_batch, read_checkpoint, save_checkpoint
+
+STEPS = 150
+KILLS = 20
+
+
+def train(path: Path | None, steps: int) -> list[float]:
+    """Train, with dropout, from the checkpoint where there is one; save after every step. Returns all losses."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LanguageModel(num_tokens=256, dim=16, depth=1, heads=2, dim_head=8, ff_dropout=0.2, attn_dropout=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    generator = torch.Generator().manual_seed(1)
+    parts: dict[str, Any] = {
+        "model": model, "optimizer": optimizer, "schedule": schedule, "generator": generator,
+    }  # fmt: skip
+    text = torch.arange(1000).mul(37).remainder(251).to(torch.uint8)
+    losses: list[float] = []
+    if path is not None and path.exists():
+        checkpoint = read_checkpoint(path)
+        checkpoint.restore(**parts)
+        losses = list(checkpoint.extra["losses"])
+    while len(losses) < steps:
+        loss = model.loss(random_batch(text, 2, 9, generator=generator))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if path is not None:
+            save_checkpoint(path, **parts, step=len(losses), extra={"losses": losses})
+    return losses
+
+
+def train_on(path: Path, started: Any) -> None:
+    """Do what costs time only once, say so, and train until somebody ends it."""
+    train(None, 1)
+    started.set()
+    train(path, 10**9)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no kill -9")
+def test_a_run_killed_twenty_times_has_the_losses_of_an_unbroken_one(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    unbroken = train(None, STEPS)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "attention_zoo", __name__])
+    chance = random.Random(0)
+    reached = []
+    for _ in range(KILLS):
+        started = context.Event()
+        process = context.Process(target=train_on, args=(path, started))
+        process.start()
+        assert started.wait(60)
+        while not path.exists():  # the first one must get so far; what follows is any moment
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.2))  # before, in or between writes
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        found = read_checkpoint(path)
+        reached.append(found.step)
+        assert found.extra["losses"][:STEPS] == unbroken[: found.step]
+        assert found.step == len(found.extra["losses"])
+    assert reached == sorted(reached)
+    assert reached[-1] > reached[0]
+    assert train(path, STEPS)[:STEPS] == unbroken
+    assert len([file for file in tmp_path.iterdir() if file != path]) <= 1
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    train(path, 2)
+    before = path.read_bytes()
+
+    def half(contents: Any, file: str) -> None:
+        Path(file).write_bytes(before[: len(before) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, model=model, optimizer=torch.optim.SGD(model.parameters()), step=1)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
