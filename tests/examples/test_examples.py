@@ -97,6 +97,37 @@ def test_the_digits_example_draws_and_is_judged(tmp_path: Path) -> None:
     assert TextToImageTransformer.load(tmp_path).num_image_tokens == 17
 
 
+def test_the_arena_compares_blocks_and_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    call = command(Example("compare_blocks.py", (), (), LanguageModel.load), tmp_path, "out", "--steps", "2")
+    call += [
+        "--quick",
+        "--seeds",
+        "2",
+        "--blocks",
+        "full,simple_gate_loop + full",
+        "--data",
+        str(tmp_path / "text.txt"),
+    ]
+    first = run(call)
+    assert first.returncode == 0, first.stderr
+    table = (tmp_path / "out" / "compare_blocks.md").read_text()
+    assert table in first.stdout + "\n"
+    assert table.startswith(
+        "| blocks | bits per byte | associative recall, % | selective copying, % | recall across segm"
+    )
+    assert len(table.splitlines()) == 4
+    assert (tmp_path / "out" / "compare_blocks.png").read_bytes().startswith(b"\x89PNG")
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
+    assert len(cells) == 2 * 2 * 4
+    lost = sorted(cells)[3]
+    content = lost.read_text()
+    lost.unlink()
+    again = run(call)
+    assert again.returncode == 0, again.stderr
+    assert {path for path in cells if path.stat().st_mtime_ns != cells[path]} == {lost}
+    assert lost.read_text() == content
+
+
 def test_the_streams_example_scores_both_models_and_leaves_its_picture(tmp_path: Path) -> None:
     call = command(Example("multi_stream.py", (), (), LanguageModel.load), tmp_path, "out", *TINY, "--steps", "3")
     done = run([*call, "--data", str(tmp_path / "text.txt")])
