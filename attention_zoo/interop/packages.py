@@ -70,5 +70,5 @@ def find_loader(package: str, cls: str) -> Loader:
     plain = {name.lower().replace("_", "-"): name for name in PACKAGES}
     package = plain.get(str(package).lower().replace("_", "-"), package)
     check_choice("package", package, PACKAGES)
-    check_choice(f"class of {package}", cls, PACKAGES[package])
+    check_choice("cls", cls, PACKAGES[package])
     return PACKAGES[package][cls]

@@ -1,9 +1,8 @@
-"""The models of the papers, against records of the upstream package and the formula of the whole transformer."""
+"""The models of the papers, against the formula of the whole transformer."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,47 +10,6 @@ from torch import Tensor, nn
 
 from attention_zoo import LanguageModel, cosine_sim_lm
 from tests.slow import attend_one_by_one, relative_error, unit_slices, what_is_seen
-
-RECORDS = Path(__file__).parents[1] / "data" / "upstream"
-
-
-def ours(name: str, *, pre_norm: bool) -> str:
-    """Our name of one of upstream's weights."""
-    head, _, rest = name.partition(".")
-    if head in ("token_emb", "pos_emb"):
-        return {"token_emb": "token_embedding", "pos_emb": "positions"}[head] + ".weight"
-    if head == "to_logits":
-        return f"stack.norm.{rest[2:]}" if rest.startswith("0.") else "to_logits.weight"
-    layer, part, field = rest.split(".", 2)
-    sublayers = f"stack.layers.{layer}.sublayers"
-    if part == "0" and field.startswith("to_"):
-        return f"{sublayers}.0.block.{field}"
-    if part == "2" and field in ("1.weight", "3.weight"):
-        return f"{sublayers}.1.block." + {"1": "to_hidden", "3": "to_out"}[field[0]] + ".weight"
-    after_attention = ("0", "norm.") if pre_norm else ("1", "")
-    after_feedforward = ("2", "0.") if pre_norm else ("3", "")
-    for index, (number, prefix) in enumerate((after_attention, after_feedforward)):
-        if part == number and field.startswith(prefix):
-            return f"{sublayers}.{index}.residual.norm.{field.removeprefix(prefix)}"
-    raise AssertionError(f"no such weight in SPEC: {name}")
-
-
-@pytest.mark.parametrize("record", ["cosine_transformer_postnorm", "cosine_transformer_prenorm_loss"])
-def test_upstreams_weights_give_upstreams_numbers(record: str) -> None:
-    data = torch.load(RECORDS / f"{record}.pt", weights_only=True)
-    options = {"pre_norm": False, "attn_scale": 8, **data["meta"]["kwargs"]}
-    options.pop("attn_l2norm_groups", None)  # never reached the layer: those weights were trained without groups
-    model = cosine_sim_lm(scale=options.pop("attn_scale"), **options)
-    weights = {ours(name, pre_norm=options["pre_norm"]): value for name, value in data["state_dict"].items()}
-    for name in [name for name in weights if name.endswith(".to_q.weight")]:
-        block = name.removesuffix("to_q.weight")
-        weights[f"{block}to_qkv.weight"] = torch.cat([weights.pop(f"{block}to_{one}.weight") for one in "qkv"])
-    model.load_state_dict(weights)  # strict: none is left over on either side
-    out = model(data["inputs"]["x"])
-    assert relative_error(out, data["outputs"]["out"]) < 1e-5
-    out.backward(data["cotangents"]["out"])
-    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
-    assert norm == pytest.approx(float(data["grads"]["param_grad_norm"]), rel=1e-5)
 
 
 def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
