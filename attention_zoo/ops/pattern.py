@@ -82,9 +82,12 @@ def pattern_weights(pattern: Pattern, q: Tensor, k: Tensor, *, mask: Tensor | No
 
 
 def _cheapest(queries: int, keys: int, dropout: float) -> str:
-    if queries == 1 and keys > 1 and not torch.compiler.is_compiling():  # a trace would hold the keys of one position
+    whole = queries == keys and not dropout
+    if torch.compiler.is_compiling():  # a trace would hold the keys of one position, or serve one range of lengths
+        return "tiles" if whole else "dense"
+    if queries == 1 and keys > 1:
         return "gather"
-    return "tiles" if queries == keys and keys > DENSE_UP_TO and not dropout else "dense"
+    return "tiles" if whole and keys > DENSE_UP_TO else "dense"
 
 
 def _gather(x: Tensor, parts: list[slice | list[int]], *, axis: int) -> Tensor:

@@ -1,0 +1,81 @@
+"""torch.compile and torch.export of every block: traced once, it runs at other lengths."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from attention_zoo import BLOCKS, TextImageLayout
+from tests.slow import relative_error
+
+DIM = 16
+LAYOUT = TextImageLayout(text_len=20, height=18, width=18)
+
+
+class Plain(nn.Module):
+    """A block as torch.export takes it: tensors by position."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        others = {"context": context} if "context" in inspect.signature(self.block.forward).parameters else {}
+        out: Tensor = self.block(x, **others, mask=mask)
+        return out
+
+
+def make(name: str) -> Plain:
+    takes = inspect.signature(BLOCKS[name]).parameters
+    options: dict[str, Any] = {"heads": 2, "dim_head": 8} if "dim_head" in takes else {}
+    if "layout" in takes:
+        options["layout"] = LAYOUT
+    return Plain(BLOCKS[name](DIM, **options)).eval()
+
+
+def inputs(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    mask = torch.rand(2, n) < 0.8
+    mask[:, -1] = True
+    return torch.randn(2, n, DIM), torch.randn(2, 5, DIM), mask
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_exported_once_runs_at_other_lengths(name: str) -> None:
+    block = make(name)
+    length = Dim("length", min=2, max=LAYOUT.length)
+    shapes = {"x": {1: length}, "context": {}, "mask": {1: length}}
+    exported = torch.export.export(block, inputs(300), dynamic_shapes=shapes).module()
+    for n in (300, 30, 340):
+        given = inputs(n)
+        assert relative_error(exported(*given), block(*given)) < 1e-5
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_compiled_once_runs_at_other_lengths_forward_and_backward(name: str) -> None:
+    block, graphs, counts = make(name), [], []
+
+    def counting(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    torch.compiler.reset()
+    try:
+        compiled: Any = torch.compile(block, fullgraph=True, dynamic=True, backend=counting)
+        for n in (300, 30, 340):
+            x, context, mask = inputs(n)
+            found = []
+            for run in (block, compiled):
+                x = x.detach().requires_grad_()
+                out = run(x, context, mask)
+                found.append((out, *torch.autograd.grad(out.square().sum(), (x, *block.parameters()))))
+            for want, got in zip(*found, strict=True):
+                assert relative_error(got, want) < 1e-5
+            counts.append(len(graphs))
+        assert len(set(counts)) == 1, "a new length was compiled anew"
+    finally:
+        torch.compiler.reset()
