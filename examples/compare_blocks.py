@@ -5,7 +5,7 @@ same order, and are trained alike. The tasks are those where papers claim that b
 up the value of a key), selective copying (find the tokens among noise), and recall across segments (through a memory).
 
     python examples/compare_blocks.py --quick     # one seed and few steps: about five minutes on two cores
-    python examples/compare_blocks.py             # three seeds: about an hour
+    python examples/compare_blocks.py             # three seeds: more than an hour
     python examples/compare_blocks.py --blocks full,gate_loop --tasks text
 
 Every trained model leaves one file in the folder `cells`, so an interrupted run goes on when it is called again, and
@@ -308,7 +308,6 @@ def plot(results: Results, sizes: dict[str, Size], path: Path) -> None:
     left.yaxis.set_minor_formatter("{x:.1f}")
     right.set(ylabel="right answers in %", ylim=(0, 103), title="tasks: mean and standard deviation over seeds")
     right.set_xticks(range(len(tasks)), tasks)
-    right.legend(loc="lower left", fontsize=8)
     left.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 

@@ -64,7 +64,7 @@ def draw_costs(rows: Rows, machine: str) -> Figure:
         chosen = [row for row in rows if row["phase"] == phase]
         for k, block in enumerate(dict.fromkeys(row["block"] for row in chosen)):
             points = sorted((row["length"], row[field] / scale) for row in chosen if row["block"] == block)
-            axis.plot(*zip(*points, strict=True), "osv^D"[k % 5] + "-", color=f"C{k % 10}", label=block, markersize=4)
+            axis.plot(*zip(*points, strict=True), "osv^DPX"[k % 7] + "-", color=f"C{k % 10}", label=block, markersize=4)
         alone = {row["length"]: row[field.replace("block", "sdpa")] / scale for row in chosen if not row["whole"]}
         if alone:
             axis.plot(*zip(*sorted(alone.items()), strict=True), "--", color="gray", label="SDPA alone")
