@@ -154,6 +154,8 @@ def stream(
 
 
 def _check_prompt(model: Decoder, prompt: Tensor, length: int, mask: Tensor | None, eos: int | None) -> None:
+    if not callable(getattr(model, "step", None)):
+        raise TypeError(f"model must have step to be sampled from, got {type(model).__name__}")
     if not isinstance(length, int):
         raise TypeError(f"length must be an int, got {length=}")
     if length < 0:

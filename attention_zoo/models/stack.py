@@ -308,6 +308,13 @@ class Stack(nn.Module):
     ) -> dict[str, Tensor | None]:
         check_features(x, self.dim)
         check_padding(mask, x)
+        if mask is not None:
+            for sub in self.sublayers():
+                if not sub.tokenwise and "mask" not in sub.takes:  # ignored padding would be a silent error
+                    raise ValueError(
+                        f"mask must be None with {type(sub.block).__name__}, whose forward takes no mask, "
+                        f"got shape {tuple(mask.shape)}"
+                    )
         if context is not None and not self.takes_context:
             raise ValueError("context must be read by a block of the stack, but none takes one")
         if context is None and context_mask is not None:

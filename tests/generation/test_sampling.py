@@ -428,3 +428,8 @@ def test_sampled_tokens_are_ordinary_tensors_that_a_training_step_may_use() -> N
     tokens = generate(model, torch.zeros(2, 2, dtype=torch.int64), 5)
     assert not tokens.is_inference()
     model.loss(tokens).backward()
+
+
+def test_a_model_without_step_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="model must have step to be sampled from, got Linear"):
+        generate(nn.Linear(2, 2), torch.zeros(1, 2, dtype=torch.int64), 3)  # type: ignore[arg-type]

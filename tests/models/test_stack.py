@@ -414,3 +414,9 @@ def test_checkpointed_layers_keep_little_more_than_their_inputs() -> None:
 def test_checkpointing_beside_reversible_streams_is_refused() -> None:
     with pytest.raises(ValueError, match="checkpoint_layers must be False with reversible=True"):
         Stack(16, 2, reversible=True, checkpoint_layers=True)
+
+
+def test_a_mask_that_a_block_would_ignore_is_refused_by_the_block_s_name() -> None:
+    stack = Stack(16, 1, attention=lambda dim: nn.Linear(dim, dim))
+    with pytest.raises(ValueError, match="mask must be None with Linear, whose forward takes no mask"):
+        stack(torch.randn(1, 3, 16), mask=torch.ones(1, 3, dtype=torch.bool))
