@@ -53,7 +53,7 @@ def load_attention(
     static_mask: Tensor | None = None,
 ) -> FullAttention:
     """`Attention`; `stable` changed no number but by rounding."""
-    weights.leave("static_mask", "a pattern that is an argument")
+    static_mask = _static_mask(weights, static_mask)
     block = FullAttention(
         dim, heads=heads, dim_head=dim_head, causal=causal, dropout=dropout, pattern=static_mask, out_bias=True
     )
@@ -247,6 +247,16 @@ def load_dalle(
     if stable:
         model.stack.norm = nn.Sequential(DivideMax(), model.stack.norm)
     return model
+
+
+def _static_mask(weights: Weights, given: Tensor | None) -> Tensor | None:
+    """The pattern that is an argument, or lies with the weights; where both are there they must agree."""
+    if "static_mask" not in weights:
+        return given
+    kept = weights.take("static_mask", "pattern")
+    if given is not None and not torch.equal(kept, given.to(kept)):
+        raise ValueError("static_mask must be the one in the state_dict where both are given, got another")
+    return kept
 
 
 def _kinds(attn_types: Sequence[str] | str | None, seq_len: int) -> list[str]:

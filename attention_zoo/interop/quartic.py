@@ -8,6 +8,7 @@ positions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def load_transformer(
     return model
 
 
-def _move_attention(move: Transfer, block: nn.Module) -> None:
+def _move_attention(move: Transfer, block: Any) -> None:
     move.qkv("to_qkv.0")
     move.affine("to_gate", "to_gates.0")
     move.put("to_out.weight", "to_out.1.weight")
@@ -128,6 +129,8 @@ def _move_attention(move: Transfer, block: nn.Module) -> None:
         if mixer is None:
             continue
         source = move.at(f"{name}.", f"{name}_talking_heads.")
+        first = "weight" if mixer.kind == "linear" else "fn.1.weight"
+        _refuse_pairs(source, first, heads=block.heads, streams=block.streams)
         if mixer.kind == "linear":
             source.put("weight", "weight", change=_matrix)
         else:
@@ -135,6 +138,19 @@ def _move_attention(move: Transfer, block: nn.Module) -> None:
             source.put("norm", "fn.0.scale", change=lambda scale, heads=heads: _one_number(scale).expand(heads))
             source.put("w1", "fn.1.weight", change=_matrix)
             source.put("w2", "fn.4.weight", change=_matrix)
+
+
+def _refuse_pairs(move: Transfer, name: str, *, heads: int, streams: int) -> None:
+    """Say what is the matter with weights that mix two rows at a time, whatever the number of streams."""
+    if f"{move.source}{name}" not in move.weights or streams == 2:
+        return
+    maps = move.weights.take(f"{move.source}{name}", f"{move.to}{name}").shape[1]
+    if maps == 2 * heads:
+        raise ValueError(
+            f"num_streams must be 2, and mixed, for weights that mix the heads of two rows, got {streams}: the package "
+            "mixed rows two by two whatever the number of streams, so that they read other texts of the batch; such "
+            "weights cannot be loaded"
+        )
 
 
 def _matrix(kernel: Tensor) -> Tensor:

@@ -129,6 +129,24 @@ def test_the_norm_of_non_linear_talking_heads_must_be_one_number() -> None:
         build(meta, {**weights, "pre_talking_heads.fn.0.scale": scale})
 
 
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("name", ["quartic_attention_linear", "quartic_attention_mlp"])
+def test_heads_that_were_mixed_over_two_rows_are_refused_for_other_numbers_of_streams(streams: int, name: str) -> None:
+    meta, weights = record(name)
+    with pytest.raises(ValueError, match=f"num_streams must be 2, .* got {streams}: the package mixed rows two by two"):
+        build(meta, weights, num_streams=streams)
+
+
+def test_a_static_mask_that_lies_with_the_weights_hides_what_it_hid() -> None:
+    meta, weights = record("dalle_attention_causal_mask")
+    x, seen = torch.randn(2, 22, 24), torch.rand(22, 22).fill_diagonal_(0) < 0.5
+    want = build(meta, weights, static_mask=seen)(x)
+    torch.testing.assert_close(build(meta, {**weights, "static_mask": seen})(x), want, rtol=0, atol=0)
+    assert not torch.allclose(build(meta, weights)(x), want)
+    with pytest.raises(ValueError, match="static_mask must be the one in the state_dict"):
+        build(meta, {**weights, "static_mask": seen}, static_mask=~seen)
+
+
 def test_a_state_dict_must_map_names_to_tensors() -> None:
     with pytest.raises(TypeError, match="state_dict must map names to tensors, got 'dim': int"):
         from_upstream("memformer", "Attention", {"dim": 8}, dim=8)  # type: ignore[dict-item]
