@@ -4,6 +4,7 @@
     python examples/train_language_model.py --attention full,cosine_sim    # blocks, cycled over the layers
     python examples/train_language_model.py --data my_texts --out runs/mine
     python examples/train_language_model.py --resume --out runs/mine       # goes on exactly where Ctrl-C stopped it
+    torchrun --nproc-per-node 2 examples/train_language_model.py --strategy ddp    # or fsdp: the same losses
 
 Needs: pip install attention-zoo[examples]
 """
@@ -14,6 +15,7 @@ import argparse
 import codecs
 import inspect
 import math
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -28,11 +30,13 @@ from tqdm import tqdm
 from attention_zoo import BLOCKS, LanguageModel, stream, training
 
 CHECKPOINT = "checkpoint.pt"
-FREE = ("resume", "device", "out")  # options that a resumed run may change
+SHARDS = "checkpoint"  # the folder that takes its place where several processes train
+FREE = ("resume", "device", "strategy", "out")  # options that a resumed run may change
 SAMPLE = 600  # bytes to write at the end
+Checkpoint = training.Checkpoint | training.ShardedCheckpoint
 
 
-def parse_options() -> tuple[argparse.Namespace, training.Checkpoint | None]:
+def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
     """The command line, and the checkpoint to go on from, whose options are then the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -47,13 +51,14 @@ def parse_options() -> tuple[argparse.Namespace, training.Checkpoint | None]:
     add("--seed", type=int, default=0, help="start of all randomness (%(default)s)")
     add("--data", help="a text file, or a folder of them (the sources of Python's standard library)")
     add("--prompt", default="def ", help="what the sample goes on from (%(default)r)")
+    add("--strategy", default="single", choices=training.STRATEGIES, help="for torchrun's processes (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train (%(default)s)")
     add("--out", type=Path, default=Path("runs/language_model"), help="folder of the results (%(default)s)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, with the options saved there")
     options, checkpoint = parser.parse_args(), None
     try:
         if options.resume:
-            checkpoint = training.read_checkpoint(options.out / CHECKPOINT)
+            checkpoint = read_newest(options.out)
             saved = checkpoint.extra["options"]
             parser.set_defaults(**saved)
             options = parser.parse_args()
@@ -69,19 +74,30 @@ def parse_options() -> tuple[argparse.Namespace, training.Checkpoint | None]:
     return options, checkpoint
 
 
+def read_newest(folder: Path) -> Checkpoint:
+    """The checkpoint to go on from: of one process or of several, as many as there are now or not."""
+    found: list[Checkpoint] = []
+    with suppress(FileNotFoundError):
+        found.append(training.read_sharded(folder / SHARDS))
+    if not found or (folder / CHECKPOINT).exists():
+        found.append(training.read_checkpoint(folder / CHECKPOINT))
+    return max(found, key=lambda checkpoint: checkpoint.step)
+
+
 class Run:
     """A model in training, and all that changes with every step."""
 
-    def __init__(self, options: argparse.Namespace, checkpoint: training.Checkpoint | None) -> None:
+    def __init__(self, options: argparse.Namespace, checkpoint: Checkpoint | None, world: training.World) -> None:
         torch.manual_seed(options.seed)
-        self.options = options
+        self.options, self.world = options, world
         self.model = LanguageModel(
             num_tokens=256,
             dim=options.dim,
             depth=options.depth,
             attention=[self.block(name) for name in options.attention.split(",")],
             max_seq_len=options.seq_len,
-        ).to(options.device)
+        ).to(world.device)
+        self.loss = training.DataParallelLoss(self.model, world, strategy=options.strategy)
         weights = list(self.model.parameters())
         groups = [
             {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": 0.1},
@@ -110,9 +126,9 @@ class Run:
         return 0.05 + 0.475 * (1 + math.cos(math.pi * (step - warmup) / (self.options.steps - warmup)))
 
     def learn(self, text: Tensor) -> float:
-        """Take one step on random pieces of text. Returns the loss in nats."""
+        """Take one step on random pieces of text, of which every process reads its part. Returns the loss in nats."""
         tokens = training.random_batch(text, self.options.batch, self.options.seq_len + 1, generator=self.generator)
-        loss = self.model.loss(tokens.to(self.options.device))
+        loss = self.loss(tokens.to(self.world.device))
         self.optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(self.model.parameters(), 1.0)
@@ -126,8 +142,9 @@ class Run:
     def evaluate(self, text: Tensor) -> float:
         """Bits per byte of unseen text, over pieces that are spread evenly over it."""
         self.model.eval()
-        pieces = training.windows(text, self.options.seq_len + 1, at_most=256).split(self.options.batch)
-        losses = [self.model.loss(tokens.to(self.options.device)) * len(tokens) for tokens in pieces]
+        windows = training.windows(text, self.options.seq_len + 1, at_most=256)
+        pieces = windows.tensor_split(max(1, len(windows) // self.options.batch))
+        losses = [self.loss(tokens.to(self.world.device)) * len(tokens) for tokens in pieces]
         self.model.train()
         return float(sum(losses)) / sum(map(len, pieces)) / math.log(2)
 
@@ -144,18 +161,29 @@ class Run:
         """Write the checkpoint to go on from."""
         options = {name: value for name, value in vars(self.options).items() if name not in FREE}
         extra = {"options": options, "curves": self.curves}
-        training.save_checkpoint(self.options.out / CHECKPOINT, **self.parts(), step=self.step, extra=extra)
+        alone = self.options.strategy == "single"
+        save, name = (training.save_checkpoint, CHECKPOINT) if alone else (training.save_sharded, SHARDS)
+        save(self.options.out / name, **self.parts(), step=self.step, extra=extra)
+
+    def whole_model(self) -> LanguageModel:
+        """The model in one piece, in the first process."""
+        weights = training.gather_weights(self.model)
+        model = LanguageModel(**self.model.arguments)
+        if self.world.first:
+            model.load_state_dict(weights)
+        return model.to(self.world.device)
 
 
 def train(run: Run, text: training.Text) -> bool:
     """Take the steps that are left, until Ctrl-C. Returns whether all were taken."""
     options = run.options
     seen, unseen = training.as_tokens(text.training), training.as_tokens(text.validation)
-    bar = tqdm(total=options.steps, initial=run.step, unit="step", dynamic_ncols=True, smoothing=0.05)
+    shown = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "disable": not run.world.first}
+    bar = tqdm(total=options.steps, initial=run.step, **shown)
     with training.StopRequest() as stop, bar:
-        while run.step < options.steps and not stop.made:
+        while run.step < options.steps and not run.world.any(stop.made):
             loss = run.learn(seen)
-            speed = (bar.format_dict["rate"] or 0) * options.batch * options.seq_len
+            speed = (bar.format_dict.get("rate") or 0) * options.batch * options.seq_len
             bar.set_postfix_str(f"loss {loss:.3f}, {loss / math.log(2):.2f} bits/byte, {speed:,.0f} tokens/s", False)
             bar.update()
             if run.step % max(1, options.steps // 6) == 0 or run.step == options.steps:
@@ -202,26 +230,49 @@ def main() -> None:
     """Say what will be trained, train it, keep it, let it write."""
     sys.stdout.reconfigure(errors="replace")  # a sample may hold characters that the terminal has not
     options, checkpoint = parse_options()
-    try:
-        text = training.read_text(options.data)
-        run = Run(options, checkpoint)
-        before = run.evaluate(training.as_tokens(text.validation))  # text and blocks that do not fit show here
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    entropy, zipped = training.unigram_entropy(text.validation), training.gzip_bits_per_byte(text.validation)
+    with training.join_world(options.device) as world:
+        if not world.first:  # one process speaks for all
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        try:
+            text = training.read_text(options.data)
+            run = Run(options, checkpoint, world)
+            before = run.evaluate(training.as_tokens(text.validation))  # text and blocks that do not fit show here
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            sys.exit(f"error: {error}")
+        describe(run, text, before)
+        if not train(run, text):
+            print(f"Stopped after step {run.step}. Go on with: python {sys.argv[0]} --resume --out {options.out}")
+            return
+        model = run.whole_model()
+        if world.first:
+            finish(run, model, text)
+
+
+def describe(run: Run, text: training.Text, bits: float) -> None:
+    """Print what is trained on what, and the yardsticks."""
     print(f"text: {text.source}")
     print(f"  to train on: {text.training_files} files, {len(text.training):,} bytes")
     print(f"  unseen: {text.validation_files} files, {len(text.validation):,} bytes")
-    print(f"model: {sum(weight.numel() for weight in run.model.parameters()):,} parameters on {options.device}")
-    print(f"bits per byte of unseen text: model {before:.3f}, byte frequencies {entropy:.3f}, gzip {zipped:.3f}")
-    if not train(run, text):
-        print(f"Stopped after step {run.step}. Go on with: python {sys.argv[0]} --resume --out {options.out}")
-        return
-    run.model.save(options.out)
-    plot(run, {"byte frequencies": entropy, "gzip": zipped}, options.out / "loss.png")
-    print(f"The model, its checkpoint and loss.png are in {options.out}. It writes:\n")
+    where = f"{run.world.size} x {run.world.device.type}" if run.world.size > 1 else run.world.device
+    print(f"model: {sum(weight.numel() for weight in run.model.parameters()):,} parameters on {where}")
+    known = ", ".join(f"{name} {value:.3f}" for name, value in yardsticks(text).items())
+    print(f"bits per byte of unseen text: model {bits:.3f}, {known}")
+
+
+def yardsticks(text: training.Text) -> dict[str, float]:
+    """Bits per byte that need no model."""
+    unseen = text.validation
+    return {"byte frequencies": training.unigram_entropy(unseen), "gzip": training.gzip_bits_per_byte(unseen)}
+
+
+def finish(run: Run, model: LanguageModel, text: training.Text) -> None:
+    """Keep the model, draw its losses, let it write."""
+    out = run.options.out
+    model.save(out)
+    plot(run, yardsticks(text), out / "loss.png")
+    print(f"The model, its checkpoint and loss.png are in {out}. It writes:\n")
     with suppress(KeyboardInterrupt):
-        write(run.model, options.prompt, options.seed)
+        write(model, run.options.prompt, run.options.seed)
 
 
 if __name__ == "__main__":

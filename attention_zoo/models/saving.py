@@ -36,14 +36,20 @@ class SavedModel(nn.Module):
         """Write the weights and the arguments; files are replaced only by whole new ones, and only both.
 
         Raises:
-            TypeError: an argument cannot be written as JSON, a callable say; nothing is written then.
+            TypeError: an argument cannot be written as JSON, a callable say, or the parameters are spread over
+                processes; nothing is written then.
         """
         for name, value in self.arguments.items():
             check_plain(name, value)
         config = {"class": type(self).__name__, "version": package_version(), "arguments": self.arguments}
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in unique_tensors(self).items()}
+        if any(hasattr(tensor, "full_tensor") for tensor in weights.values()):  # a DTensor, which costs time to import
+            raise TypeError(
+                "the model's parameters must be whole to be saved, but they are spread over processes: load what "
+                "training.gather_weights(model) returns into a model of the same arguments, and save that"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
         write_all_aside(
             {
                 folder / WEIGHTS: lambda path: save_file(weights, path, metadata={"format": "pt"}),

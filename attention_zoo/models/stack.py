@@ -261,6 +261,14 @@ class Stack(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
+    @property
+    def wrap_units(self) -> tuple[type[nn.Module], ...]:
+        """The classes whose modules are to be sharded, compiled or checkpointed one by one: `Layer`.
+
+        None with reversible streams, which run the parts of a layer and never the layer.
+        """
+        return () if self.reversible else (Layer,)
+
     def step(
         self,
         x: Tensor,

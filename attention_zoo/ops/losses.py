@@ -40,5 +40,14 @@ def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) 
     Returns:
         A scalar in nats per predicted token.
     """
-    counts = None if mask is None else mask[:, :-1] & mask[:, 1:]
-    return masked_cross_entropy(logits, tokens[:, 1:], counts)
+    return masked_cross_entropy(logits, tokens[:, 1:], _pairs(mask))
+
+
+def count_next_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Over how many tokens of (b, n) `next_token_loss` is a mean: a scalar int64."""
+    pairs = _pairs(mask)
+    return torch.tensor(tokens[:, 1:].numel(), device=tokens.device) if pairs is None else pairs.sum()
+
+
+def _pairs(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask[:, :-1] & mask[:, 1:]

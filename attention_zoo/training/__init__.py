@@ -1,8 +1,10 @@
-"""Parts of a training run: text as tokens, and checkpoints to resume from."""
+"""Parts of a training run: text as tokens, many processes, and checkpoints to resume from."""
 
 from attention_zoo.training.checkpoint import Checkpoint, StopRequest, read_checkpoint, save_checkpoint
+from attention_zoo.training.distributed import STRATEGIES, DataParallelLoss, World, gather_weights, join_world
 from attention_zoo.training.masked_tokens import mask_tokens, masked_token_loss
 from attention_zoo.training.memory_replay import Replayed, memory_replay
+from attention_zoo.training.sharded import ShardedCheckpoint, read_sharded, save_sharded
 from attention_zoo.training.text import (
     Text,
     as_tokens,
@@ -14,19 +16,27 @@ from attention_zoo.training.text import (
 )
 
 __all__ = [
+    "STRATEGIES",
     "Checkpoint",
+    "DataParallelLoss",
     "Replayed",
+    "ShardedCheckpoint",
     "StopRequest",
     "Text",
+    "World",
     "as_tokens",
+    "gather_weights",
     "gzip_bits_per_byte",
+    "join_world",
     "mask_tokens",
     "masked_token_loss",
     "memory_replay",
     "random_batch",
     "read_checkpoint",
+    "read_sharded",
     "read_text",
     "save_checkpoint",
+    "save_sharded",
     "unigram_entropy",
     "windows",
 ]

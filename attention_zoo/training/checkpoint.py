@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
+import time
 import zipfile
 from collections.abc import Mapping
 from copy import deepcopy
@@ -18,9 +18,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from attention_zoo.layers.files import remove_leftovers, write_aside
+from attention_zoo.training.distributed import World, is_sharded, spread
+from attention_zoo.training.parts import check_extra, check_part, describe, part, random_states, set_random_states
 
 FORMAT = "attention_zoo.training.checkpoint"
 VERSION = 1
+ECHO = 0.5  # seconds in which a second Ctrl-C is the first again, passed on by a launcher such as torchrun
 FIELDS = ("model", "optimizer", "schedule", "generator", "random", "step", "extra")
 
 
@@ -51,31 +54,38 @@ class Checkpoint:
         """Put a run back where it was, torch's own random state included, or leave all as it is and say why.
 
         Args:
-            model, optimizer, schedule, generator: built just as for the run that was saved.
+            model, optimizer, schedule, generator: built just as for the run that was saved; the model may meanwhile be
+                sharded.
 
         Raises:
             ValueError: something does not fit what was saved; the message names the field.
         """
         self._check_model(model)
-        self._check_part("optimizer", optimizer)
+        check_part(self.path, self.contents, "optimizer", optimizer)
         self._check_optimizer(optimizer)
-        self._check_part("schedule", schedule)
-        self._check_part("generator", generator)
+        check_part(self.path, self.contents, "schedule", schedule)
+        check_part(self.path, self.contents, "generator", generator)
         if generator is not None:
-            want, got = _kind(generator.get_state()), _kind(self.contents["generator"]["state"])
+            want, got = describe(generator.get_state()), describe(self.contents["generator"]["state"])
             if want != got:
                 raise ValueError(f"{self.path}: field 'generator' must hold a state of {want}, got {got}")
-        model.load_state_dict(self.contents["model"])
-        # Both may keep what they are given, and would change it with every step.
-        optimizer.load_state_dict(deepcopy(self.contents["optimizer"]["state"]))
+        # What is loaded may be kept, and would change with every step.
+        weights, state = self.contents["model"], deepcopy(self.contents["optimizer"]["state"])
+        if is_sharded(model):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            weights = {name: spread(weights[name], tensor) for name, tensor in model.state_dict().items()}
+            for k, values in state["state"].items():
+                state["state"][k] = {
+                    name: spread(value, parameters[k]) if isinstance(value, Tensor) else value
+                    for name, value in values.items()
+                }
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
         if schedule is not None:
             schedule.load_state_dict(deepcopy(self.contents["schedule"]["state"]))
         if generator is not None:
             generator.set_state(self.contents["generator"]["state"])
-        torch.set_rng_state(self.contents["random"]["cpu"])
-        # A machine with fewer devices than the old one goes on with those that it has.
-        for device, state in enumerate(self.contents["random"]["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, device)
+        set_random_states([self.contents["random"]], World.current().rank)
 
     def _check_model(self, model: nn.Module) -> None:
         found, wanted = self.contents["model"], model.state_dict()
@@ -84,17 +94,9 @@ class Checkpoint:
                 raise ValueError(f"{self.path}: field 'model' lacks {name!r}, which this model has")
             if name not in wanted:
                 raise ValueError(f"{self.path}: field 'model' holds {name!r}, which this model has not")
-            want, got = _kind(wanted[name]), _kind(found[name])
+            want, got = describe(wanted[name]), describe(found[name])
             if want != got:
                 raise ValueError(f"{self.path}: field 'model' must hold {want} as {name!r}, got {got}")
-
-    def _check_part(self, field: str, part: object) -> None:
-        """Each optional part is there in both or in neither, and of one class."""
-        saved = self.contents[field]
-        want = "none" if part is None else type(part).__name__
-        got = "none" if saved is None else saved["class"]
-        if want != got:
-            raise ValueError(f"{self.path}: field {field!r} must hold the state of {want}, got that of {got}")
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         groups = self.contents["optimizer"]["state"]["param_groups"]
@@ -131,18 +133,15 @@ def save_checkpoint(
     """
     place = Path(path)
     for name, value in (extra or {}).items():
-        _check_plain(name, value)
+        check_extra(name, value)
     contents = {
         "format": FORMAT,
         "version": VERSION,
         "model": model.state_dict(),
-        "optimizer": _part(optimizer, optimizer.state_dict()),
-        "schedule": None if schedule is None else _part(schedule, schedule.state_dict()),
-        "generator": None if generator is None else _part(generator, generator.get_state()),
-        "random": {
-            "cpu": torch.get_rng_state(),
-            "cuda": _cuda_states(),
-        },
+        "optimizer": part(optimizer, optimizer.state_dict()),
+        "schedule": None if schedule is None else part(schedule, schedule.state_dict()),
+        "generator": None if generator is None else part(generator, generator.get_state()),
+        "random": random_states(),
         "step": step,
         "extra": dict(extra or {}),
     }
@@ -192,6 +191,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.made = False
+        self._since = 0.0
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGINT, self._make)
@@ -201,32 +201,9 @@ class StopRequest:
         signal.signal(signal.SIGINT, self._before)
 
     def _make(self, *_: object) -> None:
-        self.made = True
-        signal.signal(signal.SIGINT, self._before)
-
-
-def _cuda_states() -> list[Tensor]:
-    # Asking a device that was never used would start it.
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch has no type there
-    return torch.cuda.get_rng_state_all() if used else []
-
-
-def _part(owner: object, state: object) -> dict[str, object]:
-    return {"class": type(owner).__name__, "state": state}
-
-
-def _kind(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _check_plain(name: str, value: object) -> None:
-    """Refuse now what `read_checkpoint` would refuse when the run is long over."""
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-    except Exception as error:  # pickle raises whatever the value's own methods do
-        raise TypeError(
-            f"extra[{name!r}] must be made of numbers, strings, lists, dicts and tensors, got {value!r}"
-        ) from error
+        now = time.monotonic()
+        if not self.made:
+            self.made, self._since = True, now
+        elif now - self._since > ECHO:
+            signal.signal(signal.SIGINT, self._before)
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,217 @@
+"""Sharded checkpoints: what does not fit, is damaged or was cut off is refused whole, and the last good one stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attention_zoo import LanguageModel
+from attention_zoo.training import as_tokens, random_batch, read_sharded, save_sharded
+
+TEXT = as_tokens(bytes(range(256)) * 4)
+
+
+def make_parts(seed: int = 0, **changed: Any) -> dict[str, Any]:
+    """A small run; its dropout draws from torch's own random state."""
+    torch.manual_seed(seed)
+    sizes = {"num_tokens": 256, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "ff_dropout": 0.2}
+    model = LanguageModel(**{**sizes, **changed})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step),
+        "generator": torch.Generator().manual_seed(seed),
+    }
+
+
+def train(parts: dict[str, Any], steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = parts["model"].loss(random_batch(TEXT, 2, 16, generator=parts["generator"]))
+        parts["optimizer"].zero_grad()
+        loss.backward()
+        parts["optimizer"].step()
+        parts["schedule"].step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    parts = make_parts()
+    train(parts, 2)
+    save_sharded(tmp_path / "checkpoint", **parts, step=2, extra={"note": "kept"})
+    return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "NAdam", "Adagrad"])
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, kind: str, before: int) -> None:
+    def make(seed: int) -> dict[str, Any]:
+        parts = make_parts(seed)
+        parts["optimizer"] = getattr(torch.optim, kind)(parts["model"].parameters(), lr=1e-2)
+        parts["schedule"] = torch.optim.lr_scheduler.CosineAnnealingLR(parts["optimizer"], 10)
+        return parts
+
+    unbroken = train(make(0), before + 4)
+    parts = make(0)
+    begun = train(parts, before)
+    save_sharded(tmp_path, **parts, step=before)
+    assert begun + train(parts, 4) == unbroken, "saving changed the run"
+    resumed = make(1)  # other weights, other random states
+    read_sharded(tmp_path).restore(**resumed)
+    assert begun + train(resumed, 4) == unbroken
+
+
+def test_two_places_are_written_in_turn_and_the_last_is_read(saved: Path) -> None:
+    parts = make_parts()
+    for step in (3, 4, 5):
+        save_sharded(saved, **parts, step=step, extra={"step": step})
+        found = read_sharded(saved)
+        assert (found.step, found.extra) == (step, {"step": step})
+    assert sorted(path.name for path in saved.iterdir()) == ["a", "b", "last.json"]
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "torch.save", "json.dumps", "os.replace"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(saved: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    owner, name = {"os": os, "torch": torch, "json": json}[step.split(".")[0]], step.split(".")[1]
+    resumed = make_parts(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, no_space)
+        with pytest.raises(OSError, match="No space left on device"):
+            save_sharded(saved, **make_parts(), step=3)
+    found = read_sharded(saved)
+    assert (found.step, found.extra) == (2, {"note": "kept"})
+    found.restore(**resumed)
+    save_sharded(saved, **resumed, step=4)
+    assert read_sharded(saved).step == 4
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "rest.pt"])
+def test_a_damaged_or_missing_file_is_refused_by_name(saved: Path, damage: Callable[[Path], None], name: str) -> None:
+    damage(saved / "a" / name)
+    with pytest.raises(ValueError, match=rf"a/{name} must be (there|as it was written)"):
+        read_sharded(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"last\.json must be JSON"),
+        ("[]", r"last\.json must belong to a sharded checkpoint"),
+        ("{}", r"last\.json must belong to a sharded checkpoint"),
+        ('{"format": "attention_zoo.training.sharded", "version": 9}', "field 'version'"),
+        ('{"format": "attention_zoo.training.sharded", "version": 1, "step": "x"}', "field 'step'"),
+        ('{"format": "attention_zoo.training.sharded", "version": 1, "step": 1, "place": "../x"}', "field 'place'"),
+        ('{"format": "attention_zoo.training.sharded", "version": 1, "step": 1, "place": "a"}', "field 'files'"),
+    ],
+)
+def test_a_pointer_that_is_no_pointer_is_refused(saved: Path, content: str, message: str) -> None:
+    (saved / "last.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_sharded(saved)
+
+
+def test_a_folder_without_a_pointer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere/last\.json does not exist"):
+        read_sharded(tmp_path / "nowhere")
+
+
+class Payload:
+    """Pickled so that reading it carelessly would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", [".metadata", "rest.pt"])
+def test_code_in_a_file_is_refused_and_not_run(saved: Path, tmp_path: Path, name: str) -> None:
+    data = pickle.dumps(Payload(tmp_path / "ran"), protocol=2)
+    (saved / "a" / name).write_bytes(data)
+    pointer = json.loads((saved / "last.json").read_text())
+    pointer["files"][name] = hashlib.sha256(data).hexdigest()  # whoever can change one file can change the other
+    (saved / "last.json").write_text(json.dumps(pointer))
+    with pytest.raises(ValueError, match=rf"{name} must be"):
+        read_sharded(saved).restore(**make_parts())
+    assert not (tmp_path / "ran").exists()
+
+
+def sgd(parts: dict[str, Any]) -> None:
+    parts["optimizer"] = torch.optim.SGD(parts["model"].parameters(), lr=0.1)
+
+
+def two_groups(parts: dict[str, Any]) -> None:
+    first, *rest = parts["model"].parameters()
+    parts["optimizer"] = torch.optim.AdamW([{"params": [first]}, {"params": rest}])
+
+
+def no_schedule(parts: dict[str, Any]) -> None:
+    parts["schedule"] = None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change", "message"),
+    [
+        ({"dim": 24}, None, r"must hold torch.float32 \(24, 16\) as '\S+', got torch.float32 \(16, 16\)"),
+        ({"depth": 2}, None, r"field 'optimizer' must have the parameters .*'stack\.layers\.1\."),
+        ({}, lambda parts: parts["model"].double(), r"must hold torch.float64 .* got torch.float32"),
+        ({}, sgd, "field 'optimizer' must hold the state of SGD, got that of AdamW"),
+        ({}, two_groups, "field 'optimizer' must have the parameters"),
+        ({}, no_schedule, "field 'schedule' must hold the state of none, got that of LambdaLR"),
+    ],
+    ids=["dim", "deeper", "dtype", "optimizer", "groups", "no schedule"],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(
+    saved: Path, sizes: dict[str, Any], change: Any, message: str
+) -> None:
+    parts = make_parts(seed=1, **sizes)
+    if change is not None:
+        change(parts)
+    before = {name: tensor.clone() for name, tensor in parts["model"].state_dict().items()}
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        read_sharded(saved).restore(**parts)
+    assert all(torch.equal(tensor, parts["model"].state_dict()[name]) for name, tensor in before.items())
+    assert not parts["optimizer"].state
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_extra_value_that_could_not_be_read_again_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"extra\['folder'\] must be made of numbers, strings"):
+        save_sharded(tmp_path / "new", **make_parts(), step=0, extra={"folder": tmp_path})
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    parts = {**make_parts(), "model": make_parts()["model"]}
+    with pytest.raises(
+        ValueError, match="optimizer must be made of the model's parameters, as they are after sharding"
+    ):
+        save_sharded(tmp_path / "new", **parts, step=0)
