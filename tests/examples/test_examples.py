@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from attention_zoo import LanguageModel, Memformer, TextToImageTransformer
-from attention_zoo.training import read_checkpoint
+from attention_zoo.training import read_checkpoint, read_sharded
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TIMEOUT = 300  # seconds; a busy machine may need a while to import torch
@@ -172,6 +172,33 @@ def test_an_interrupted_and_resumed_example_ends_where_an_unbroken_one_does(exam
     assert all(torch.equal(tensor, got.contents["model"][name]) for name, tensor in want.contents["model"].items())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one group of processes")
+def test_two_processes_stopped_by_ctrl_c_are_gone_on_from_by_one_with_the_same_losses(tmp_path: Path) -> None:
+    example = CASES[0]
+    fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "300", *TINY]
+    python, *call = command(example, tmp_path, "two", *fresh, "--strategy", "fsdp")
+    call = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *call]
+    # Ctrl-C reaches every process of a terminal's group, and torchrun passes it on to its own once more
+    with subprocess.Popen(
+        call, env=environment(), stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
+    ) as two:
+        assert two.stdout is not None
+        for line in two.stdout:
+            if line.startswith("step "):
+                os.killpg(two.pid, signal.SIGINT)
+                break
+        rest = two.stdout.read()
+    assert "--resume --out" in rest
+    stopped = read_sharded(tmp_path / "two" / "checkpoint")
+    assert 0 < stopped.step < 300
+    done = run(command(example, tmp_path, "two", "--resume", "--device", "cpu", "--strategy", "single"))
+    assert done.returncode == 0, done.stderr
+    assert run(command(example, tmp_path, "one", *fresh)).returncode == 0
+    curves = [read_checkpoint(tmp_path / out / "checkpoint.pt").extra["curves"] for out in ("two", "one")]
+    for (step, got), (_, want) in zip(*(curve["training"] for curve in curves), strict=True):
+        assert abs(got - want) < (1e-6 if step == 1 else 1e-4 if step <= 20 else 1e-2)
+
+
 @examples
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -179,8 +206,9 @@ def test_an_interrupted_and_resumed_example_ends_where_an_unbroken_one_does(exam
         (["--data", "nowhere"], "error: path must be a file or a folder of text, but nowhere does not exist"),
         (["--resume"], "checkpoint.pt does not exist"),
         (["--attention", "ful"], "did you mean 'full'?"),
+        (["--strategy", "ddp"], "error: strategy must be 'single' without torchrun's processes, got strategy='ddp'"),
     ],
-    ids=["no data", "no checkpoint", "unknown block"],
+    ids=["no data", "no checkpoint", "unknown block", "no torchrun"],
 )
 def test_a_wrong_option_is_answered_with_a_sentence(
     example: Example, options: list[str], message: str, tmp_path: Path

@@ -15,13 +15,18 @@ import pytest
 import torch
 
 from attention_zoo import LanguageModel
-from attention_zoo.training import random_batch, read_checkpoint, save_checkpoint
+from attention_zoo.training import random_batch, read_checkpoint, read_sharded, save_checkpoint, save_sharded
 
 STEPS = 150
 KILLS = 20
+# how a run is saved, how it is read, and what tells that the first save is done
+WAYS: dict[str, tuple[Any, Any, str]] = {
+    "file": (save_checkpoint, read_checkpoint, "."),
+    "shards": (save_sharded, read_sharded, "last.json"),
+}
 
 
-def train(path: Path | None, steps: int) -> list[float]:
+def train(path: Path | None, steps: int, way: str = "file") -> list[float]:
     """Train, with dropout, from the checkpoint where there is one; save after every step. Returns all losses."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -34,8 +39,9 @@ def train(path: Path | None, steps: int) -> list[float]:
     }  # fmt: skip
     text = torch.arange(1000).mul(37).remainder(251).to(torch.uint8)
     losses: list[float] = []
-    if path is not None and path.exists():
-        checkpoint = read_checkpoint(path)
+    save, read, mark = WAYS[way]
+    if path is not None and (path / mark).exists():
+        checkpoint = read(path)
         checkpoint.restore(**parts)
         losses = list(checkpoint.extra["losses"])
     while len(losses) < steps:
@@ -46,44 +52,45 @@ def train(path: Path | None, steps: int) -> list[float]:
         schedule.step()
         losses.append(loss.item())
         if path is not None:
-            save_checkpoint(path, **parts, step=len(losses), extra={"losses": losses})
+            save(path, **parts, step=len(losses), extra={"losses": losses})
     return losses
 
 
-def train_on(path: Path, started: Any) -> None:
+def train_on(path: Path, way: str, started: Any) -> None:
     """Do what costs time only once, say so, and train until somebody ends it."""
     train(None, 1)
     started.set()
-    train(path, 10**9)
+    train(path, 10**9, way)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no kill -9")
-def test_a_run_killed_twenty_times_has_the_losses_of_an_unbroken_one(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.pt"
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_killed_twenty_times_has_the_losses_of_an_unbroken_one(tmp_path: Path, way: str) -> None:
+    path, (_, read, mark) = tmp_path / "checkpoint", WAYS[way]
     unbroken = train(None, STEPS)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "attention_zoo", __name__])
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "attention_zoo", __name__])
     chance = random.Random(0)
     reached = []
     for _ in range(KILLS):
         started = context.Event()
-        process = context.Process(target=train_on, args=(path, started))
+        process = context.Process(target=train_on, args=(path, way, started))
         process.start()
         assert started.wait(60)
-        while not path.exists():  # the first one must get so far; what follows is any moment
+        while not (path / mark).exists():  # the first one must get so far; what follows is any moment
             time.sleep(0.01)
         time.sleep(chance.uniform(0.0, 0.2))  # before, in or between writes
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        found = read_checkpoint(path)
+        found = read(path)
         reached.append(found.step)
         assert found.extra["losses"][:STEPS] == unbroken[: found.step]
         assert found.step == len(found.extra["losses"])
     assert reached == sorted(reached)
     assert reached[-1] > reached[0]
-    assert train(path, STEPS)[:STEPS] == unbroken
-    assert len([file for file in tmp_path.iterdir() if file != path]) <= 1
+    assert train(path, STEPS, way)[:STEPS] == unbroken
+    assert len([file for file in tmp_path.iterdir() if file != path]) <= (way == "file")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
