@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from attention_zoo.layers.checks import check_features, check_fraction, check_padding, check_positive
@@ -210,9 +211,13 @@ class SelfAttention(AttentionBlock):
 
     def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.to_qkv(x).view(*x.shape[:2], -1, self.dim_head).transpose(1, 2)  # (b, h + 2 kv_h, n, e)
-        qk, v = self.prepare(heads[:, : -self.kv_heads], start), heads[:, -self.kv_heads :]
+        qk, v = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
         if self.rotate_values and self.rotary is not None:
             v = self.rotary(v, start)
+        if torch.compiler.is_compiling():
+            # torch 2.13 keeps parts of what was computed with the strides of the first length, for all lengths
+            return self.prepare(qk[:, : self.heads], start), self.prepare(qk[:, self.heads :], start), v
+        qk = self.prepare(qk, start)
         return qk[:, : self.heads], qk[:, self.heads :], v
 
     def _merge(self, out: Tensor, x: Tensor) -> Tensor:

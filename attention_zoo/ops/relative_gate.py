@@ -116,7 +116,8 @@ def _pairs(x: Tensor) -> Tensor:
 
 def _log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor]:
     """Of the gates multiplied up along the sequence: log-magnitude and phase, in float64."""
-    zero = gate == 0
-    re, im = torch.view_as_real(torch.where(zero, torch.ones_like(gate), gate)).double().unbind(-1)
+    re, im = (part.double() for part in torch.view_as_real(gate).unbind(-1))
+    zero = (re == 0) & (im == 0)
+    re = re.masked_fill(zero, 1.0)
     log = torch.hypot(re, im).clamp(min=SMALLEST).log().masked_fill(zero, math.log(SMALLEST))
     return log.cumsum(2), torch.atan2(im, re).cumsum(2)

@@ -150,8 +150,10 @@ def _sdpa(
     dropout: float,
 ) -> Tensor:
     i, j = q.shape[-2], k.shape[-2]
-    # SDPA's own flag aligns top-left, so it serves only where that is bottom-right too; bool() for symbolic lengths.
-    flag = causal and mask is None and bias is None and bool(i > 1) and bool(i == j)
+    # SDPA's own flag aligns top-left, so it serves only where that is bottom-right too; it is no symbol of a trace.
+    flag = False
+    if causal and mask is None and bias is None and i > 1 and i == j:
+        flag = True
     seen = None if flag else visible(i, j, mask=mask, causal=causal, device=q.device)
     attn_mask = seen
     if bias is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
 from typing import Any
 
 import pytest
@@ -11,9 +13,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from attention_zoo import BLOCKS, TextImageLayout
+from attention_zoo.testing.subject import seeded
 from tests.slow import relative_error
 
 DIM = 16
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile's default backend needs a C++ compiler"
+)
 LAYOUT = TextImageLayout(text_len=20, height=18, width=18)
 
 
@@ -44,6 +50,15 @@ def inputs(n: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, n, DIM), torch.randn(2, 5, DIM), mask
 
 
+def run_with_gradients(block: nn.Module, n: int) -> list[Tensor]:
+    """The output at length n, then the gradients of x and of all weights."""
+    with seeded(n):
+        x, context, mask = inputs(n)
+    x.requires_grad_()
+    out = block(x, context, mask)
+    return [out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])]
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_exported_once_runs_at_other_lengths(name: str) -> None:
     block = make(name)
@@ -53,6 +68,20 @@ def test_a_block_exported_once_runs_at_other_lengths(name: str) -> None:
     for n in (300, 30, 340):
         given = inputs(n)
         assert relative_error(exported(*given), block(*given)) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_compiled_by_the_default_backend_equals_itself(name: str) -> None:
+    block = make(name)
+    torch.compiler.reset()
+    try:
+        compiled: Any = torch.compile(block, fullgraph=True, dynamic=True)
+        for n in (30, 75):
+            for want, got in zip(run_with_gradients(block, n), run_with_gradients(compiled, n), strict=True):
+                assert relative_error(got, want) < 1e-5
+    finally:
+        torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -67,13 +96,7 @@ def test_a_block_compiled_once_runs_at_other_lengths_forward_and_backward(name: 
     try:
         compiled: Any = torch.compile(block, fullgraph=True, dynamic=True, backend=counting)
         for n in (300, 30, 340):
-            x, context, mask = inputs(n)
-            found = []
-            for run in (block, compiled):
-                x = x.detach().requires_grad_()
-                out = run(x, context, mask)
-                found.append((out, *torch.autograd.grad(out.square().sum(), (x, *block.parameters()))))
-            for want, got in zip(*found, strict=True):
+            for want, got in zip(run_with_gradients(block, n), run_with_gradients(compiled, n), strict=True):
                 assert relative_error(got, want) < 1e-5
             counts.append(len(graphs))
         assert len(set(counts)) == 1, "a new length was compiled anew"

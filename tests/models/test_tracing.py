@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.export import Dim, ShapesCollection, export
 from torch.utils import _pytree as pytree
 
 from attention_zoo import LanguageModel
 from attention_zoo.models import LanguageModelState
+from tests.attention.test_tracing import needs_compiler
 
 
 @pytest.fixture
@@ -66,3 +67,29 @@ def test_an_exported_step_runs_at_other_lengths_and_returns_a_state(model: Langu
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
             assert isinstance(new, LanguageModelState)
             assert new.length == n + 1
+
+
+@needs_compiler
+def test_training_compiled_by_the_default_backend_has_the_losses_of_eager_at_every_length() -> None:
+    def train(compiling: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = LanguageModel(num_tokens=64, dim=32, depth=2, heads=2, attention=["full", "gate_loop"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        loss_of: Any = torch.compile(model.loss, backend=counter, fullgraph=True) if compiling else model.loss
+        losses = []
+        for n in (40, 33, 57, 64, 35):
+            loss = loss_of(torch.randint(64, (2, n)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("inductor")
+    try:
+        for want, got in zip(train(False), train(True), strict=True):
+            assert abs(got - want) < 1e-4
+        assert counter.frame_count <= 2, "one graph for the first length, one for all others"
+    finally:
+        torch.compiler.reset()
