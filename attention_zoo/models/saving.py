@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attention_zoo.layers.files import write_all_aside
+from attention_zoo.models.hub import HubMethods
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
-class SavedModel(nn.Module):
+class SavedModel(HubMethods, nn.Module):
     """A model that `save` writes to a folder and `load` builds again.
 
     A subclass calls `self.remember(locals())` first thing after `super().__init__()`, so that its arguments are kept.
