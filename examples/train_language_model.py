@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from attention_zoo import BLOCKS, LanguageModel, stream, training
 
 CHECKPOINT = "checkpoint.pt"
 SHARDS = "checkpoint"  # the folder that takes its place where several processes train
-FREE = ("resume", "device", "strategy", "out")  # options that a resumed run may change
+FREE = ("resume", "device", "strategy", "out", "card")  # options that a resumed run may change
 SAMPLE = 600  # bytes to write at the end
 Checkpoint = training.Checkpoint | training.ShardedCheckpoint
 
@@ -54,6 +55,7 @@ def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
     add("--strategy", default="single", choices=training.STRATEGIES, help="for torchrun's processes (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train (%(default)s)")
     add("--out", type=Path, default=Path("runs/language_model"), help="folder of the results (%(default)s)")
+    add("--card", action="store_true", help="write a model card too, for the Hugging Face hub (needs the extra hub)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, with the options saved there")
     options, checkpoint = parser.parse_args(), None
     try:
@@ -67,6 +69,8 @@ def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
                     raise ValueError(f"--{name} must be {saved[name]!r} as in the run to resume, or be left out")
         if options.heads < 1 or options.dim % options.heads:
             raise ValueError(f"--heads must divide --dim, got {options.heads} and {options.dim}")
+        if options.card and find_spec("huggingface_hub") is None:
+            raise ValueError("--card needs huggingface_hub: pip install attention-zoo[hub]")
         if options.steps < 1 or not options.prompt:
             raise ValueError(f"--steps must be at least 1 and --prompt not empty, got {options.steps}")
     except (ValueError, FileNotFoundError) as error:
@@ -267,9 +271,15 @@ def yardsticks(text: training.Text) -> dict[str, float]:
 
 def finish(run: Run, model: LanguageModel, text: training.Text) -> None:
     """Keep the model, draw its losses, let it write."""
-    out = run.options.out
-    model.save(out)
-    plot(run, yardsticks(text), out / "loss.png")
+    out, known = run.options.out, yardsticks(text)
+    if run.options.card:
+        score = f"{run.curves['validation'][-1][1]:.3f} bits per byte of unseen text"
+        others = ", ".join(f"{name} need {value:.3f}" for name, value in known.items())
+        data = f"{len(text.training):,} bytes of {text.source}"
+        model.save_pretrained(out, data=data, score=f"{score}; {others}", command=f"python {' '.join(sys.argv)}")
+    else:
+        model.save(out)
+    plot(run, known, out / "loss.png")
     print(f"The model, its checkpoint and loss.png are in {out}. It writes:\n")
     with suppress(KeyboardInterrupt):
         write(model, run.options.prompt, run.options.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,8 +43,8 @@ class Example:
 CASES = [
     Example(
         "train_language_model.py",
-        (*TINY, "--attention", "full,cosine_sim"),
-        ("checkpoint.pt", "config.json", "loss.png", "model.safetensors"),
+        (*TINY, "--attention", "full,cosine_sim", "--card"),
+        ("README.md", "checkpoint.pt", "config.json", "loss.png", "model.safetensors"),
         LanguageModel.load,
     ),
 ]
@@ -75,6 +76,16 @@ def test_an_example_trains_and_leaves_what_it_promises(example: Example, tmp_pat
     saved, loaded = read_checkpoint(tmp_path / "out" / "checkpoint.pt"), example.load(tmp_path / "out")
     assert saved.step == 6
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.contents["model"].items())
+
+
+def test_the_card_of_a_trained_model_tells_data_score_and_command(tmp_path: Path) -> None:
+    fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "2", *TINY, "--card"]
+    done = run(command(CASES[0], tmp_path, "out", *fresh))
+    bits = re.findall(r"step 2: ([\d.]+) bits per byte", done.stdout)[-1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{bits} bits per byte of unseen text; byte frequencies need" in card
+    assert f"3,960 bytes of {tmp_path / 'text.txt'}" in card
+    assert "train_language_model.py --out" in card
 
 
 def test_the_recall_example_leaves_its_model_and_its_picture(tmp_path: Path) -> None:
@@ -135,6 +146,18 @@ def test_the_streams_example_scores_both_models_and_leaves_its_picture(tmp_path:
     assert "1 stream: " in done.stdout
     assert "2 streams: " in done.stdout
     assert (tmp_path / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_accelerate_example_trains_the_model_as_it_is(tmp_path: Path) -> None:
+    call = command(Example("train_with_accelerate.py", (), (), LanguageModel.load), tmp_path, "out", "--cpu")
+    done = run([*call, "--data", str(tmp_path / "text.txt"), "--dim", "32", "--depth", "2", "--seq-len", "16"])
+    assert done.returncode == 0, done.stderr
+    before, after = (
+        float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith(("before:", "after:"))
+    )
+    assert before > 7
+    assert after < 2, "one sentence again and again is easy"
+    assert LanguageModel.load(tmp_path / "out").arguments["dim"] == 32
 
 
 def test_the_example_composed_by_hand_trains_and_shows_what_the_kit_finds() -> None:
