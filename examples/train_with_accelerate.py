@@ -1,6 +1,6 @@
 """A language model of the zoo in a training loop of Hugging Face Accelerate, which knows nothing of the zoo.
 
-    python examples/train_with_accelerate.py                                      # one process, about two minutes
+    python examples/train_with_accelerate.py                                      # one process, about a minute
     torchrun --nproc-per-node 2 examples/train_with_accelerate.py --cpu           # two, each with batches of its own
 
 The model is an nn.Module with logits for an output, so any trainer takes it as it is.

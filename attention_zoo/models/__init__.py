@@ -9,6 +9,7 @@ from attention_zoo.models.memory_lm import MemoryLanguageModel, MemoryOutput, Me
 from attention_zoo.models.multi_stream import MultiStreamState, MultiStreamTransformer
 from attention_zoo.models.saving import SavedModel
 from attention_zoo.models.stack import Layer, Stack, StackState
+from attention_zoo.models.tensor_parallel import tensor_parallel_plan
 from attention_zoo.models.text_to_image import TextToImageTransformer
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "capabilities",
     "cosine_sim_lm",
     "gate_loop_lm",
+    "tensor_parallel_plan",
 ]

@@ -1,7 +1,14 @@
 """Parts of a training run: text as tokens, many processes, and checkpoints to resume from."""
 
 from attention_zoo.training.checkpoint import Checkpoint, StopRequest, read_checkpoint, save_checkpoint
-from attention_zoo.training.distributed import STRATEGIES, DataParallelLoss, World, gather_weights, join_world
+from attention_zoo.training.distributed import (
+    STRATEGIES,
+    DataParallelLoss,
+    World,
+    gather_weights,
+    join_world,
+    scatter_weights,
+)
 from attention_zoo.training.masked_tokens import mask_tokens, masked_token_loss
 from attention_zoo.training.memory_replay import Replayed, memory_replay
 from attention_zoo.training.sharded import ShardedCheckpoint, read_sharded, save_sharded
@@ -37,6 +44,7 @@ __all__ = [
     "read_text",
     "save_checkpoint",
     "save_sharded",
+    "scatter_weights",
     "unigram_entropy",
     "windows",
 ]

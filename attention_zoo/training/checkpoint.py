@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from attention_zoo.layers.files import remove_leftovers, write_aside
-from attention_zoo.training.distributed import World, is_sharded, spread
+from attention_zoo.training.distributed import World, is_sharded, scatter_weights, spread
 from attention_zoo.training.parts import check_extra, check_part, describe, part, random_states, set_random_states
 
 FORMAT = "attention_zoo.training.checkpoint"
@@ -70,16 +70,17 @@ class Checkpoint:
             if want != got:
                 raise ValueError(f"{self.path}: field 'generator' must hold a state of {want}, got {got}")
         # What is loaded may be kept, and would change with every step.
-        weights, state = self.contents["model"], deepcopy(self.contents["optimizer"]["state"])
+        state = deepcopy(self.contents["optimizer"]["state"])
         if is_sharded(model):
+            scatter_weights(model, self.contents["model"])
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            weights = {name: spread(weights[name], tensor) for name, tensor in model.state_dict().items()}
             for k, values in state["state"].items():
                 state["state"][k] = {
                     name: spread(value, parameters[k]) if isinstance(value, Tensor) else value
                     for name, value in values.items()
                 }
-        model.load_state_dict(weights)
+        else:
+            model.load_state_dict(self.contents["model"])
         optimizer.load_state_dict(state)
         if schedule is not None:
             schedule.load_state_dict(deepcopy(self.contents["schedule"]["state"]))

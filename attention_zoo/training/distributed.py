@@ -12,7 +12,7 @@ Papers: DDP, https://arxiv.org/abs/2006.15704; fully sharded data parallelism, h
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -219,6 +219,11 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+
+
+def scatter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a plain model's whole state_dict, which every process has, where parameters are spread: a collective."""
+    model.load_state_dict({name: spread(weights[name], tensor) for name, tensor in model.state_dict().items()})
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
