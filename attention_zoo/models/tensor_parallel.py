@@ -34,6 +34,9 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     The state_dict keeps the names of the plain model and the order of its rows: `training.gather_weights` gives what
     the plain model loads, and `training.scatter_weights` loads what the plain model has.
 
+    Parameters are of two kinds then, DTensors and plain ones, which torch's `clip_grad_norm_` and its optimizers with
+    `foreach` do not take together: give each kind a group of its own, and clip each alone.
+
     Args:
         model: any module with blocks and feedforwards of the zoo in it.
 

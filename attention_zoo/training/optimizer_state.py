@@ -35,8 +35,8 @@ def name_groups(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
         for parameter in group["params"]:
             if parameter not in names:
                 raise ValueError(
-                    f"optimizer must be made of the model's parameters, as they are after sharding, but it has another "
-                    f"of shape {tuple(parameter.shape)}"
+                    f"optimizer must have the model's parameters as they are after sharding, and not split by a "
+                    f"tensor-parallel plan, but it has another of shape {tuple(parameter.shape)}"
                 )
     return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
 

@@ -211,7 +211,5 @@ def test_an_extra_value_that_could_not_be_read_again_is_refused_and_nothing_writ
 
 def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
     parts = {**make_parts(), "model": make_parts()["model"]}
-    with pytest.raises(
-        ValueError, match="optimizer must be made of the model's parameters, as they are after sharding"
-    ):
+    with pytest.raises(ValueError, match="optimizer must have the model's parameters as they are after sharding"):
         save_sharded(tmp_path / "new", **parts, step=0)
