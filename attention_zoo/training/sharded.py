@@ -77,12 +77,10 @@ class ShardedCheckpoint:
         check_part(self.path, self.contents, "optimizer", optimizer)
         check_part(self.path, self.contents, "schedule", schedule)
         check_part(self.path, self.contents, "generator", generator)
-        saved = self.contents["optimizer"]["state"]
-        groups = name_groups(model, optimizer)
-        if groups != saved["names"]:
-            raise ValueError(f"{self.path}: field 'optimizer' must have the parameters {groups}, got {saved['names']}")
         found = list_shards(self.place)
-        self._check_weights(model, _below("model.", found))
+        self._check_weights(model, found)
+        saved, groups = self.contents["optimizer"]["state"], name_groups(model, optimizer)
+        self._check_groups(saved["names"], groups)
         weights, state = model.state_dict(), room_for_state(model, _below("optimizer.", found))
         read_shards(self.place, {"model": weights, "optimizer": state})
         model.load_state_dict(weights)
@@ -95,8 +93,19 @@ class ShardedCheckpoint:
             generator.set_state(self.contents["generator"]["state"])
         set_random_states(self.contents["random"], World.current().rank)
 
+    def load_weights(self, model: nn.Module) -> None:
+        """Load the model alone, to convert it, say: a plain one then saves itself as ever. All processes together.
+
+        Raises:
+            ValueError: another model was saved; the message names the first tensor that does not fit.
+        """
+        self._check_weights(model, list_shards(self.place))
+        weights = model.state_dict()
+        read_shards(self.place, {"model": weights})
+        model.load_state_dict(weights)
+
     def _check_weights(self, model: nn.Module, found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        wanted = model.state_dict()
+        wanted, found = model.state_dict(), _below("model.", found)
         for name in sorted(wanted.keys() | found.keys()):
             if name not in found:
                 raise ValueError(f"{self.path} lacks {name!r}, which this model has")
@@ -105,6 +114,14 @@ class ShardedCheckpoint:
             want, got = describe(wanted[name]), f"{found[name][0]} {found[name][1]}"
             if want != got:
                 raise ValueError(f"{self.path} must hold {want} as {name!r}, got {got}")
+
+    def _check_groups(self, saved: list[list[str]], groups: list[list[str]]) -> None:
+        want, got = [len(names) for names in groups], [len(names) for names in saved]
+        if want != got:
+            raise ValueError(f"{self.path}: field 'optimizer' must have groups of {want} parameters, got {got}")
+        for wanted, found in zip(itertools.chain(*groups), itertools.chain(*saved), strict=True):
+            if wanted != found:
+                raise ValueError(f"{self.path}: field 'optimizer' must have {wanted!r} where it has {found!r}")
 
 
 def _below(prefix: str, found: Mapping[str, T]) -> dict[str, T]:

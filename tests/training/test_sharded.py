@@ -172,6 +172,10 @@ def two_groups(parts: dict[str, Any]) -> None:
     parts["optimizer"] = torch.optim.AdamW([{"params": [first]}, {"params": rest}])
 
 
+def backwards(parts: dict[str, Any]) -> None:
+    parts["optimizer"] = torch.optim.AdamW(list(parts["model"].parameters())[::-1])
+
+
 def no_schedule(parts: dict[str, Any]) -> None:
     parts["schedule"] = None
 
@@ -180,13 +184,15 @@ def no_schedule(parts: dict[str, Any]) -> None:
     ("sizes", "change", "message"),
     [
         ({"dim": 24}, None, r"must hold torch.float32 \(24, 16\) as '\S+', got torch.float32 \(16, 16\)"),
-        ({"depth": 2}, None, r"field 'optimizer' must have the parameters .*'stack\.layers\.1\."),
+        ({"depth": 2}, None, r"lacks 'stack\.layers\.1\.\S+', which this model has"),
+        ({"feedforward": None, "ff_dropout": 0.0}, None, r"holds 'stack\.layers\.0\.\S+', which this model has not"),
         ({}, lambda parts: parts["model"].double(), r"must hold torch.float64 .* got torch.float32"),
         ({}, sgd, "field 'optimizer' must hold the state of SGD, got that of AdamW"),
-        ({}, two_groups, "field 'optimizer' must have the parameters"),
+        ({}, two_groups, r"field 'optimizer' must have groups of \[1, \d+\] parameters, got \[\d+\]"),
+        ({}, backwards, r"field 'optimizer' must have 'to_logits.weight' where it has 'token_embedding.weight'"),
         ({}, no_schedule, "field 'schedule' must hold the state of none, got that of LambdaLR"),
     ],
-    ids=["dim", "deeper", "dtype", "optimizer", "groups", "no schedule"],
+    ids=["dim", "deeper", "no feedforward", "dtype", "optimizer", "groups", "order", "no schedule"],
 )
 def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(
     saved: Path, sizes: dict[str, Any], change: Any, message: str
@@ -201,6 +207,18 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(
     assert all(torch.equal(tensor, parts["model"].state_dict()[name]) for name, tensor in before.items())
     assert not parts["optimizer"].state
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_weights_alone_are_loaded_without_an_optimizer(saved: Path, tmp_path: Path) -> None:
+    parts, found = make_parts(), read_sharded(saved)
+    found.restore(**parts)
+    model = make_parts(1)["model"]
+    found.load_weights(model)
+    model.save(tmp_path / "plain")
+    weights = LanguageModel.load(tmp_path / "plain").state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in parts["model"].state_dict().items())
+    with pytest.raises(ValueError, match=r"lacks 'stack\.layers\.1\."):
+        found.load_weights(make_parts(depth=2)["model"])
 
 
 def test_an_extra_value_that_could_not_be_read_again_is_refused_and_nothing_written(tmp_path: Path) -> None:
