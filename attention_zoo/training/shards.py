@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -94,7 +95,7 @@ def _reader(place: Path) -> FileSystemReader:
             path = place / ".metadata"
             try:
                 with path.open("rb") as file:
-                    metadata: Metadata = _MetadataUnpickler(file).load()
+                    metadata: Metadata = MetadataUnpickler(file).load()
                 metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
             except Exception as error:  # a damaged pickle can break in any way
                 raise ValueError(f"{path} must be a checkpoint's metadata and nothing else, but {error}") from error
@@ -103,7 +104,7 @@ def _reader(place: Path) -> FileSystemReader:
     return Reader(place)
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class MetadataUnpickler(pickle.Unpickler):
     """Makes the classes of a checkpoint's metadata and nothing else, so that reading a file cannot run what it says."""
 
     ALLOWED: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -129,3 +130,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no metadata needs")
+
+
+def _member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which is no enum")
+    return kind[name]

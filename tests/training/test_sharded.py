@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from attention_zoo import LanguageModel
 from attention_zoo.training import as_tokens, random_batch, read_sharded, save_sharded
+from attention_zoo.training.shards import MetadataUnpickler
 
 TEXT = as_tokens(bytes(range(256)) * 4)
 
@@ -161,6 +164,27 @@ def test_code_in_a_file_is_refused_and_not_run(saved: Path, tmp_path: Path, name
     with pytest.raises(ValueError, match=rf"{name} must be"):
         read_sharded(saved).restore(**make_parts())
     assert not (tmp_path / "ran").exists()
+
+
+class Attribute:
+    """Pickled as Python 3.11.2 pickles a member of an enum: `getattr(owner, name)`."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.reference = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.reference
+
+
+def test_metadata_may_name_a_member_of_an_enum_and_no_other_attribute() -> None:
+    def read(value: object) -> Any:
+        return MetadataUnpickler(io.BytesIO(pickle.dumps(value))).load()
+
+    member = next(iter(_MEM_FORMAT_ENCODING))
+    assert read(Attribute(_MEM_FORMAT_ENCODING, member.name)) is member
+    for owner, name in ((_MEM_FORMAT_ENCODING, "mro"), (Path, "touch")):
+        with pytest.raises((KeyError, pickle.UnpicklingError), match=name):
+            read(Attribute(owner, name))
 
 
 def sgd(parts: dict[str, Any]) -> None:
