@@ -19,7 +19,7 @@ huggingface_hub = pytest.importorskip("huggingface_hub", reason="the hub needs h
 
 SMALL: dict[str, Any] = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
 MODELS: dict[str, SavedModel] = {
-    "language": LanguageModel(num_tokens=20, attention=["full", ("cosine_sim", {"groups": 2})], **{**SMALL, "depth": 2}),
+    "language": LanguageModel(num_tokens=20, attention=("cosine_sim", {"groups": 2}), **SMALL),
     "streams": MultiStreamTransformer(num_tokens=20, max_seq_len=16, streams=2, **SMALL),
     "image": TextToImageTransformer(
         num_text_tokens=20, text_len=4, num_image_tokens=GreyTokenizer(height=4, width=4, levels=5).num_tokens,
