@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attention_zoo.ops.gates import magnitude
 from attention_zoo.ops.precision import no_autocast
 
 CHUNK = 64  # tokens whose weights are held as one square
@@ -38,7 +39,7 @@ def _log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sizes(log: Tensor, dtype: torch.dtype) -> Tensor:
     """|D_ij| of D_ij = a_{j+1} ... a_i, (..., c, c), 0 for j > i."""
-    return (log[..., :, None] - log[..., None, :]).to(dtype).exp().tril()
+    return magnitude(log[..., :, None] - log[..., None, :], dtype).tril()
 
 
 def _real(log: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -99,8 +100,8 @@ def _cut(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> _Chunks:
         one = torch.tensor([1.0, 0.0], dtype=gate.dtype, device=gate.device).expand(*gate.shape[:2], missing, 2)
         gate = torch.cat((gate, one), dim=2)
     log, cos, sin = _log_and_phase(_fold(gate, size))
-    grown = log.to(cos.dtype).exp()
-    rest = (log[..., -1:] - log).to(cos.dtype).exp()
+    grown = magnitude(log, cos.dtype)
+    rest = magnitude(log[..., -1:] - log, cos.dtype)
     c, s = cos[..., -1:], sin[..., -1:]
     last = torch.stack((rest * (c * cos + s * sin), rest * (s * cos - c * sin)), dim=-1)
     first = torch.stack((grown * cos, grown * sin), dim=-1)

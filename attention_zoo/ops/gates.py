@@ -5,10 +5,12 @@ Paper: GateLoop, https://arxiv.org/abs/2311.01927
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
@@ -42,6 +44,16 @@ def unit_gate_gradient(z: Tensor, to_gate: Tensor) -> Tensor:
     across = sigma * inverse
     slope = sigma * (1 - sigma) * along - across * along
     return torch.stack((across * to_re + slope * u_re, across * to_im + slope * u_im), dim=-1)
+
+
+def magnitude(log: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(log) of magnitudes multiplied up, and 0 where a product of two as small would be a denormal number.
+
+    With denormal numbers matmul, and exp itself, take ten times as long; what is left out is far below the rounding of
+    what it would be added to.
+    """
+    least = torch.finfo(dtype).tiny ** 0.5
+    return F.threshold(log.to(dtype).clamp(min=math.log(least) - 1).exp_(), least, 0.0)
 
 
 def complex_of(dtype: torch.dtype) -> torch.dtype:

@@ -41,7 +41,7 @@ def relative_gate_attention(
         q: (b, h, i, e) queries, which stand at the end of the keys; e is even.
         k, v: (b, h, j, e), (b, h, j, e_v).
         gate: (b, h, j, e / 2) complex with 0 <= |a| <= 1, one for each pair of features of each key. Exactly 0 is a
-            hard reset; the fast path gives such a gate no gradient.
+            hard reset; the fast path gives such a gate no gradient, and that of one of size s with rounding over s.
         mask: (b, j) bool, True = a real token. The gates of masked tokens are taken as 1.
         softmax: False for the raw scores as weights.
         dropout: probability with which a weight is dropped.

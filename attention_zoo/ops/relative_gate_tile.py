@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attention_zoo.ops.gates import magnitude
+
 QUERY_BLOCK = 32  # queries whose scores are held at a time; among themselves they cost 32 e / 2 products each
 
 
@@ -116,7 +118,7 @@ class QueryBlock(NamedTuple):
     def _near(self) -> tuple[Tensor, Tensor]:
         """|a_{j+1} ... a_i|, 0 for j > i, and the products of queries and keys: (b, h, p, i, j) each."""
         log = self.here.log.transpose(2, 3)
-        sizes = (log[..., :, None] - log[..., None, :]).to(self.q.dtype).exp_().tril_()
+        sizes = magnitude(log[..., :, None] - log[..., None, :], self.q.dtype).tril_()
         return sizes, _apart(self.q) @ _apart(self.here.k).transpose(-1, -2)
 
     def _turns(self, *, imaginary: bool = False) -> Tensor:
@@ -128,13 +130,13 @@ class QueryBlock(NamedTuple):
     def _left(self) -> tuple[Tensor, Tensor]:
         """From the block's first token to each of its own: real and imaginary part, (b, h, i, p)."""
         _, log, cos, sin = self.here
-        size = (log - log[:, :, :1]).to(cos.dtype).exp()
+        size = magnitude(log - log[:, :, :1], cos.dtype)
         return size * cos, size * sin
 
     def _right(self) -> tuple[Tensor, Tensor]:
         """From each key before the block to its first token."""
         _, log, cos, sin = self.before
-        size = (self.here.log[:, :, :1] - log).to(cos.dtype).exp()
+        size = magnitude(self.here.log[:, :, :1] - log, cos.dtype)
         return size * cos, size * sin
 
     def _far(self) -> tuple[Tensor, Tensor]:

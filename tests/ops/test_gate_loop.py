@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights
-from attention_zoo.ops.gates import unit_gate
+from attention_zoo.ops.gates import magnitude, unit_gate
 from tests.slow import relative_error
 
 
@@ -39,6 +39,24 @@ def test_chunks_equal_the_recurrence_in_outputs_states_and_gradients(n: int) -> 
 def test_float32_chunks_stay_close_to_the_recurrence() -> None:
     for want, got in zip(*both(make(200, torch.float32)), strict=True):
         assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-3, 0.1, 0.3, 0.7, 1.0])
+def test_gates_of_every_size_give_what_the_recurrence_gives(size: float) -> None:
+    leaves = make(150, torch.float32)
+    with torch.no_grad():
+        leaves[3].mul_(size / leaves[3].abs())
+    for want, got in zip(*both(leaves), strict=True):
+        assert relative_error(got, want) < 2e-5
+
+
+def test_no_weight_is_a_denormal_number() -> None:
+    """With which matrix products take ten times as long."""
+    for dtype in (torch.float32, torch.float64):
+        found = magnitude(torch.arange(0.0, -800.0, -0.25, dtype=torch.float64), dtype)
+        assert bool(((found == 0) | (found.square() >= torch.finfo(dtype).tiny)).all())
+        assert float(found[0]) == 1
+        assert float(found[-1]) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

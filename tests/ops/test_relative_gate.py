@@ -28,6 +28,22 @@ def test_blocks_equal_the_reference_in_outputs_and_gradients(queries: int, keys:
     assert relative_error(weights @ v, found[0][0]) < 1e-10
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-3, 0.1, 0.3, 0.7, 1.0])
+def test_gates_of_every_size_give_what_the_reference_gives(size: float) -> None:
+    q, k, v = (torch.randn(1, 2, 140, 6) for _ in range(3))
+    gate = torch.polar(torch.full((1, 2, 140, 3), size), torch.randn(1, 2, 140, 3))
+    leaves, found = [t.requires_grad_() for t in (q, k, v, gate)], []
+    weight = torch.randn(1, 2, 140, 6)
+    for impl in ("reference", "blocks"):
+        out = relative_gate_attention(*leaves, impl=impl)
+        to_q, to_k, to_v, to_gate = torch.autograd.grad((out * weight).sum(), leaves)
+        # the blocks know the gradient of a gate's logarithm, with the rounding of a gate of 1
+        of_log = [torch.view_as_real(to_gate * gate.detach().conj())] if size >= 0.1 else []
+        found.append([out, to_q, to_k, to_v, *of_log])
+    for want, got in zip(*found, strict=True):
+        assert relative_error(got, want) < 2e-5
+
+
 def test_scores_follow_the_definition() -> None:
     q, k = torch.randn(1, 1, 5, 4, dtype=torch.float64), torch.randn(1, 1, 5, 4, dtype=torch.float64)
     gate = unit_gate(torch.randn(1, 1, 5, 2, 2, dtype=torch.float64))
