@@ -44,12 +44,12 @@ class SavedModel(HubMethods, nn.Module):
             check_plain(name, value)
         config = {"class": type(self).__name__, "version": package_version(), "arguments": self.arguments}
         folder = Path(directory)
-        weights = {name: tensor.contiguous() for name, tensor in unique_tensors(self).items()}
-        if any(hasattr(tensor, "full_tensor") for tensor in weights.values()):  # a DTensor, which costs time to import
+        if any(hasattr(parameter, "full_tensor") for parameter in self.parameters()):  # DTensor takes long to import
             raise TypeError(
                 "the model's parameters must be whole to be saved, but they are spread over processes: load what "
                 "training.gather_weights(model) returns into a model of the same arguments, and save that"
             )
+        weights = {name: tensor.contiguous() for name, tensor in unique_tensors(self).items()}
         folder.mkdir(parents=True, exist_ok=True)
         write_all_aside(
             {

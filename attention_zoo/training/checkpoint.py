@@ -19,7 +19,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from attention_zoo.layers.files import remove_leftovers, write_aside
 from attention_zoo.training.distributed import World, is_sharded, scatter_weights, spread
-from attention_zoo.training.parts import check_extra, check_part, describe, part, random_states, set_random_states
+from attention_zoo.training.parts import (
+    check_part,
+    check_run,
+    check_states,
+    describe,
+    load_schedule,
+    part,
+    random_states,
+    set_random_states,
+)
 
 FORMAT = "attention_zoo.training.checkpoint"
 VERSION = 1
@@ -66,9 +75,10 @@ class Checkpoint:
         check_part(self.path, self.contents, "schedule", schedule)
         check_part(self.path, self.contents, "generator", generator)
         if generator is not None:
-            want, got = describe(generator.get_state()), describe(self.contents["generator"]["state"])
-            if want != got:
-                raise ValueError(f"{self.path}: field 'generator' must hold a state of {want}, got {got}")
+            check_states(self.path, "generator", self.contents["generator"]["state"], generator.get_state())
+        check_states(self.path, "random", self.contents["random"]["cpu"], torch.get_rng_state())
+        if schedule is not None:
+            load_schedule(self.path, schedule, self.contents["schedule"]["state"])
         # What is loaded may be kept, and would change with every step.
         state = deepcopy(self.contents["optimizer"]["state"])
         if is_sharded(model):
@@ -82,8 +92,6 @@ class Checkpoint:
         else:
             model.load_state_dict(self.contents["model"])
         optimizer.load_state_dict(state)
-        if schedule is not None:
-            schedule.load_state_dict(deepcopy(self.contents["schedule"]["state"]))
         if generator is not None:
             generator.set_state(self.contents["generator"]["state"])
         set_random_states([self.contents["random"]], World.current().rank)
@@ -130,11 +138,11 @@ def save_checkpoint(
         extra: what else the run needs: numbers, strings, lists, dicts and tensors by name.
 
     Raises:
-        TypeError: a value of extra is something else; nothing is written then.
+        TypeError: a value of extra is something else, or a setting of the optimizer or the schedule (a number of numpy,
+            say, or a path) is; nothing is written then.
     """
     place = Path(path)
-    for name, value in (extra or {}).items():
-        check_extra(name, value)
+    check_run(step, extra, optimizer, schedule)
     contents = {
         "format": FORMAT,
         "version": VERSION,

@@ -12,6 +12,7 @@ Papers: DDP, https://arxiv.org/abs/2006.15704; fully sharded data parallelism, h
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from attention_zoo.layers.checks import check_choice
+from attention_zoo.layers.checks import check_choice, check_padding
 from attention_zoo.ops.losses import count_next_tokens
 
 CPU = torch.device("cpu")
@@ -87,12 +88,20 @@ class World:
             try:
                 outcome[0] = action()
             except Exception as error:  # whatever it is, the others must not wait for ever
-                outcome[1] = error
+                outcome[1] = _sendable(error)
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # its constructor takes something else than it keeps
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager
@@ -130,13 +139,20 @@ class DataParallelLoss(nn.Module):
             gradients and optimizer state in shards, the parameters of one layer at a time gathered to be used. What a
             layer is the model says in `wrap_units`, a tuple of classes that any of its modules may have.
 
+        unused_parameters: with "ddp", whether a step may leave parameters without a gradient, at some cost in time.
+
     Raises:
         ValueError: an unknown strategy, or one that does not fit the number of processes.
+        TypeError: the model has no `loss`.
     """
 
-    def __init__(self, model: nn.Module, world: World, *, strategy: str = "ddp") -> None:
+    def __init__(
+        self, model: nn.Module, world: World, *, strategy: str = "ddp", unused_parameters: bool = False
+    ) -> None:
         super().__init__()
         check_choice("strategy", strategy, STRATEGIES)
+        if not callable(getattr(model, "loss", None)):
+            raise TypeError(f"model must have a method loss(tokens, mask), got {type(model).__name__}")
         if strategy == "single" and world.size > 1:
             raise ValueError(f"strategy must be 'ddp' or 'fsdp' with {world.size} processes, got {strategy=}")
         if strategy != "single" and not dist.is_initialized():
@@ -144,11 +160,11 @@ class DataParallelLoss(nn.Module):
         self.world = world
         self.local: nn.Module = _Loss(model)
         if strategy == "ddp":
-            self.local = DistributedDataParallel(self.local)
+            self.local = DistributedDataParallel(self.local, find_unused_parameters=unused_parameters)
         elif strategy == "fsdp":
             _shard(self.local, find_units(model), world)
         if world.rank:
-            torch.manual_seed(torch.initial_seed() + world.rank)
+            torch.manual_seed((torch.initial_seed() + world.rank) % 2**63)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean loss, in nats, over all real targets of a batch that every process is given whole.
@@ -156,7 +172,12 @@ class DataParallelLoss(nn.Module):
         Args:
             tokens: (b, n) int, at least one row for each process.
             mask: (b, n) bool, True = a real token.
+
+        Raises:
+            ValueError: fewer rows than processes, or a mask of another shape.
+            TypeError: a mask that is not boolean.
         """
+        check_padding(mask, tokens)
         rows = self.world.rows(tokens)
         real = None if mask is None else self.world.rows(mask)
         loss: Tensor = self.local(rows, real)
@@ -185,8 +206,10 @@ def _shard(whole: nn.Module, units: list[nn.Module], world: World) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
+    # The whole, too, puts its shards back after every forward: gathered weights that an evaluation left in their place
+    # would hide them from an optimizer made or stepped then.
     for unit in (*units, whole):
-        fully_shard(unit, mesh=mesh)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
 def find_units(model: nn.Module) -> list[nn.Module]:
@@ -222,8 +245,18 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def scatter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a plain model's whole state_dict, which every process has, where parameters are spread: a collective."""
-    model.load_state_dict({name: spread(weights[name], tensor) for name, tensor in model.state_dict().items()})
+    """Load a plain model's whole state_dict, which every process has, where parameters are spread: a collective.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape.
+    """
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        want = tuple(wanted[name].shape) if name in wanted else "none"
+        got = tuple(weights[name].shape) if name in weights else "none"
+        if want != got:
+            raise ValueError(f"weights must have {want} as {name!r}, got {got}")
+    model.load_state_dict({name: spread(weights[name], tensor) for name, tensor in wanted.items()})
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 
 def random_states() -> dict[str, Any]:
@@ -55,18 +58,77 @@ def describe(value: object) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_extra(name: str, value: object) -> None:
+def check_plain(what: str, value: object) -> None:
     """Refuse now what reading would refuse when the run is long over.
 
     Raises:
         TypeError: naming it.
     """
+    if value is None or type(value) in (bool, int, float, str) or isinstance(value, Tensor):
+        return
+    if type(value) in (list, tuple):
+        for item in cast(Sequence[object], value):
+            check_plain(what, item)
+        return
+    if type(value) is dict:
+        for key, item in value.items():
+            check_plain(what, key)
+            check_plain(what, item)
+        return
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
     except Exception as error:  # pickle raises whatever the value's own methods do
-        raise TypeError(
-            f"extra[{name!r}] must be made of numbers, strings, lists, dicts and tensors, got {value!r}"
-        ) from error
+        raise TypeError(f"{what} must be made of numbers, strings, lists, dicts and tensors, got {value!r}") from error
+
+
+def check_run(step: int, extra: Mapping[str, Any] | None, optimizer: Optimizer, schedule: LRScheduler | None) -> None:
+    """Refuse a run of which a part could be written, and not read again.
+
+    Raises:
+        TypeError: naming the part.
+    """
+    if type(step) is not int or step < 0:
+        raise TypeError(f"step must be an int of at least 0, got {step!r}")
+    for name, value in (extra or {}).items():
+        check_plain(f"extra[{name!r}]", value)
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if name != "params":
+                check_plain(f"optimizer's {name}", value)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                check_plain(f"optimizer's state {name!r}", value)
+    if schedule is not None:
+        check_plain("schedule's state", schedule.state_dict())
+
+
+def load_schedule(path: Path, schedule: LRScheduler, state: Mapping[str, Any]) -> None:
+    """Give a schedule its state.
+
+    Raises:
+        ValueError: it is that of another one.
+    """
+    own = schedule.state_dict()
+    missing = sorted(own.keys() ^ state.keys())
+    parts = len(own.get("_schedulers", ())), len(state.get("_schedulers", ()))
+    if missing or parts[0] != parts[1]:
+        what = f"the same entries, not {missing}" if missing else f"the state of {parts[0]} schedules, got {parts[1]}"
+        raise ValueError(f"{path}: field 'schedule' must have {what}")
+    try:
+        schedule.load_state_dict(deepcopy(dict(state)))  # it may keep what it is given, and change it
+    except Exception as error:  # whatever a schedule makes of a state that is not its own
+        raise ValueError(f"{path}: field 'schedule' must hold a state of {type(schedule).__name__}") from error
+
+
+def check_states(path: Path, field: str, got: object, want: Tensor) -> None:
+    """The state of a random generator is a tensor of one form.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if describe(got) != describe(want):
+        raise ValueError(f"{path}: field {field!r} must hold a state of {describe(want)}, got {describe(got)}")

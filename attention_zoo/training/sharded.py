@@ -6,13 +6,9 @@ two places, written in turn, and `last.json`, which names the one that is whole 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,19 +19,22 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from attention_zoo.layers.files import remove_leftovers, write_aside
 from attention_zoo.training.distributed import World
 from attention_zoo.training.optimizer_state import load_optimizer, name_groups, room_for_state, split_state
-from attention_zoo.training.parts import check_extra, check_part, describe, part, random_states, set_random_states
+from attention_zoo.training.parts import (
+    check_part,
+    check_run,
+    check_states,
+    describe,
+    load_schedule,
+    part,
+    random_states,
+    set_random_states,
+)
+from attention_zoo.training.shard_folder import find_damage, finish_place, make_place, read_pointer, read_rest
 from attention_zoo.training.shards import list_shards, read_shards, write_shards
 
 T = TypeVar("T")
-FORMAT = "attention_zoo.training.sharded"
-VERSION = 1
-POINTER = "last.json"
-PLACES = ("a", "b")
-REST = "rest.pt"
-FIELDS = {"optimizer", "schedule", "generator", "random", "extra"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class ShardedCheckpoint:
         extra: what the caller of `save_sharded` added.
         place: the folder of the shards.
         contents: the schedule, the generator and the random states.
+        pointer: what `last.json` said.
     """
 
     path: Path
@@ -55,6 +55,7 @@ class ShardedCheckpoint:
     extra: dict[str, Any]
     place: Path
     contents: dict[str, Any]
+    pointer: dict[str, Any]
 
     def restore(
         self,
@@ -72,23 +73,29 @@ class ShardedCheckpoint:
             model, optimizer, schedule, generator: built just as for the run that was saved.
 
         Raises:
-            ValueError: something does not fit what was saved; the message names the field. All is left as it is then.
+            ValueError: something does not fit what was saved, and the message names the field; or another checkpoint
+                was saved there since this one was read. The model and the optimizer are left as they are then.
         """
+        self._check_fresh()
         check_part(self.path, self.contents, "optimizer", optimizer)
         check_part(self.path, self.contents, "schedule", schedule)
         check_part(self.path, self.contents, "generator", generator)
+        if generator is not None:
+            check_states(self.path, "generator", self.contents["generator"]["state"], generator.get_state())
+        for states in self.contents["random"]:
+            check_states(self.path, "random", states["cpu"], torch.get_rng_state())
         found = list_shards(self.place)
         self._check_weights(model, found)
         saved, groups = self.contents["optimizer"]["state"], name_groups(model, optimizer)
         self._check_groups(saved["names"], groups)
+        if schedule is not None:
+            load_schedule(self.path, schedule, self.contents["schedule"]["state"])
         weights, state = model.state_dict(), room_for_state(model, _below("optimizer.", found))
         read_shards(self.place, {"model": weights, "optimizer": state})
         model.load_state_dict(weights)
         for name, values in saved["values"].items():
             state.setdefault(name, {}).update(values)
         load_optimizer(optimizer, groups, state, saved["settings"])
-        if schedule is not None:
-            schedule.load_state_dict(deepcopy(self.contents["schedule"]["state"]))
         if generator is not None:
             generator.set_state(self.contents["generator"]["state"])
         set_random_states(self.contents["random"], World.current().rank)
@@ -97,12 +104,21 @@ class ShardedCheckpoint:
         """Load the model alone, to convert it, say: a plain one then saves itself as ever. All processes together.
 
         Raises:
-            ValueError: another model was saved; the message names the first tensor that does not fit.
+            ValueError: another model was saved, and the message names the first tensor that does not fit; or another
+                checkpoint was saved there since this one was read.
         """
+        self._check_fresh()
         self._check_weights(model, list_shards(self.place))
         weights = model.state_dict()
         read_shards(self.place, {"model": weights})
         model.load_state_dict(weights)
+
+    def _check_fresh(self) -> None:
+        """What was read and what is there must be one checkpoint."""
+        if read_pointer(self.path) != self.pointer:
+            raise ValueError(
+                f"{self.path} must be read again: another checkpoint was saved there since step {self.step}"
+            )
 
     def _check_weights(self, model: nn.Module, found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         wanted, found = model.state_dict(), _below("model.", found)
@@ -143,18 +159,18 @@ def save_sharded(
     What was saved last stays whole until this is, whenever a process may be killed or the disk be full.
 
     Args:
-        path: the folder; made where it is missing.
+        path: the folder, which all processes see; made where it is missing.
         model: the model itself, not what DDP wraps around it.
         optimizer, schedule, generator, step, extra: see `save_checkpoint`.
 
     Raises:
-        TypeError: a value of extra cannot be written; nothing is written then.
+        TypeError: see `save_checkpoint`.
+        ValueError: there is something of somebody else's in the place where the shards go.
         OSError: a process could not write; all raise.
     """
     world = World.current()
     folder = Path(path)
-    for name, value in (extra or {}).items():
-        check_extra(name, value)
+    check_run(step, extra, optimizer, schedule)
     tensors, values = split_state(model, optimizer)
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     state = {"names": name_groups(model, optimizer), "values": values, "settings": settings}
@@ -165,37 +181,9 @@ def save_sharded(
         "random": _gather(world, random_states()),
         "extra": dict(extra or {}),
     }
-    place: Path = world.once(lambda: _make_place(folder))
+    place: Path = world.once(lambda: make_place(folder))
     write_shards(place, {"model": model.state_dict(), "optimizer": tensors})
-    world.once(lambda: _finish(place, contents, step))
-
-
-def _make_place(folder: Path) -> Path:
-    """The place that `last.json` does not name, emptied."""
-    try:
-        last = _read_pointer(folder)["place"]
-    except (FileNotFoundError, ValueError):
-        last = None
-    place = folder / next(name for name in PLACES if name != last)
-    if place.exists():
-        shutil.rmtree(place)
-    place.mkdir(parents=True)
-    return place
-
-
-def _finish(place: Path, contents: dict[str, Any], step: int) -> None:
-    """Write what is not in the shards, then say that all is whole."""
-    write_aside(place / REST, lambda aside: torch.save(contents, aside))
-    pointer = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "place": place.name,
-        "files": {file.name: _digest(file) for file in sorted(place.iterdir())},
-    }
-    path = place.parent / POINTER
-    remove_leftovers(path)
-    write_aside(path, lambda aside: Path(aside).write_text(json.dumps(pointer, indent=2) + "\n"))
+    world.once(lambda: finish_place(place, contents, step))
 
 
 def read_sharded(path: str | os.PathLike[str]) -> ShardedCheckpoint:
@@ -206,64 +194,17 @@ def read_sharded(path: str | os.PathLike[str]) -> ShardedCheckpoint:
         ValueError: a file is damaged or missing, or the folder is something else.
     """
     folder = Path(path)
-    pointer = _read_pointer(folder)
+    pointer = read_pointer(folder)
     place = folder / pointer["place"]
     world = World.current()
     # Each process reads some of the files; what one finds, all must know.
     mine = list(pointer["files"].items())[world.rank :: world.size]
-    complaints = _gather(world, [_complaint(place / name, digest) for name, digest in mine])
+    complaints = _gather(world, [find_damage(place / name, digest) for name, digest in mine])
     for complaint in itertools.chain(*complaints):
         if complaint is not None:
             raise ValueError(complaint)
-    contents = _read_rest(place / REST)
-    return ShardedCheckpoint(folder, pointer["step"], contents["extra"], place, contents)
-
-
-def _read_rest(path: Path) -> dict[str, Any]:
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a file that was tampered with can break the readers in any way
-        raise ValueError(f"{path} must be what save_sharded wrote, but it cannot be read") from error
-    if not isinstance(contents, dict) or not contents.keys() >= FIELDS:
-        raise ValueError(f"{path} must hold {', '.join(sorted(FIELDS))}")
-    return contents
-
-
-def _complaint(path: Path, digest: str) -> str | None:
-    if not path.is_file():
-        return f"{path} must be there, since {POINTER} names it, but it is missing"
-    if _digest(path) != digest:
-        return f"{path} must be as it was written, but its checksum is another: it is damaged"
-    return None
-
-
-def _read_pointer(folder: Path) -> dict[str, Any]:
-    path = folder / POINTER
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        pointer = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from error
-    if not isinstance(pointer, dict) or pointer.get("format") != FORMAT:
-        raise ValueError(f"{path} must belong to a sharded checkpoint, but it holds something else")
-    rules: dict[str, Callable[[Any], bool]] = {
-        "version": lambda value: value == VERSION,
-        "step": lambda value: isinstance(value, int),
-        "place": lambda value: value in PLACES,
-        "files": lambda value: isinstance(value, dict) and {".metadata", REST} <= value.keys(),
-    }
-    for field, rule in rules.items():
-        if not rule(pointer.get(field)):
-            raise ValueError(f"{path}: field {field!r} must be as it was written, got {pointer.get(field)!r}")
-    return pointer
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    contents = read_rest(place)
+    return ShardedCheckpoint(folder, pointer["step"], contents["extra"], place, contents, pointer)
 
 
 def _gather(world: World, value: Any) -> list[Any]:

@@ -58,6 +58,8 @@ def read_shards(place: Path, state: dict[str, Any]) -> None:
             load(state, storage_reader=_reader(place), planner=Planner())
     except CheckpointException as error:
         raise ValueError(f"{place} must hold whole shards, but they cannot be read: {_causes(error)}") from error
+    except Exception as error:  # metadata that was tampered with can mislead the reader in any way
+        raise ValueError(f"{place} must hold whole shards, but they cannot be read: {error}") from error
 
 
 def list_shards(place: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -68,12 +70,15 @@ def list_shards(place: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    found = _reader(place).read_metadata().state_dict_metadata
-    return {
-        name: (meta.properties.dtype, tuple(meta.size))
-        for name, meta in found.items()
-        if isinstance(meta, TensorStorageMetadata)
-    }
+    metadata = _reader(place).read_metadata()
+    try:
+        return {
+            name: (meta.properties.dtype, tuple(meta.size))
+            for name, meta in metadata.state_dict_metadata.items()
+            if isinstance(meta, TensorStorageMetadata)
+        }
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{place / '.metadata'} must describe tensors, but {error}") from error
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def _reader(place: Path) -> FileSystemReader:
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Makes the classes of a checkpoint's metadata and nothing else, so that reading a file cannot run what it says."""
+    """Knows the classes of a checkpoint's metadata and nothing else, so that reading a file cannot run what it says."""
 
     ALLOWED: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "torch.distributed.checkpoint.metadata": (

@@ -81,7 +81,7 @@ def test_two_places_are_written_in_turn_and_the_last_is_read(saved: Path) -> Non
         save_sharded(saved, **parts, step=step, extra={"step": step})
         found = read_sharded(saved)
         assert (found.step, found.extra) == (step, {"step": step})
-    assert sorted(path.name for path in saved.iterdir()) == ["a", "b", "last.json"]
+    assert sorted(path.name for path in saved.iterdir()) == ["last.json", "shards_a", "shards_b"]
 
 
 def no_space(*_: Any, **__: Any) -> None:
@@ -116,8 +116,8 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "rest.pt"])
 def test_a_damaged_or_missing_file_is_refused_by_name(saved: Path, damage: Callable[[Path], None], name: str) -> None:
-    damage(saved / "a" / name)
-    with pytest.raises(ValueError, match=rf"a/{name} must be (there|as it was written)"):
+    damage(saved / "shards_a" / name)
+    with pytest.raises(ValueError, match=rf"shards_a/{name} must be (there|as it was written)"):
         read_sharded(saved)
 
 
@@ -130,7 +130,7 @@ def test_a_damaged_or_missing_file_is_refused_by_name(saved: Path, damage: Calla
         ('{"format": "attention_zoo.training.sharded", "version": 9}', "field 'version'"),
         ('{"format": "attention_zoo.training.sharded", "version": 1, "step": "x"}', "field 'step'"),
         ('{"format": "attention_zoo.training.sharded", "version": 1, "step": 1, "place": "../x"}', "field 'place'"),
-        ('{"format": "attention_zoo.training.sharded", "version": 1, "step": 1, "place": "a"}', "field 'files'"),
+        ('{"format": "attention_zoo.training.sharded", "version": 1, "step": 1, "place": "shards_a"}', "field 'files'"),
     ],
 )
 def test_a_pointer_that_is_no_pointer_is_refused(saved: Path, content: str, message: str) -> None:
@@ -157,7 +157,7 @@ class Payload:
 @pytest.mark.parametrize("name", [".metadata", "rest.pt"])
 def test_code_in_a_file_is_refused_and_not_run(saved: Path, tmp_path: Path, name: str) -> None:
     data = pickle.dumps(Payload(tmp_path / "ran"), protocol=2)
-    (saved / "a" / name).write_bytes(data)
+    (saved / "shards_a" / name).write_bytes(data)
     pointer = json.loads((saved / "last.json").read_text())
     pointer["files"][name] = hashlib.sha256(data).hexdigest()  # whoever can change one file can change the other
     (saved / "last.json").write_text(json.dumps(pointer))
