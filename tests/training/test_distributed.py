@@ -22,6 +22,7 @@ from attention_zoo.training import (
     read_sharded,
     save_checkpoint,
     save_sharded,
+    scatter_weights,
 )
 from attention_zoo.training.distributed import find_units
 from tests.slow import relative_error
@@ -48,10 +49,13 @@ STRATEGIES = ("ddp", "fsdp")
 class Run:
     """A small model in training, alone or in several processes."""
 
-    def __init__(self, name: str, strategy: str = "single") -> None:
+    def __init__(self, name: str, strategy: str = "single", *, evaluating: bool = False) -> None:
         torch.manual_seed(0)
         self.model = LanguageModel(**SMALL, **MODELS[name])
         self.loss = DataParallelLoss(self.model, World.current(), strategy=strategy)
+        self.evaluating = evaluating
+        if evaluating:
+            self.evaluate()
         weights = list(self.model.parameters())
         groups = [
             {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": 0.1},
@@ -73,6 +77,8 @@ class Run:
             loss = self.loss(tokens, mask)
             self.optimizer.zero_grad()
             loss.backward()
+            if self.evaluating:
+                self.evaluate()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.schedule.step()
@@ -100,7 +106,15 @@ def train_in_two(rank: int, folder: Path) -> None:
     recurrence.HAS_NUMBA = False
     store = f"file://{folder / 'store'}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    found: dict[str, Any] = {"seed": {}, "losses": {}, "weights": {}, "resumed": {}, "from one": {}, "from a file": {}}
+    found: dict[str, Any] = {
+        "seed": {},
+        "losses": {},
+        "weights": {},
+        "resumed": {},
+        "from one": {},
+        "from a file": {},
+        "evaluating": {},
+    }
     for strategy in STRATEGIES:
         for name in MODELS:
             key, run = (strategy, name), Run(name, strategy)
@@ -117,6 +131,7 @@ def train_in_two(rank: int, folder: Path) -> None:
                 again.evaluate()
                 read_sharded(path).restore(**again.parts())
                 found["resumed"][key] = again.train(STEPS - HALF)
+        found["evaluating"][strategy] = Run("hybrid", strategy, evaluating=True).train(HALF)
         other = Run("hybrid", strategy)
         read_sharded(folder / "of one process").restore(**other.parts())
         found["from one"][strategy] = other.train(STEPS - HALF)
@@ -126,8 +141,10 @@ def train_in_two(rank: int, folder: Path) -> None:
         found["from a file"][strategy] = other.train(STEPS - HALF)
         found["few rows", strategy] = complaint(lambda other=other: other.loss(torch.zeros(1, 5, dtype=torch.long)))
     found["single"] = complaint(lambda: Run("full", "single"))
+    found["unused"] = unused_parameters()
     found["save"] = complaint(lambda: other.model.save(folder / "never"), TypeError)
     found["once"] = complaint(lambda: World.current().once(fail), OSError)
+    found["oddly"] = complaint(lambda: World.current().once(fail_oddly), RuntimeError)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -142,8 +159,38 @@ def _without_compiling() -> Iterator[None]:
         yield
 
 
+class Odd(Exception):
+    """Cannot be made again from what it keeps."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} and {two}")
+
+
 def fail() -> None:
     raise OSError(28, "No space left on device")
+
+
+def fail_oddly() -> None:
+    raise Odd("this", "that")
+
+
+class Half(nn.Module):
+    """A model that leaves half of itself unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def loss(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.used(tokens[:, :4].float()).mean()
+
+
+def unused_parameters() -> float:
+    loss_of = DataParallelLoss(Half(), World.current(), strategy="ddp", unused_parameters=True)
+    for _ in range(3):
+        loss = loss_of(torch.ones(2, 5))
+        loss.backward()
+    return loss.item()
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +257,12 @@ def test_a_run_that_is_resumed_goes_on_exactly_dropout_included(folder: Path, st
 
 
 @both
+def test_an_evaluation_at_any_moment_leaves_training_as_it_was(folder: Path, alone: Alone, strategy: str) -> None:
+    """FSDP gathers weights in the place of its shards, and must put these back before an optimizer looks for them."""
+    assert max(differences(results(folder)["evaluating"][strategy], alone["hybrid"][0][:HALF])) < 1e-4
+
+
+@both
 def test_each_process_draws_its_own_dropout(folder: Path, strategy: str) -> None:
     seeds = [results(folder, rank)["seed"][strategy, "dropout"] for rank in (0, 1)]
     assert seeds[0] != seeds[1]
@@ -250,6 +303,11 @@ def test_what_cannot_be_done_in_two_processes_is_said(folder: Path) -> None:
 
 def test_what_fails_in_the_first_process_fails_in_all(folder: Path) -> None:
     assert "No space left" in results(folder, 1)["once"]
+    assert "this and that" in results(folder, 1)["oddly"]
+
+
+def test_parameters_may_be_left_unused_where_that_is_said(folder: Path) -> None:
+    assert results(folder)["unused"] == results(folder, 1)["unused"]
 
 
 def test_a_strategy_must_be_known_and_have_its_processes() -> None:
@@ -258,6 +316,27 @@ def test_a_strategy_must_be_known_and_have_its_processes() -> None:
         DataParallelLoss(model, World(), strategy="dpd")
     with pytest.raises(ValueError, match="strategy must be 'single' without torchrun's processes, got strategy='ddp'"):
         DataParallelLoss(model, World(), strategy="ddp")
+
+
+def test_what_the_loss_cannot_take_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model must have a method loss\(tokens, mask\), got Linear"):
+        DataParallelLoss(nn.Linear(2, 2), World(), strategy="single")
+    loss_of = DataParallelLoss(LanguageModel(**SMALL), World(), strategy="single")
+    with pytest.raises(TypeError, match="mask must be a boolean tensor"):
+        loss_of(torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"mask must be \(b, n\) = \(2, 5\), got shape \(2, 4\)"):
+        loss_of(torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_weights_that_do_not_fit_are_not_scattered() -> None:
+    model = nn.Linear(2, 3)
+    for weights, message in (
+        ({"weight": torch.ones(3, 2)}, r"weights must have \(3,\) as 'bias', got none"),
+        ({"weight": torch.ones(2, 3), "bias": torch.ones(3)}, r"weights must have \(3, 2\) as 'weight', got \(2, 3\)"),
+        ({**model.state_dict(), "more": torch.ones(1)}, r"weights must have none as 'more', got \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scatter_weights(model, weights)
 
 
 def test_layers_are_the_units_to_shard_unless_they_share_weights_or_run_in_parts() -> None:

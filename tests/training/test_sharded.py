@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from attention_zoo import LanguageModel
-from attention_zoo.training import as_tokens, random_batch, read_sharded, save_sharded
+from attention_zoo.training import as_tokens, random_batch, read_checkpoint, read_sharded, save_checkpoint, save_sharded
 from attention_zoo.training.shards import MetadataUnpickler
 
 TEXT = as_tokens(bytes(range(256)) * 4)
@@ -243,6 +244,97 @@ def test_the_weights_alone_are_loaded_without_an_optimizer(saved: Path, tmp_path
     assert all(torch.equal(weights[name], weight) for name, weight in parts["model"].state_dict().items())
     with pytest.raises(ValueError, match=r"lacks 'stack\.layers\.1\."):
         found.load_weights(make_parts(depth=2)["model"])
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "shards_a").mkdir()
+    (tmp_path / "shards_a" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"shards_a must hold shards alone.* but thesis\.txt is there"):
+        save_sharded(tmp_path, **make_parts(), step=0)
+    assert (tmp_path / "shards_a" / "thesis.txt").read_text() == "years of work"
+
+
+def numpy_rate(parts: dict[str, Any]) -> None:
+    parts["optimizer"].param_groups[0]["lr"] = np.float64(0.1)
+
+
+def path_in_schedule(parts: dict[str, Any]) -> None:
+    parts["schedule"].last_file = Path("x")
+
+
+@pytest.mark.parametrize("save", [save_sharded, save_checkpoint])
+@pytest.mark.parametrize(
+    ("change", "step", "message"),
+    [
+        (numpy_rate, 1, "optimizer's lr must be made of numbers"),
+        (path_in_schedule, 1, "schedule's state must be made of numbers"),
+        (lambda parts: None, "one", "step must be an int of at least 0, got 'one'"),
+        (lambda parts: None, torch.tensor(1), r"step must be an int of at least 0, got tensor\(1\)"),
+        (lambda parts: None, -1, "step must be an int of at least 0, got -1"),
+    ],
+)
+def test_what_could_not_be_read_again_is_refused_before_anything_is_written(
+    tmp_path: Path, save: Any, change: Any, step: Any, message: str
+) -> None:
+    parts = make_parts()
+    change(parts)
+    with pytest.raises(TypeError, match=message):
+        save(tmp_path / "new", **parts, step=step)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_in_whose_place_another_was_saved_must_be_read_again(saved: Path) -> None:
+    old = read_sharded(saved)
+    parts = make_parts(1)
+    save_sharded(saved, **parts, step=3)
+    for action in (lambda: old.restore(**parts), lambda: old.load_weights(parts["model"])):
+        with pytest.raises(ValueError, match="must be read again: another checkpoint was saved there since step 2"):
+            action()
+
+
+def test_a_schedule_of_other_parts_is_refused_and_the_model_left_alone(tmp_path: Path) -> None:
+    def make(count: int) -> dict[str, Any]:
+        parts = make_parts(count)
+        constant = torch.optim.lr_scheduler.ConstantLR
+        parts["schedule"] = torch.optim.lr_scheduler.SequentialLR(
+            parts["optimizer"], [constant(parts["optimizer"]) for _ in range(count)], list(range(5, 4 + count))
+        )
+        return parts
+
+    save_sharded(tmp_path / "shards", **make(2), step=0)
+    save_checkpoint(tmp_path / "file", **make(2), step=0)
+    for found in (read_sharded(tmp_path / "shards"), read_checkpoint(tmp_path / "file")):
+        for count in (1, 3):
+            parts = make(count)
+            before = {name: tensor.clone() for name, tensor in parts["model"].state_dict().items()}
+            with pytest.raises(ValueError, match=f"field 'schedule' must have the state of {count} schedules, got 2"):
+                found.restore(**parts)
+            assert all(torch.equal(tensor, before[name]) for name, tensor in parts["model"].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer", 5),
+        ("optimizer", {"class": "AdamW", "state": {}}),
+        ("schedule", 3),
+        ("generator", {}),
+        ("random", []),
+        ("random", [{"cpu": torch.ones(2), "cuda": []}]),
+        ("extra", None),
+    ],
+)
+def test_a_file_that_was_changed_with_its_checksum_is_refused_by_field(saved: Path, field: str, value: Any) -> None:
+    path = saved / "shards_a" / "rest.pt"
+    torch.save({**torch.load(path), field: value}, path)
+    pointer = json.loads((saved / "last.json").read_text())
+    pointer["files"]["rest.pt"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (saved / "last.json").write_text(json.dumps(pointer))
+    parts = make_parts(1)
+    before = {name: tensor.clone() for name, tensor in parts["model"].state_dict().items()}
+    with pytest.raises(ValueError, match=f"field '{field}' must"):
+        read_sharded(saved).restore(**parts)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parts["model"].state_dict().items())
 
 
 def test_an_extra_value_that_could_not_be_read_again_is_refused_and_nothing_written(tmp_path: Path) -> None:
