@@ -79,13 +79,11 @@ def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
 
 
 def read_newest(folder: Path) -> Checkpoint:
-    """The checkpoint to go on from: of one process or of several, as many as there are now or not."""
-    found: list[Checkpoint] = []
-    with suppress(FileNotFoundError):
-        found.append(training.read_sharded(folder / SHARDS))
-    if not found or (folder / CHECKPOINT).exists():
-        found.append(training.read_checkpoint(folder / CHECKPOINT))
-    return max(found, key=lambda checkpoint: checkpoint.step)
+    """The checkpoint that was written last: by one process or by several, as many as there are now or not."""
+    one, several = folder / CHECKPOINT, folder / SHARDS / "last.json"
+    if several.exists() and not (one.exists() and one.stat().st_mtime > several.stat().st_mtime):
+        return training.read_sharded(folder / SHARDS)
+    return training.read_checkpoint(one)
 
 
 class Run:
@@ -276,7 +274,9 @@ def finish(run: Run, model: LanguageModel, text: training.Text) -> None:
         score = f"{run.curves['validation'][-1][1]:.3f} bits per byte of unseen text"
         others = ", ".join(f"{name} need {value:.3f}" for name, value in known.items())
         data = f"{len(text.training):,} bytes of {text.source}"
-        model.save_pretrained(out, data=data, score=f"{score}; {others}", command=f"python {' '.join(sys.argv)}")
+        program = "python" if run.world.size == 1 else f"torchrun --nproc-per-node {run.world.size}"
+        (out / "README.md").unlink(missing_ok=True)  # the card of an earlier run
+        model.save_pretrained(out, data=data, score=f"{score}; {others}", command=f"{program} {' '.join(sys.argv)}")
     else:
         model.save(out)
     plot(run, known, out / "loss.png")

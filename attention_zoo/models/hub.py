@@ -10,9 +10,9 @@ import os
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import copyfile
+from shutil import copyfile, rmtree
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
@@ -47,45 +47,67 @@ class HubMethods:
             directory: where to write; `load` and `from_pretrained` read it.
             data, score, command: sentences for the card: what the model was trained on, how well it does, what made it.
             push_to_hub: send it to the hub too, as `repo_id`, by default the folder's name.
-            options: see huggingface_hub's `push_to_hub`.
+            options: those of `push_to_hub`, with which alone they make sense.
 
         Returns:
             Where it is on the hub, if it was sent there.
 
         Raises:
             ImportError: huggingface_hub is not installed.
-            TypeError: see `save`.
+            TypeError: see `save`; or options without push_to_hub=True.
         """
+        if options and not push_to_hub:
+            raise TypeError(f"options must come with push_to_hub=True, got {', '.join(sorted(options))}")
         folder = Path(directory)
         hub: Any = _hub_class()(self)
         facts = {"data": data, "score": score, "command": command}
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".saving.*"):  # of a save that was killed
+            rmtree(leftover, ignore_errors=True)
         with TemporaryDirectory(dir=folder, prefix=".saving.") as aside:  # the mixin removes the old config at once
             hub.save_pretrained(aside, model_card_kwargs=facts)
             new = [file for file in Path(aside).iterdir() if file.name != CARD or not (folder / CARD).exists()]
             write_all_aside({folder / file.name: partial(copyfile, file) for file in new})
         if not push_to_hub:
             return None
-        return str(hub.push_to_hub(repo_id or folder.name, model_card_kwargs=facts, **options))
+        hub.card = (folder / CARD).read_text(encoding="utf-8")  # which may be one of the user's own
+        return str(hub.push_to_hub(repo_id or folder.name, **options))
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], *, device: str | torch.device = "cpu", **options: Any
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> Self:
-        """Build a model from the hub, or from a folder that `save_pretrained` or `save` wrote; needs the extra `hub`.
+        """Build a model from a folder that `save_pretrained` or `save` wrote, or from the hub, with the extra `hub`.
 
         Args:
-            name: a repository, "who/what", or a folder.
+            name: a folder, or a repository, "who/what".
             device: where the weights go.
-            options: revision, token, cache_dir, force_download, local_files_only: see huggingface_hub.
+            revision, token, cache_dir, force_download, local_files_only: of a repository; see huggingface_hub.
 
         Raises:
-            ImportError: huggingface_hub is not installed.
+            ImportError: it is no folder, and huggingface_hub is not installed.
             FileNotFoundError, ValueError: see `load`.
         """
-        found: Any = _hub_class().from_pretrained(str(name), kind=cls, device=device, **options)
-        model: Self = found.model
-        return model
+        place, self_made = str(name), cast(Any, cls)
+        if os.path.isdir(place):
+            return cast(Self, self_made.load(place, device=device))
+        if os.path.isabs(place) or place.startswith(".") or place.count("/") > 1:
+            raise FileNotFoundError(f"{place} does not exist, and a repository is called 'who/what'")
+        download = {"revision": revision, "token": token, "cache_dir": cache_dir, "force_download": force_download}
+        hub: Any = _hub_class()
+        try:
+            found = hub.from_pretrained(place, kind=cls, device=device, local_files_only=local_files_only, **download)
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:  # of the mixin's own look at it
+            raise ValueError(f"config.json of {place} must be a JSON object, got {error}") from error
+        return cast(Self, found.model)
 
     def push_to_hub(
         self,
@@ -124,6 +146,7 @@ def _hub_class() -> type[ModelHubMixin]:
     class OnHub(ModelHubMixin):
         def __init__(self, model: Any) -> None:
             self.model = model
+            self.card: str | None = None  # in place of the one that would be written
 
         def _save_pretrained(self, save_directory: Path) -> None:
             self.model.save(save_directory)
@@ -131,12 +154,11 @@ def _hub_class() -> type[ModelHubMixin]:
         @classmethod
         def _from_pretrained(cls, *, model_id: str, **options: Any) -> OnHub:
             kind, device = options.pop("kind"), options.pop("device")
-            if not os.path.isdir(model_id):
-                model_id = snapshot_download(model_id, allow_patterns=["config.json", "model.safetensors"], **options)
-            return cls(kind.load(model_id, device=device))
+            folder = snapshot_download(model_id, allow_patterns=["config.json", "model.safetensors"], **options)
+            return cls(kind.load(folder, device=device))
 
         def generate_model_card(self, **facts: str | None) -> ModelCard:
-            return ModelCard(write_card(self.model, **facts))
+            return ModelCard(self.card or write_card(self.model, **facts))
 
     return OnHub
 
@@ -148,7 +170,9 @@ def write_card(model: Any, **facts: str | None) -> str:
         model: any model of the zoo.
         facts: a sentence each: `data` it was trained on, its `score`, the `command` that made it.
     """
-    name = type(model).__name__
+    name, package = type(model).__name__, type(model).__module__
+    if package.startswith("attention_zoo."):
+        package = "attention_zoo"
     size = sum(parameter.numel() for parameter in model.parameters())
     known = "".join(f"\n## {fact.capitalize()}\n\n{facts.get(fact) or 'Not stated.'}\n" for fact in FACTS)
     return f"""---
@@ -162,7 +186,7 @@ tags:
 A `{name}` of attention_zoo, {size:,} parameters. `pip install attention-zoo`, then:
 
 ```python
-from attention_zoo import {name}
+from {package} import {name}
 
 model = {name}.from_pretrained("...")  # this repository, or a folder with its files
 ```

@@ -1,7 +1,7 @@
 """Attention and feedforwards split over processes, each with some of the heads and some of the hidden features.
 
     mesh = init_device_mesh("cuda", (world_size,))
-    parallelize_module(model, mesh, tensor_parallel_plan(model))
+    parallelize_module(model, mesh, tensor_parallel_plan(model, mesh.size()))
 
 Paper: Megatron-LM, https://arxiv.org/abs/1909.08053
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo.attention import BLOCKS, SelfAttention
-from attention_zoo.layers.feedforward import FeedForward
+from attention_zoo.layers.checks import check_positive
+from attention_zoo.layers.feedforward import FEEDFORWARDS, FeedForward
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 SPLIT = {BLOCKS[name] for name in ("full", "cosine_sim", "conv", "axial_row", "axial_col", "block_sparse")}
 
 
-def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+def tensor_parallel_plan(model: nn.Module, processes: int) -> dict[str, ParallelStyle]:
     """A plan for torch's `parallelize_module`: queries, keys, values and hidden features by column, outputs by row.
 
     Split are `full`, `cosine_sim`, `conv`, `axial_row`, `axial_col` and `block_sparse`, where no relative bias belongs
@@ -39,21 +40,50 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
     Args:
         model: any module with blocks and feedforwards of the zoo in it.
+        processes: how many share them, the size of the mesh.
 
     Raises:
-        ValueError: when the plan is applied, where heads or kv_heads cannot be divided among the processes.
+        ValueError: heads, kv_heads or hidden features cannot be divided among the processes, or are already.
     """
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
+    check_positive(processes=processes)
     plan: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
         if isinstance(module, SelfAttention) and type(module) in SPLIT and module.bias is None:
+            check_whole(name, module.to_qkv.weight)
+            check_divides(name, processes, heads=module.heads, kv_heads=module.kv_heads)
             plan[name] = _heads_parallel()
-        elif isinstance(module, FeedForward):
+        elif isinstance(module, FeedForward) and type(module) in FEEDFORWARDS.values():
+            check_whole(name, module.to_out.weight)
+            check_divides(name, processes, hidden_features=module.to_out.in_features)
             columns = ("to_hidden", "to_gate") if module.gated else ("to_hidden",)
             plan |= {f"{name}.{part}": ColwiseParallel() for part in columns}
             plan[f"{name}.to_out"] = RowwiseParallel()
     return plan
+
+
+def check_divides(name: str, processes: int, **sizes: int) -> None:
+    """Refuse a module that cannot be shared evenly.
+
+    Raises:
+        ValueError: naming the module and the size.
+    """
+    for what, size in sizes.items():
+        if size % processes:
+            raise ValueError(f"{what} must be a multiple of the {processes} processes, got {size} in {name or 'model'}")
+
+
+def check_whole(name: str, weight: Tensor) -> None:
+    """Refuse a module that is split already, or that stands alone, whose plan would have no name.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(f"model must be whole, but {name} is split already")
+    if not name:
+        raise ValueError("model must contain the modules to split, and not be one: put it into an nn.Sequential")
 
 
 def _heads_parallel() -> ParallelStyle:
@@ -64,7 +94,8 @@ def _heads_parallel() -> ParallelStyle:
     class HeadsParallel(ParallelStyle):
         def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
             block: Any = module
-            share_heads(block, device_mesh.size())
+            block.heads //= device_mesh.size()
+            block.kv_heads //= device_mesh.size()
             rows = rows_by_process(block.to_qkv.sizes, device_mesh.size())
 
             def split(name: str, projections: nn.Module, mesh: DeviceMesh) -> None:
@@ -96,21 +127,6 @@ def _heads_parallel() -> ParallelStyle:
             return module
 
     return HeadsParallel()
-
-
-def share_heads(block: SelfAttention, processes: int) -> None:
-    """Leave the block its share of the heads.
-
-    Raises:
-        ValueError: they cannot be shared evenly.
-    """
-    if block.heads % processes or block.kv_heads % processes:
-        raise ValueError(
-            f"heads and kv_heads must be multiples of the {processes} processes, got heads={block.heads}, "
-            f"kv_heads={block.kv_heads}"
-        )
-    block.heads //= processes
-    block.kv_heads //= processes
 
 
 def rows_by_process(sizes: dict[str, int], processes: int) -> Tensor:

@@ -11,11 +11,12 @@ Papers: DDP, https://arxiv.org/abs/2006.15704; fully sharded data parallelism, h
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
 import torch
@@ -43,6 +44,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
+    wrapped: list[Any] = field(default_factory=list, repr=False, compare=False)  # losses that hold a process group
 
     @classmethod
     def current(cls) -> Self:
@@ -119,9 +121,15 @@ def join_world(device: str | torch.device = "cpu") -> Iterator[World]:
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    world = World.current()
     try:
-        yield World.current()
+        yield world
     finally:
+        # gloo's threads abort a process that ends while something still holds them.
+        for loss in world.wrapped:
+            loss.unwrap()
+        world.wrapped.clear()
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -160,6 +168,7 @@ class DataParallelLoss(nn.Module):
         self.world = world
         self.local: nn.Module = _Loss(model)
         if strategy == "ddp":
+            world.wrapped.append(self)
             self.local = DistributedDataParallel(self.local, find_unused_parameters=unused_parameters)
         elif strategy == "fsdp":
             _shard(self.local, find_units(model), world)
@@ -187,6 +196,11 @@ class DataParallelLoss(nn.Module):
         # The processes' gradients are averaged: scaled by their number they are summed.
         share = loss * (count * self.world.size / self.world.sum(count).clamp(min=1))
         return share - share.detach() + self.world.sum(share) / self.world.size
+
+    def unwrap(self) -> None:
+        """Let go of the other processes: what is left is the model's own loss."""
+        if isinstance(self.local, DistributedDataParallel):
+            self.local, self.world = self.local.module, World(device=self.world.device)
 
 
 class _Loss(nn.Module):

@@ -85,7 +85,9 @@ def test_the_card_of_a_trained_model_tells_data_score_and_command(tmp_path: Path
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{bits} bits per byte of unseen text; byte frequencies need" in card
     assert f"3,960 bytes of {tmp_path / 'text.txt'}" in card
-    assert "train_language_model.py --out" in card
+    assert f"python {EXAMPLES / 'train_language_model.py'} --out" in card
+    run(command(CASES[0], tmp_path, "out", *fresh, "--depth", "1"))
+    assert '"depth": 1' in (tmp_path / "out" / "README.md").read_text(), "a new model has a new card"
 
 
 def test_the_recall_example_leaves_its_model_and_its_picture(tmp_path: Path) -> None:
@@ -193,6 +195,16 @@ def test_an_interrupted_and_resumed_example_ends_where_an_unbroken_one_does(exam
     want, got = (read_checkpoint(tmp_path / out / "checkpoint.pt") for out in ("unbroken", "broken"))
     assert got.extra["curves"] == want.extra["curves"]
     assert all(torch.equal(tensor, got.contents["model"][name]) for name, tensor in want.contents["model"].items())
+
+
+def test_the_run_to_resume_is_the_one_that_was_saved_last(tmp_path: Path) -> None:
+    fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", *TINY]
+    assert run(command(CASES[0], tmp_path, "out", *fresh, "--steps", "9")).returncode == 0
+    python, *call = command(CASES[0], tmp_path, "out", *fresh, "--steps", "3", "--strategy", "ddp")
+    assert run([python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *call]).returncode == 0
+    done = run(command(CASES[0], tmp_path, "out", "--resume", "--device", "cpu", "--strategy", "single"))
+    assert done.returncode == 0, done.stderr
+    assert read_checkpoint(tmp_path / "out" / "checkpoint.pt").step == 3
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one group of processes")

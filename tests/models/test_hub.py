@@ -119,6 +119,59 @@ def test_what_is_pushed_is_what_is_saved(tmp_path: Path, model: LanguageModel, m
     assert Api.sent == first == {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
 
 
+def test_a_readme_of_ones_own_is_what_is_pushed(
+    tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model", private=True)
+    assert Api.sent["README.md"].endswith(b"mine")
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path, model: LanguageModel) -> None:
+    (tmp_path / ".saving.x").mkdir()
+    (tmp_path / ".saving.x" / "model.safetensors").write_text("half")
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / ".saving.x").exists()
+
+
+def test_options_that_nothing_would_look_at_are_refused(tmp_path: Path, model: LanguageModel) -> None:
+    with pytest.raises(TypeError, match=r"options must come with push_to_hub=True, got scor"):
+        model.save_pretrained(tmp_path, scor="best")
+    model.save(tmp_path)
+    with pytest.raises(TypeError, match="revison"):
+        LanguageModel.from_pretrained(tmp_path, revison="v1")
+
+
+class Own(LanguageModel):
+    """A model of one's own."""
+
+
+def test_the_card_of_ones_own_model_imports_it_from_where_it_is(tmp_path: Path) -> None:
+    Own(num_tokens=20, **SMALL).save_pretrained(tmp_path)
+    assert f"from {Own.__module__} import Own" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff"])
+def test_a_damaged_configuration_is_refused_in_a_folder_and_from_the_hub(
+    tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    model.save(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json must"):
+        LanguageModel.from_pretrained(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: str(tmp_path / "config.json"))
+    with pytest.raises(ValueError, match=r"config\.json.* must"):
+        LanguageModel.from_pretrained("me/model")
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "runs/of/mine"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+        LanguageModel.from_pretrained(name)
+
+
 def test_a_model_is_fetched_from_the_hub_by_its_name(
     tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,10 +200,16 @@ def test_without_huggingface_hub_the_extra_is_named(
     tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    for action in (model.save_pretrained, LanguageModel.from_pretrained, model.push_to_hub):
+    for action, name in (
+        (model.save_pretrained, tmp_path),
+        (LanguageModel.from_pretrained, "me/model"),
+        (model.push_to_hub, "me/model"),
+    ):
         with pytest.raises(ImportError, match=r"pip install attention-zoo\[hub\]"):
-            action(tmp_path)
+            action(name)
     assert not list(tmp_path.iterdir())
+    model.save(tmp_path)
+    assert same(LanguageModel.from_pretrained(tmp_path), model), "a folder needs no hub"
 
 
 def test_importing_the_zoo_does_not_import_huggingface_hub() -> None:

@@ -79,21 +79,20 @@ def work(rank: int, folder: Path) -> None:
         torch.manual_seed(0)
         model = make()
         whole = sum(parameter.numel() for parameter in model.parameters())
-        parallelize_module(model, mesh, tensor_parallel_plan(model))
+        parallelize_module(model, mesh, tensor_parallel_plan(model, 2))
         local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
         losses, weights = train(model), gather_weights(model)
         found[make.__name__] = losses, weights, local / whole
         again = make()
-        parallelize_module(again, mesh, tensor_parallel_plan(again))
+        parallelize_module(again, mesh, tensor_parallel_plan(again, 2))
         scatter_weights(again, torch.load(folder / f"{make.__name__}.pt"))
         found[make.__name__, "loaded"] = gather_weights(again)
         if make is language_model:
             found["text"] = generate(again.eval(), torch.arange(5)[None], 6, temperature=0)
             model.train()
             found["dropout"] = loss_of(model, 9).item()
-    odd = LanguageModel(num_tokens=8, dim=16, depth=1, heads=3, dim_head=4)
-    with pytest.raises(ValueError, match="heads and kv_heads must be multiples of the 2 processes, got heads=3"):
-        parallelize_module(odd, mesh, tensor_parallel_plan(odd))
+    with pytest.raises(ValueError, match=r"model must be whole, but stack\.layers\.0\.\S+ is split already"):
+        tensor_parallel_plan(again, 2)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -156,7 +155,7 @@ class Own(FullAttention):
 
 def test_what_cannot_be_split_is_left_whole() -> None:
     def planned(**options: Any) -> set[str]:
-        plan = tensor_parallel_plan(LanguageModel(num_tokens=8, dim=16, depth=1, **options))
+        plan = tensor_parallel_plan(LanguageModel(num_tokens=8, dim=16, depth=1, **options), 2)
         return {name.rpartition(".")[2] for name in plan}
 
     feedforward = {"to_hidden", "to_out"}
@@ -165,3 +164,19 @@ def test_what_cannot_be_split_is_left_whole() -> None:
     assert planned(attention="talking_heads") == planned(attention="gate_loop") == feedforward
     assert planned(positions="t5") == planned(attention=Own) == feedforward
     assert issubclass(Own, SelfAttention)
+
+
+def test_what_cannot_be_shared_evenly_is_refused_before_anything_is_split() -> None:
+    def plan(processes: int, attention: Any = "full", **options: Any) -> None:
+        tensor_parallel_plan(LanguageModel(num_tokens=8, dim=16, depth=1, attention=attention, **options), processes)
+
+    with pytest.raises(ValueError, match=r"heads must be a multiple of the 3 processes, got 8 in stack\.layers\.0"):
+        plan(3)
+    with pytest.raises(ValueError, match="kv_heads must be a multiple of the 4 processes, got 2"):
+        plan(4, ("full", {"kv_heads": 2}))
+    with pytest.raises(ValueError, match="hidden_features must be a multiple of the 2 processes, got 25"):
+        plan(2, ff_mult=25 / 16)
+    with pytest.raises(ValueError, match="processes must be at least 1, got processes=0"):
+        plan(0)
+    with pytest.raises(ValueError, match="model must contain the modules to split, and not be one"):
+        tensor_parallel_plan(FullAttention(16), 2)
