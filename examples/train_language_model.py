@@ -242,12 +242,15 @@ def main() -> None:
         except (ValueError, TypeError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
         describe(run, text, before)
-        if not train(run, text):
-            print(f"Stopped after step {run.step}. Go on with: python {sys.argv[0]} --resume --out {options.out}")
-            return
-        model = run.whole_model()
-        if world.first:
-            finish(run, model, text)
+        try:
+            if not train(run, text):
+                print(f"Stopped after step {run.step}. Go on with: python {sys.argv[0]} --resume --out {options.out}")
+                return
+            model = run.whole_model()
+            if world.first:
+                finish(run, model, text)
+        except OSError as error:  # a full disk, say
+            sys.exit(f"error: {error}. What was saved before is whole.")
 
 
 def describe(run: Run, text: training.Text, bits: float) -> None:

@@ -6,17 +6,18 @@ import json
 import os
 import pickle
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attention_zoo.interop.packages import find_loader, from_upstream
 from attention_zoo.interop.weights import Weights
 from attention_zoo.layers.files import write_all_aside
-from attention_zoo.models.saving import CONFIG, WEIGHTS, check_plain, package_version
+from attention_zoo.models.saving import CONFIG, WEIGHTS, check_plain, package_version, write_weights
 
 
 def convert(
@@ -56,7 +57,7 @@ def convert(
     folder.mkdir(parents=True, exist_ok=True)
     write_all_aside(
         {
-            folder / WEIGHTS: lambda path: save_file(used, path, metadata={"format": "pt"}),
+            folder / WEIGHTS: partial(write_weights, used),
             folder / CONFIG: lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"),
         }
     )

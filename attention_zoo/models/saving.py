@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +40,7 @@ class SavedModel(HubMethods, nn.Module):
         Raises:
             TypeError: an argument cannot be written as JSON, a callable say, or the parameters are spread over
                 processes; nothing is written then.
+            OSError: the files could not be written, the disk being full, say; those of before are as they were.
         """
         for name, value in self.arguments.items():
             check_plain(name, value)
@@ -53,7 +55,7 @@ class SavedModel(HubMethods, nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_all_aside(
             {
-                folder / WEIGHTS: lambda path: save_file(weights, path, metadata={"format": "pt"}),
+                folder / WEIGHTS: partial(write_weights, weights),
                 folder / CONFIG: lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"),
             }
         )
@@ -74,6 +76,18 @@ class SavedModel(HubMethods, nn.Module):
         model = cls(**read_arguments(folder / CONFIG, cls))
         load_weights(model, folder / WEIGHTS)
         return model.to(device)
+
+
+def write_weights(weights: dict[str, Tensor], path: str) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # as its own writer says so
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def package_version() -> str:

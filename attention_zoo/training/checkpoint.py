@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from attention_zoo.layers.files import remove_leftovers, write_aside
+from attention_zoo.layers.files import remove_leftovers
 from attention_zoo.training.distributed import World, is_sharded, scatter_weights, spread
 from attention_zoo.training.parts import (
     check_part,
@@ -28,6 +28,7 @@ from attention_zoo.training.parts import (
     part,
     random_states,
     set_random_states,
+    write_contents,
 )
 
 FORMAT = "attention_zoo.training.checkpoint"
@@ -140,6 +141,7 @@ def save_checkpoint(
     Raises:
         TypeError: a value of extra is something else, or a setting of the optimizer or the schedule (a number of numpy,
             say, or a path) is; nothing is written then.
+        OSError: it could not be written; the last checkpoint is as it was.
     """
     place = Path(path)
     check_run(step, extra, optimizer, schedule)
@@ -156,7 +158,7 @@ def save_checkpoint(
     }
     place.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(place)
-    write_aside(place, lambda aside: torch.save(contents, aside))
+    write_contents(place, contents)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -13,6 +13,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from attention_zoo.layers.files import write_aside
+
+
+def write_contents(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write a file of torch.save, which is replaced only by a whole one.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+
+    def write(aside: str) -> None:
+        try:
+            torch.save(contents, aside)
+        except RuntimeError as error:  # as torch's own writer says that it could not write
+            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+
+    write_aside(path, write)
+
 
 def random_states() -> dict[str, Any]:
     """The states of torch's own generators in this process."""

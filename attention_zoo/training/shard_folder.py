@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from attention_zoo.layers.files import remove_leftovers, write_aside
+from attention_zoo.training.parts import write_contents
 
 FORMAT = "attention_zoo.training.sharded"
 VERSION = 1
@@ -61,7 +62,7 @@ def make_place(folder: Path) -> Path:
 
 def finish_place(place: Path, contents: dict[str, Any], step: int) -> None:
     """Write what is not in the shards, then say that all is whole."""
-    write_aside(place / REST, lambda aside: torch.save(contents, aside))
+    write_contents(place / REST, contents)
     pointer = {
         "format": FORMAT,
         "version": VERSION,

@@ -197,6 +197,22 @@ def test_an_interrupted_and_resumed_example_ends_where_an_unbroken_one_does(exam
     assert all(torch.equal(tensor, got.contents["model"][name]) for name, tensor in want.contents["model"].items())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_a_disk_that_fills_up_is_told_in_a_sentence_and_the_checkpoint_left(tmp_path: Path, strategy: str) -> None:
+    fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", *TINY, "--steps", "3", "--strategy", strategy]
+    call = command(CASES[0], tmp_path, "out", *fresh)
+    if strategy == "ddp":
+        call[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert run(call).returncode == 0
+    # no file may grow beyond 20 KiB, a tenth of a checkpoint
+    done = run(["bash", "-c", 'ulimit -f 20 && exec "$@"', "bash", *call])
+    assert done.returncode != 0
+    assert "What was saved before is whole." in done.stderr
+    found = read_checkpoint(tmp_path / "out" / "checkpoint.pt") if strategy == "single" else None
+    assert (found or read_sharded(tmp_path / "out" / "checkpoint")).step == 3
+
+
 def test_the_run_to_resume_is_the_one_that_was_saved_last(tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", *TINY]
     assert run(command(CASES[0], tmp_path, "out", *fresh, "--steps", "9")).returncode == 0

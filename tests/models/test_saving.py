@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -274,3 +276,25 @@ def test_a_model_saved_in_bfloat16_comes_back_in_it(tmp_path: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
         assert loaded.state_dict()[name].dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
+def test_a_disk_that_fills_up_is_an_os_error_and_the_model_there_stays(tmp_path: Path) -> None:
+    code = f"""
+import resource, sys
+from attention_zoo import LanguageModel
+model = LanguageModel(num_tokens=256, dim=32, depth=1, heads=2, dim_head=8)
+model.save({str(tmp_path)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may grow beyond: less than the weights
+for save in (model.save, model.save_pretrained):
+    try:
+        save({str(tmp_path)!r})
+    except OSError as error:
+        assert "could not be written" in str(error), error
+    else:
+        sys.exit("it was written")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert LanguageModel.load(tmp_path).num_tokens == 256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
