@@ -87,7 +87,7 @@ class ShardedCheckpoint:
         found = list_shards(self.place)
         self._check_weights(model, found)
         saved, groups = self.contents["optimizer"]["state"], name_groups(model, optimizer)
-        self._check_groups(saved["names"], groups)
+        self._check_groups(saved, groups)
         if schedule is not None:
             load_schedule(self.path, schedule, self.contents["schedule"]["state"])
         weights, state = model.state_dict(), room_for_state(model, _below("optimizer.", found))
@@ -131,13 +131,17 @@ class ShardedCheckpoint:
             if want != got:
                 raise ValueError(f"{self.path} must hold {want} as {name!r}, got {got}")
 
-    def _check_groups(self, saved: list[list[str]], groups: list[list[str]]) -> None:
-        want, got = [len(names) for names in groups], [len(names) for names in saved]
-        if want != got:
+    def _check_groups(self, saved: Mapping[str, Any], groups: list[list[str]]) -> None:
+        want, got = [len(names) for names in groups], [len(names) for names in saved["names"]]
+        if want != got or len(saved["settings"]) != len(groups):
             raise ValueError(f"{self.path}: field 'optimizer' must have groups of {want} parameters, got {got}")
-        for wanted, found in zip(itertools.chain(*groups), itertools.chain(*saved), strict=True):
+        names = list(itertools.chain(*groups))
+        for wanted, found in zip(names, itertools.chain(*saved["names"]), strict=True):
             if wanted != found:
                 raise ValueError(f"{self.path}: field 'optimizer' must have {wanted!r} where it has {found!r}")
+        for name in saved["values"]:
+            if name not in names:
+                raise ValueError(f"{self.path}: field 'optimizer' has values for {name!r}, which it has not")
 
 
 def _below(prefix: str, found: Mapping[str, T]) -> dict[str, T]:

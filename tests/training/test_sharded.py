@@ -317,6 +317,7 @@ def test_a_schedule_of_other_parts_is_refused_and_the_model_left_alone(tmp_path:
     [
         ("optimizer", 5),
         ("optimizer", {"class": "AdamW", "state": {}}),
+        ("optimizer", {"class": "AdamW", "state": {"names": [], "values": {}, "settings": []}}),
         ("schedule", 3),
         ("generator", {}),
         ("random", []),
