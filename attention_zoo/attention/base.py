@@ -210,7 +210,8 @@ class SelfAttention(AttentionBlock):
         return Mix(repeat_heads(v, self.heads), self.attend(q, k, v, mask))
 
     def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.to_qkv(x).view(*x.shape[:2], -1, self.dim_head).transpose(1, 2)  # (b, h + 2 kv_h, n, e)
+        count = self.heads + 2 * self.kv_heads
+        heads = self.to_qkv(x).view(*x.shape[:2], count, self.dim_head).transpose(1, 2)  # (b, h + 2 kv_h, n, e)
         qk, v = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
         if self.rotate_values and self.rotary is not None:
             v = self.rotary(v, start)

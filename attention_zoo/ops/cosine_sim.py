@@ -37,7 +37,7 @@ def l2_normalize(x: Tensor, *, groups: int = 1, eps: float | None = None, impl: 
     recorded = x.requires_grad and torch.is_grad_enabled()
     fused = choose(impl, ("fused",)) != "reference" and recorded
     with no_autocast(x):
-        slices = at_least_float32(x).reshape(*x.shape[:-1], groups, -1)
+        slices = at_least_float32(x).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
         unit: Tensor
         if fused:
             unit, _ = _Unit.apply(slices, eps)  # type: ignore[no-untyped-call]

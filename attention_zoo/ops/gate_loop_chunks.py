@@ -71,6 +71,11 @@ class _Chunks(NamedTuple):
     last: Tensor
 
     @property
+    def tokens(self) -> int:
+        """Those of all chunks of a head, what fills up the last one included."""
+        return self.q.shape[1] * self.q.shape[2]
+
+    @property
     def whole(self) -> Tensor:
         """(B, N, 2), the product of all gates of a chunk."""
         return self.first[:, :, -1]
@@ -90,7 +95,8 @@ def _fold(tensor: Tensor, size: int, fill: float = 0.0) -> Tensor:
     if missing:
         pad = tensor.new_full((*tensor.shape[:2], missing, tensor.shape[3]), fill)
         tensor = torch.cat((tensor, pad), dim=2)
-    return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1, size, tensor.shape[3])
+    b, h, n, f = tensor.shape
+    return tensor.reshape(b * h, n // size, size, f)
 
 
 def _cut(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> _Chunks:
@@ -142,7 +148,7 @@ def chunked_gate_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tens
         given = _Chunks(*(tensor[part] for tensor in flat))
         scores = (given.q @ given.k.transpose(-1, -2)).mul_(_real(given.log, given.cos, given.sin))
         out[part] = (scores @ given.v).add_(given.read() @ before[part])
-    return out.view(b, h, -1, v.shape[3])[:, :, :n].clone(), after.reshape(state.shape).clone()
+    return out.view(b, h, chunks.tokens, v.shape[3])[:, :, :n].clone(), after.reshape(state.shape).clone()
 
 
 @torch.library.custom_op("attention_zoo::gate_loop_backward", mutates_args=())
@@ -167,7 +173,7 @@ def _chunked_backward(
         for whole, piece in zip(grads, _chunk_gradients(given, *(t[part] for t in around)), strict=True):
             whole[part] = piece
     to_q, to_k, to_v, to_gate = (
-        tensor.view(*q.shape[:2], -1, tensor.shape[-1])[:, :, : q.shape[2]].clone() for tensor in grads
+        tensor.view(*q.shape[:2], chunks.tokens, tensor.shape[-1])[:, :, : q.shape[2]].clone() for tensor in grads
     )
     return to_q, to_k, to_v, to_gate, later.reshape(state.shape).clone()
 

@@ -111,7 +111,7 @@ def _reference_scores(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
 
 def _pairs(x: Tensor) -> Tensor:
     """Features (..., e) as pairs (..., e / 2, 2)."""
-    return x.reshape(*x.shape[:-1], -1, 2)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
 
 
 def _log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,12 +19,12 @@ QUERY_BLOCK = 32  # queries whose scores are held at a time; among themselves th
 
 def in_halves(x: Tensor) -> Tensor:
     """The features (..., e) with the first ones of all pairs before the second ones, so that gates lie along them."""
-    return x.reshape(*x.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).transpose(-1, -2).flatten(-2)
 
 
 def in_pairs(x: Tensor) -> Tensor:
     """The features as they were before `in_halves`."""
-    return x.reshape(*x.shape[:-1], 2, -1).transpose(-1, -2).flatten(-2)
+    return x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2).transpose(-1, -2).flatten(-2)
 
 
 class Gradients(NamedTuple):
@@ -169,7 +169,7 @@ def _turn(x: Tensor, gates: tuple[Tensor, Tensor]) -> Tensor:
 
 def _split(x: Tensor) -> Tensor:
     """Features in halves, (..., e), as (..., 2, p)."""
-    return x.reshape(*x.shape[:-1], 2, -1)
+    return x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
 
 
 def _apart(x: Tensor) -> Tensor:

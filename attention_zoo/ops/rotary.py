@@ -25,6 +25,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = cos.shape[-1]
     turned = x if width == x.shape[-1] else x[..., :width]
     with no_autocast(x):
-        swapped = turned.reshape(*turned.shape[:-1], -1, 2).flip(-1).view(turned.shape)
+        swapped = turned.reshape(*turned.shape[:-1], width // 2, 2).flip(-1).view(turned.shape)
         turned = torch.addcmul(turned * cos, swapped, sin).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from attention_zoo import BLOCKS
 from attention_zoo.testing import CHECKS, run_check
 from attention_zoo.testing.report import FAILED, NOT_APPLICABLE
-from tests.cases import CASES, Case
+from tests.cases import CASES, DIM, Case
 
 # The only reasons for which a check may stand aside, for blocks that are what they say.
 REASONS = ("the block is not causal",)
@@ -20,6 +21,25 @@ def test_block_keeps_the_contract(case: Case, check: str) -> None:
     assert outcome.status != FAILED, outcome.message
     if outcome.status == NOT_APPLICABLE:
         assert outcome.message in REASONS
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_batch_may_have_no_rows(case: Case) -> None:
+    """What a filter or the last shard of a data set may leave."""
+    block, subject = case.make(), case.subject()
+    streams = getattr(block, "streams", 1)
+    shape = (0, 7, DIM) if streams == 1 else (0, streams, 7, DIM)
+    others = {} if subject.inputs is None else subject.inputs(0, 7)
+    x = torch.randn(shape, requires_grad=True)
+    for mask in (None, torch.ones(0, 7, dtype=torch.bool)):
+        out = block(x, mask=mask, **others)
+        assert out.shape == x.shape
+        out.sum().backward()
+    if case.causal:
+        with torch.no_grad():
+            first, state = block.step(x[..., :3, :], **others)
+            second, _ = block.step(x[..., 3:, :], state)
+        assert torch.cat((first, second), dim=-2).shape == x.shape
 
 
 def test_every_block_of_the_zoo_has_a_case() -> None:
