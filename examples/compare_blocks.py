@@ -65,7 +65,7 @@ class Size(NamedTuple):
     lr: float
 
 
-SLOW = ("relative_gate",)  # takes ten times as long, and competes only when it is named
+SLOW = ("relative_gate",)  # takes six times as long, and competes only when it is named
 
 FULL = {
     "text": Size(dim=128, depth=4, batch=8, steps=600, lr=3e-3),
