@@ -167,14 +167,6 @@ class Run:
         save, name = (training.save_checkpoint, CHECKPOINT) if alone else (training.save_sharded, SHARDS)
         save(self.options.out / name, **self.parts(), step=self.step, extra=extra)
 
-    def whole_model(self) -> LanguageModel:
-        """The model in one piece, in the first process."""
-        weights = training.gather_weights(self.model)
-        model = LanguageModel(**self.model.arguments)
-        if self.world.first:
-            model.load_state_dict(weights)
-        return model.to(self.world.device)
-
 
 def train(run: Run, text: training.Text) -> bool:
     """Take the steps that are left, until Ctrl-C. Returns whether all were taken."""
@@ -241,27 +233,27 @@ def main() -> None:
             before = run.evaluate(training.as_tokens(text.validation))  # text and blocks that do not fit show here
         except (ValueError, TypeError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
-        describe(run, text, before)
+        known = yardsticks(text)
+        describe(run, text, {"model": before, **known})
         try:
             if not train(run, text):
                 print(f"Stopped after step {run.step}. Go on with: python {sys.argv[0]} --resume --out {options.out}")
                 return
-            model = run.whole_model()
+            weights = training.gather_weights(run.model)
             if world.first:
-                finish(run, model, text)
+                finish(run, weights, text, known)
         except OSError as error:  # a full disk, say
             sys.exit(f"error: {error}. What was saved before is whole.")
 
 
-def describe(run: Run, text: training.Text, bits: float) -> None:
+def describe(run: Run, text: training.Text, bits: dict[str, float]) -> None:
     """Print what is trained on what, and the yardsticks."""
     print(f"text: {text.source}")
     print(f"  to train on: {text.training_files} files, {len(text.training):,} bytes")
     print(f"  unseen: {text.validation_files} files, {len(text.validation):,} bytes")
     where = f"{run.world.size} x {run.world.device.type}" if run.world.size > 1 else run.world.device
     print(f"model: {sum(weight.numel() for weight in run.model.parameters()):,} parameters on {where}")
-    known = ", ".join(f"{name} {value:.3f}" for name, value in yardsticks(text).items())
-    print(f"bits per byte of unseen text: model {bits:.3f}, {known}")
+    print("bits per byte of unseen text: " + ", ".join(f"{name} {value:.3f}" for name, value in bits.items()))
 
 
 def yardsticks(text: training.Text) -> dict[str, float]:
@@ -270,9 +262,10 @@ def yardsticks(text: training.Text) -> dict[str, float]:
     return {"byte frequencies": training.unigram_entropy(unseen), "gzip": training.gzip_bits_per_byte(unseen)}
 
 
-def finish(run: Run, model: LanguageModel, text: training.Text) -> None:
-    """Keep the model, draw its losses, let it write."""
-    out, known = run.options.out, yardsticks(text)
+def finish(run: Run, weights: dict[str, Tensor], text: training.Text, known: dict[str, float]) -> None:
+    """Keep the model in one piece, draw its losses, let it write."""
+    out, model = run.options.out, LanguageModel(**run.model.arguments).to(run.world.device)
+    model.load_state_dict(weights)
     if run.options.card:
         score = f"{run.curves['validation'][-1][1]:.3f} bits per byte of unseen text"
         others = ", ".join(f"{name} need {value:.3f}" for name, value in known.items())

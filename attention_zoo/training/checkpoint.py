@@ -20,12 +20,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from attention_zoo.layers.files import remove_leftovers
 from attention_zoo.training.distributed import World, is_sharded, scatter_weights, spread
 from attention_zoo.training.parts import (
-    check_part,
+    check_group_sizes,
+    check_parts,
     check_run,
-    check_states,
+    check_weights,
     describe,
     load_schedule,
-    part,
+    pack,
     random_states,
     set_random_states,
     write_contents,
@@ -70,14 +71,13 @@ class Checkpoint:
         Raises:
             ValueError: something does not fit what was saved; the message names the field.
         """
-        self._check_model(model)
-        check_part(self.path, self.contents, "optimizer", optimizer)
-        self._check_optimizer(optimizer)
-        check_part(self.path, self.contents, "schedule", schedule)
-        check_part(self.path, self.contents, "generator", generator)
-        if generator is not None:
-            check_states(self.path, "generator", self.contents["generator"]["state"], generator.get_state())
-        check_states(self.path, "random", self.contents["random"]["cpu"], torch.get_rng_state())
+        found = {name: describe(value) for name, value in self.contents["model"].items()}
+        check_weights(f"{self.path}: field 'model'", model, found)
+        check_parts(self.path, self.contents, [self.contents["random"]], optimizer, schedule, generator)
+        saved = self.contents["optimizer"]["state"]["param_groups"]
+        check_group_sizes(
+            self.path, [group["params"] for group in optimizer.param_groups], [group["params"] for group in saved]
+        )
         if schedule is not None:
             load_schedule(self.path, schedule, self.contents["schedule"]["state"])
         # What is loaded may be kept, and would change with every step.
@@ -96,24 +96,6 @@ class Checkpoint:
         if generator is not None:
             generator.set_state(self.contents["generator"]["state"])
         set_random_states([self.contents["random"]], World.current().rank)
-
-    def _check_model(self, model: nn.Module) -> None:
-        found, wanted = self.contents["model"], model.state_dict()
-        for name in sorted(wanted.keys() | found.keys()):
-            if name not in found:
-                raise ValueError(f"{self.path}: field 'model' lacks {name!r}, which this model has")
-            if name not in wanted:
-                raise ValueError(f"{self.path}: field 'model' holds {name!r}, which this model has not")
-            want, got = describe(wanted[name]), describe(found[name])
-            if want != got:
-                raise ValueError(f"{self.path}: field 'model' must hold {want} as {name!r}, got {got}")
-
-    def _check_optimizer(self, optimizer: Optimizer) -> None:
-        groups = self.contents["optimizer"]["state"]["param_groups"]
-        want = [len(group["params"]) for group in optimizer.param_groups]
-        got = [len(group["params"]) for group in groups]
-        if want != got:
-            raise ValueError(f"{self.path}: field 'optimizer' must have groups of {want} parameters, got {got}")
 
 
 def save_checkpoint(
@@ -149,12 +131,8 @@ def save_checkpoint(
         "format": FORMAT,
         "version": VERSION,
         "model": model.state_dict(),
-        "optimizer": part(optimizer, optimizer.state_dict()),
-        "schedule": None if schedule is None else part(schedule, schedule.state_dict()),
-        "generator": None if generator is None else part(generator, generator.get_state()),
-        "random": random_states(),
         "step": step,
-        "extra": dict(extra or {}),
+        **pack(optimizer, optimizer.state_dict(), schedule, generator, random_states(), extra),
     }
     place.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(place)

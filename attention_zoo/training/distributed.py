@@ -52,7 +52,7 @@ class World:
         if not dist.is_initialized():
             return cls()
         on_gpu = dist.get_backend() == "nccl"
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     @property
@@ -82,6 +82,14 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process: a collective."""
         return bool(self.sum(torch.tensor(int(flag))))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank: a collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def once(self, action: Callable[[], Any]) -> Any:
         """Let the first process act while the others wait; what it returns or raises, all do: a collective."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -56,6 +56,82 @@ def set_random_states(states: Sequence[Mapping[str, Any]], rank: int) -> None:
 def part(owner: object, state: object) -> dict[str, object]:
     """A part of a run as a checkpoint holds it: its state, and of what class it is."""
     return {"class": type(owner).__name__, "state": state}
+
+
+def pack(
+    optimizer: Optimizer,
+    state: object,
+    schedule: LRScheduler | None,
+    generator: torch.Generator | None,
+    random: object,
+    extra: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What a checkpoint of any kind holds beside the model.
+
+    Args:
+        state: of the optimizer, as this kind of checkpoint keeps it.
+        random: the states of torch's own generators, of one process or of all.
+    """
+    return {
+        "optimizer": part(optimizer, state),
+        "schedule": None if schedule is None else part(schedule, schedule.state_dict()),
+        "generator": None if generator is None else part(generator, generator.get_state()),
+        "random": random,
+        "extra": dict(extra or {}),
+    }
+
+
+def check_parts(
+    path: Path,
+    contents: Mapping[str, Any],
+    random: Sequence[Mapping[str, Any]],
+    optimizer: Optimizer,
+    schedule: LRScheduler | None,
+    generator: torch.Generator | None,
+) -> None:
+    """A run must have the parts that were saved, and the states of random generators must be such.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    check_part(path, contents, "optimizer", optimizer)
+    check_part(path, contents, "schedule", schedule)
+    check_part(path, contents, "generator", generator)
+    if generator is not None:
+        check_states(path, "generator", contents["generator"]["state"], generator.get_state())
+    for states in random:
+        check_states(path, "random", states["cpu"], torch.get_rng_state())
+
+
+def check_weights(where: str, model: nn.Module, found: Mapping[str, str]) -> None:
+    """What was saved must be tensors of the names, dtypes and shapes of this model.
+
+    Args:
+        where: how a message begins.
+        found: what was saved, as `describe` describes it.
+
+    Raises:
+        ValueError: naming the first tensor that does not fit.
+    """
+    wanted = {name: describe(tensor) for name, tensor in model.state_dict().items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            raise ValueError(f"{where} lacks {name!r}, which this model has")
+        if name not in wanted:
+            raise ValueError(f"{where} holds {name!r}, which this model has not")
+        if wanted[name] != found[name]:
+            raise ValueError(f"{where} must hold {wanted[name]} as {name!r}, got {found[name]}")
+
+
+def check_group_sizes(path: Path, want: Sequence[Sized], got: Sequence[Sized]) -> None:
+    """An optimizer's groups must have as many parameters as those that were saved.
+
+    Raises:
+        ValueError: they have not.
+    """
+    sizes = [len(group) for group in want], [len(group) for group in got]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{path}: field 'optimizer' must have groups of {sizes[0]} parameters, got {sizes[1]}")
 
 
 def check_part(path: Path, contents: Mapping[str, Any], field: str, owner: object) -> None:

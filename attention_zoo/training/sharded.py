@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,12 +21,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from attention_zoo.training.distributed import World
 from attention_zoo.training.optimizer_state import load_optimizer, name_groups, room_for_state, split_state
 from attention_zoo.training.parts import (
-    check_part,
+    check_group_sizes,
+    check_parts,
     check_run,
-    check_states,
-    describe,
+    check_weights,
     load_schedule,
-    part,
+    pack,
     random_states,
     set_random_states,
 )
@@ -77,13 +76,7 @@ class ShardedCheckpoint:
                 was saved there since this one was read. The model and the optimizer are left as they are then.
         """
         self._check_fresh()
-        check_part(self.path, self.contents, "optimizer", optimizer)
-        check_part(self.path, self.contents, "schedule", schedule)
-        check_part(self.path, self.contents, "generator", generator)
-        if generator is not None:
-            check_states(self.path, "generator", self.contents["generator"]["state"], generator.get_state())
-        for states in self.contents["random"]:
-            check_states(self.path, "random", states["cpu"], torch.get_rng_state())
+        check_parts(self.path, self.contents, self.contents["random"], optimizer, schedule, generator)
         found = list_shards(self.place)
         self._check_weights(model, found)
         saved, groups = self.contents["optimizer"]["state"], name_groups(model, optimizer)
@@ -121,20 +114,13 @@ class ShardedCheckpoint:
             )
 
     def _check_weights(self, model: nn.Module, found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        wanted, found = model.state_dict(), _below("model.", found)
-        for name in sorted(wanted.keys() | found.keys()):
-            if name not in found:
-                raise ValueError(f"{self.path} lacks {name!r}, which this model has")
-            if name not in wanted:
-                raise ValueError(f"{self.path} holds {name!r}, which this model has not")
-            want, got = describe(wanted[name]), f"{found[name][0]} {found[name][1]}"
-            if want != got:
-                raise ValueError(f"{self.path} must hold {want} as {name!r}, got {got}")
+        kinds = {name: f"{dtype} {shape}" for name, (dtype, shape) in _below("model.", found).items()}
+        check_weights(str(self.path), model, kinds)
 
     def _check_groups(self, saved: Mapping[str, Any], groups: list[list[str]]) -> None:
-        want, got = [len(names) for names in groups], [len(names) for names in saved["names"]]
-        if want != got or len(saved["settings"]) != len(groups):
-            raise ValueError(f"{self.path}: field 'optimizer' must have groups of {want} parameters, got {got}")
+        check_group_sizes(self.path, groups, saved["names"])
+        if len(saved["settings"]) != len(groups):
+            raise ValueError(f"{self.path}: field 'optimizer' must have settings of {len(groups)} groups")
         names = list(itertools.chain(*groups))
         for wanted, found in zip(names, itertools.chain(*saved["names"]), strict=True):
             if wanted != found:
@@ -178,13 +164,7 @@ def save_sharded(
     tensors, values = split_state(model, optimizer)
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     state = {"names": name_groups(model, optimizer), "values": values, "settings": settings}
-    contents = {
-        "optimizer": part(optimizer, state),
-        "schedule": None if schedule is None else part(schedule, schedule.state_dict()),
-        "generator": None if generator is None else part(generator, generator.get_state()),
-        "random": _gather(world, random_states()),
-        "extra": dict(extra or {}),
-    }
+    contents = pack(optimizer, state, schedule, generator, world.gather(random_states()), extra)
     place: Path = world.once(lambda: make_place(folder))
     write_shards(place, {"model": model.state_dict(), "optimizer": tensors})
     world.once(lambda: finish_place(place, contents, step))
@@ -203,18 +183,9 @@ def read_sharded(path: str | os.PathLike[str]) -> ShardedCheckpoint:
     world = World.current()
     # Each process reads some of the files; what one finds, all must know.
     mine = list(pointer["files"].items())[world.rank :: world.size]
-    complaints = _gather(world, [find_damage(place / name, digest) for name, digest in mine])
+    complaints = world.gather([find_damage(place / name, digest) for name, digest in mine])
     for complaint in itertools.chain(*complaints):
         if complaint is not None:
             raise ValueError(complaint)
     contents = read_rest(place)
     return ShardedCheckpoint(folder, pointer["step"], contents["extra"], place, contents, pointer)
-
-
-def _gather(world: World, value: Any) -> list[Any]:
-    """The values of all processes, by rank."""
-    if world.size == 1:
-        return [value]
-    values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
-    return values

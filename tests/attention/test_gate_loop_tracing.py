@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from attention_zoo import GateLoopAttention, RelativeGateAttention, SimpleGateLoop
 from tests.slow import relative_error
@@ -23,15 +24,12 @@ blocks = pytest.mark.parametrize("name", BLOCKS)
 
 @blocks
 def test_compiled_once_a_block_runs_at_every_length_forward_and_backward(name: str) -> None:
-    block, graphs, counts = BLOCKS[name](), [], []
-
-    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+    block, counts = BLOCKS[name](), []
+    counter = CompileCounterWithBackend("aot_eager")
 
     torch.compiler.reset()
     try:
-        compiled: Any = torch.compile(block, fullgraph=True, dynamic=True, backend=counting)
+        compiled: Any = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
         for n in (65, 7, 131):
             found = []
             for run in (block, compiled):
@@ -40,7 +38,7 @@ def test_compiled_once_a_block_runs_at_every_length_forward_and_backward(name: s
                 found.append((out, *torch.autograd.grad(out.square().sum(), (x, *block.parameters()))))
             for want, got in zip(*found, strict=True):
                 assert relative_error(got, want) < 1e-5
-            counts.append(len(graphs))
+            counts.append(counter.frame_count)
         assert len(set(counts)) == 1, "a new length was compiled anew"
     finally:
         torch.compiler.reset()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 from attention_zoo import BLOCKS, TextImageLayout
@@ -86,19 +87,16 @@ def test_a_block_compiled_by_the_default_backend_equals_itself(name: str) -> Non
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_compiled_once_runs_at_other_lengths_forward_and_backward(name: str) -> None:
-    block, graphs, counts = make(name), [], []
-
-    def counting(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+    block, counts = make(name), []
+    counter = CompileCounterWithBackend("aot_eager")
 
     torch.compiler.reset()
     try:
-        compiled: Any = torch.compile(block, fullgraph=True, dynamic=True, backend=counting)
+        compiled: Any = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
         for n in (300, 30, 340):
             for want, got in zip(run_with_gradients(block, n), run_with_gradients(compiled, n), strict=True):
                 assert relative_error(got, want) < 1e-5
-            counts.append(len(graphs))
+            counts.append(counter.frame_count)
         assert len(set(counts)) == 1, "a new length was compiled anew"
     finally:
         torch.compiler.reset()
