@@ -5,6 +5,7 @@ from attention_zoo.attention import (
     AttentionBlock,
     AxialAttention,
     BlockSparseAttention,
+    Capabilities,
     ConvAttention,
     CosineSimAttention,
     CrossAttention,
@@ -14,6 +15,7 @@ from attention_zoo.attention import (
     SelfAttention,
     SimpleGateLoop,
     TalkingHeadsAttention,
+    capabilities,
 )
 from attention_zoo.generation import draw_image_tokens, draw_images, generate, stream, write_and_draw, write_text
 from attention_zoo.layers import (
@@ -31,7 +33,6 @@ from attention_zoo.layers import (
     TextImageRotary,
 )
 from attention_zoo.models import (
-    Capabilities,
     GreyTokenizer,
     LanguageModel,
     Memformer,
@@ -39,7 +40,6 @@ from attention_zoo.models import (
     MultiStreamTransformer,
     Stack,
     TextToImageTransformer,
-    capabilities,
     cosine_sim_lm,
     gate_loop_lm,
 )

@@ -34,7 +34,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from attention_zoo import BLOCKS, LanguageModel, MemoryLanguageModel, training
-from attention_zoo.cli.measure import peak_bytes
+from attention_zoo.cli._bench.measure import peak_bytes
 
 CPU = torch.device("cpu")
 Results = dict[str, dict[str, list[dict[str, Any]]]]  # the cells of an entrant and a task, one per seed

@@ -3,6 +3,7 @@
 from attention_zoo.attention.axial import AxialAttention, AxialColumnAttention, AxialRowAttention
 from attention_zoo.attention.base import AttentionBlock, Mix, PatternAttention, SelfAttention
 from attention_zoo.attention.block_sparse import BlockSparseAttention
+from attention_zoo.attention.capabilities import Capabilities, capabilities
 from attention_zoo.attention.conv import ConvAttention
 from attention_zoo.attention.cosine_sim import CosineSimAttention
 from attention_zoo.attention.cross import CrossAttention
@@ -33,6 +34,7 @@ __all__ = [
     "AxialColumnAttention",
     "AxialRowAttention",
     "BlockSparseAttention",
+    "Capabilities",
     "ConvAttention",
     "CosineSimAttention",
     "CrossAttention",
@@ -44,4 +46,5 @@ __all__ = [
     "SelfAttention",
     "SimpleGateLoop",
     "TalkingHeadsAttention",
+    "capabilities",
 ]

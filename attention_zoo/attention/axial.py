@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from attention_zoo.attention.base import PatternAttention
 from attention_zoo.layers.positions import RotaryEmbedding
-from attention_zoo.ops.axial import AxialPattern
-from attention_zoo.ops.image_layout import TextImageLayout
+from attention_zoo.ops.sparse.axial import AxialPattern
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
 
 
 class AxialAttention(PatternAttention):

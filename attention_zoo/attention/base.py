@@ -7,12 +7,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.layers.checks import check_features, check_fraction, check_padding, check_positive
+from attention_zoo._checks import check_features, check_fraction, check_padding, check_positive
 from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
 from attention_zoo.layers.projections import Projections
 from attention_zoo.layers.state import KeyValueState, State
-from attention_zoo.ops.pattern import Pattern, pattern_attention, pattern_weights
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads
+from attention_zoo.ops.sparse.pattern import Pattern, pattern_attention, pattern_weights
 
 
 class Mix(NamedTuple):

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from attention_zoo._checks import check_positive
 from attention_zoo.attention.base import PatternAttention
-from attention_zoo.layers.checks import check_positive
 from attention_zoo.layers.positions import RotaryEmbedding
-from attention_zoo.ops.block_sparse import BlockSparsePattern, choose_blocks
-from attention_zoo.ops.image_layout import TextImageLayout
+from attention_zoo.ops.sparse.block_sparse import BlockSparsePattern, choose_blocks
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
 
 
 class BlockSparseAttention(PatternAttention):

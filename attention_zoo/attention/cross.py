@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from attention_zoo._checks import check_features, check_padding, check_positive
 from attention_zoo.attention.base import AttentionBlock, Mix
-from attention_zoo.layers.checks import check_features, check_padding, check_positive
 from attention_zoo.layers.state import State, count_tokens, register_state
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from attention_zoo._checks import check_positive
 from attention_zoo.attention.base import AttentionBlock, Mix
-from attention_zoo.layers.checks import check_positive
 from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.layers.state import State, count_tokens, register_state
-from attention_zoo.ops.channel_gate_loop import channel_gate_loop
 from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights
-from attention_zoo.ops.gates import complex_of, scale_gradient, unit_gate
+from attention_zoo.ops.gate_loop.channel import channel_gate_loop
+from attention_zoo.ops.gate_loop.gates import complex_of, scale_gradient, unit_gate
 
 
 @dataclass

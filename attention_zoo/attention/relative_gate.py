@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from attention_zoo.attention.base import AttentionBlock, Mix
 from attention_zoo.layers.positions import Rotary
 from attention_zoo.layers.state import KeyValueState, State, register_state
-from attention_zoo.ops.gates import complex_of, scale_gradient, unit_gate
+from attention_zoo.ops.gate_loop.gates import complex_of, scale_gradient, unit_gate
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from attention_zoo._checks import check_choice, check_features, check_padding, check_positive
 from attention_zoo.attention.base import AttentionBlock, Mix
-from attention_zoo.layers.checks import check_choice, check_features, check_padding, check_positive
 from attention_zoo.layers.positions import RotaryEmbedding
 from attention_zoo.layers.state import KeyValueState, State
 from attention_zoo.ops.talking_heads import (

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
+from attention_zoo._checks import check_choice, check_positive
+from attention_zoo._files import write_aside
 from attention_zoo.attention import BLOCKS
-from attention_zoo.cli.blocks import measure_blocks
-from attention_zoo.cli.decode import EARLY, LATE, NEW, PROMPT, measure_decoding
-from attention_zoo.cli.measure import Setup, check_device, describe_machine, threads
-from attention_zoo.cli.memory import measure_memory
-from attention_zoo.cli.pictures import new_figure
-from attention_zoo.cli.recurrence import measure_recurrences
-from attention_zoo.cli.results import as_markdown, draw_costs
-from attention_zoo.cli.table import format_number, format_row
-from attention_zoo.cli.targets import find_block
-from attention_zoo.layers.checks import check_choice, check_positive
-from attention_zoo.layers.files import write_aside
+from attention_zoo.cli._bench.blocks import measure_blocks
+from attention_zoo.cli._bench.decode import EARLY, LATE, NEW, PROMPT, measure_decoding
+from attention_zoo.cli._bench.measure import Setup, check_device, describe_machine, threads
+from attention_zoo.cli._bench.memory import measure_memory
+from attention_zoo.cli._bench.recurrence import measure_recurrences
+from attention_zoo.cli._bench.results import as_markdown, draw_costs
+from attention_zoo.cli._gallery.pictures import new_figure
+from attention_zoo.cli._table import format_number, format_row
+from attention_zoo.cli._targets import find_block
 
 SIZES = {
     "dim": (512, "features"),

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.cli.table import fit_columns, format_row
-from attention_zoo.cli.targets import find_block, make_block, read_arguments
-from attention_zoo.layers.checks import check_choice, check_positive
+from attention_zoo._checks import check_choice, check_positive
+from attention_zoo.cli._table import fit_columns, format_row
+from attention_zoo.cli._targets import find_block, make_block, read_arguments
 from attention_zoo.testing import CHECKS, Subject, run_check
 from attention_zoo.testing.report import FAILED
 

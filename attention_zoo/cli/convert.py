@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from attention_zoo.cli.table import fit_columns, format_row
+from attention_zoo.cli._table import fit_columns, format_row
 from attention_zoo.interop import PACKAGES, convert
 
 

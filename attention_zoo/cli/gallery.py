@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from attention_zoo._checks import check_positive
 from attention_zoo.attention import BLOCKS
-from attention_zoo.cli.fields import LAYOUT, Field, receptive_field, sentence_map
-from attention_zoo.cli.page import Entry, write_page
-from attention_zoo.cli.pictures import draw_field, draw_map, draw_overview, field_as_text, new_figure
-from attention_zoo.cli.targets import find_block, make_block, read_arguments
-from attention_zoo.layers.checks import check_positive
+from attention_zoo.cli._gallery.fields import LAYOUT, Field, receptive_field, sentence_map
+from attention_zoo.cli._gallery.page import Entry, write_page
+from attention_zoo.cli._gallery.pictures import draw_field, draw_map, draw_overview, field_as_text, new_figure
+from attention_zoo.cli._targets import find_block, make_block, read_arguments
 from attention_zoo.training import read_text
 
 SENTENCE = "for name, value in items: print(name)"

@@ -8,8 +8,8 @@ import sys
 from dataclasses import fields
 
 from attention_zoo.attention import BLOCKS, AttentionBlock
-from attention_zoo.cli.table import fit_columns, format_row
-from attention_zoo.models.capabilities import Capabilities, capabilities
+from attention_zoo.attention.capabilities import Capabilities, capabilities
+from attention_zoo.cli._table import fit_columns, format_row
 
 SHORT = {"double_backward": "2nd deriv.", "kv_heads": "kv heads"}
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from attention_zoo._checks import check_padding, check_positive, check_token_range, check_tokens
 from attention_zoo.generation.filters import min_p, top_k, top_p
-from attention_zoo.layers.checks import check_padding, check_positive, check_token_range, check_tokens
 
 
 class Decoder(Protocol):

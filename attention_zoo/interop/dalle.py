@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attention_zoo._checks import check_choice
 from attention_zoo.attention import AxialAttention, ConvAttention, FullAttention
 from attention_zoo.interop.weights import Transfer, Weights
-from attention_zoo.layers.checks import check_choice
 from attention_zoo.layers.positions import TextImageRotary
 from attention_zoo.models import Stack, TextToImageTransformer
-from attention_zoo.ops.image_layout import TextImageLayout
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
 
 KINDS = {"full": "full", "axial_row": "axial_row", "axial_col": "axial_col", "conv_like": "conv", "sparse": "full"}
 GLOBAL = 256  # tokens that every token saw in block-sparse attention, whatever blocks were drawn beside them

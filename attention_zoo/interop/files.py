@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from attention_zoo._files import write_all_aside
 from attention_zoo.interop.packages import find_loader, from_upstream
 from attention_zoo.interop.weights import Weights
-from attention_zoo.layers.files import write_all_aside
-from attention_zoo.models.saving import CONFIG, WEIGHTS, check_plain, package_version, write_weights
+from attention_zoo.saving.saved_model import CONFIG, WEIGHTS, check_plain, package_version, write_weights
 
 
 def convert(

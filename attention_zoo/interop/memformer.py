@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention_zoo._checks import check_padding
 from attention_zoo.attention import CrossAttention, FullAttention
 from attention_zoo.interop.weights import Transfer, Weights
-from attention_zoo.layers.checks import check_padding
 from attention_zoo.layers.memory_update import MemoryUpdate
 from attention_zoo.layers.positions import RelativeBias
 from attention_zoo.models import Memformer

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attention_zoo._checks import check_choice
 from attention_zoo.interop import cosine, dalle, gateloop, memformer, quartic
 from attention_zoo.interop.weights import Weights
-from attention_zoo.layers.checks import check_choice
 
 Loader = Callable[..., nn.Module]
 

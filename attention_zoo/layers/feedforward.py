@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo.layers.checks import check_fraction, check_positive
+from attention_zoo._checks import check_fraction, check_positive
 
 
 class FeedForward(nn.Module):

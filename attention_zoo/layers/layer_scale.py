@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.layers.checks import check_positive
+from attention_zoo._checks import check_positive
 
 
 class LayerScale(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.layers.checks import check_features, check_padding, check_positive
+from attention_zoo._checks import check_features, check_padding, check_positive
 from attention_zoo.layers.feedforward import FeedForward
 from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.ops.masks import key_mask

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo.layers.checks import check_choice, check_positive
+from attention_zoo._checks import check_choice, check_positive
 from attention_zoo.ops.precision import at_least_float32
 
 

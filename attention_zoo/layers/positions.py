@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.layers.checks import check_positive
-from attention_zoo.ops.image_layout import TextImageLayout
+from attention_zoo._checks import check_positive
 from attention_zoo.ops.precision import at_least_float32
 from attention_zoo.ops.rotary import rotate
 from attention_zoo.ops.softmax import DistanceBias
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
 
 
 class LearnedPositions(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo.layers.state import State, count_tokens, register_state
-from attention_zoo.ops.image_layout import TextImageLayout
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
 
 
 @dataclass

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from attention_zoo.models.blocks import LayerSpec
 from attention_zoo.models.language_model import LanguageModel
+from attention_zoo.models.layer_specs import LayerSpec
 
 
 def cosine_sim_lm(

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attention_zoo.layers.checks import check_positive
+from attention_zoo._checks import check_positive
 
 
 class ImageTokenizer(Protocol):

@@ -14,13 +14,13 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.layers.checks import check_padding, check_positive, check_tokens
+from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.positions import RelativeBias
-from attention_zoo.models.blocks import BlockSpec
-from attention_zoo.models.saving import SavedModel
+from attention_zoo.models.layer_specs import BlockSpec
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import next_token_loss
+from attention_zoo.saving.saved_model import SavedModel
 
 
 class MemformerOutput(NamedTuple):

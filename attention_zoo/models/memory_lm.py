@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.layers.checks import check_choice, check_padding, check_positive, check_tokens
+from attention_zoo._checks import check_choice, check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.positions import RelativeBias, Rotary
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, register_state
-from attention_zoo.models.blocks import FeedForwardSpec, LayerSpec, parse_layers, takes_part
-from attention_zoo.models.saving import SavedModel
+from attention_zoo.models.layer_specs import FeedForwardSpec, LayerSpec, parse_layers, takes_part
 from attention_zoo.models.stack import Stack, StackState
+from attention_zoo.saving.saved_model import SavedModel
 
 POSITIONS = ("auto", "rotary", "t5")
 

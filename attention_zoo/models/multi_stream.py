@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.attention import TalkingHeadsAttention
-from attention_zoo.layers.checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.norms import RMSNorm
 from attention_zoo.layers.state import State, register_state
-from attention_zoo.models.blocks import LayerSpec
-from attention_zoo.models.saving import SavedModel
+from attention_zoo.models.layer_specs import LayerSpec
 from attention_zoo.models.stack import Stack, StackState
-from attention_zoo.ops.diversity import stream_diversity_loss
 from attention_zoo.ops.losses import next_token_loss
+from attention_zoo.ops.talking_heads.diversity import stream_diversity_loss
+from attention_zoo.saving.saved_model import SavedModel
 
 
 @dataclass

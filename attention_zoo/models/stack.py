@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention_zoo.layers.checks import check_choice, check_features, check_fraction, check_padding, check_positive
+from attention_zoo._checks import check_choice, check_features, check_fraction, check_padding, check_positive
 from attention_zoo.layers.layer_scale import layer_scale_start
 from attention_zoo.layers.norms import make_norm
 from attention_zoo.layers.residual import RESIDUALS, Norm, Residual
 from attention_zoo.layers.reversible import reversible as run_reversible
 from attention_zoo.layers.state import State, count_tokens, register_state
 from attention_zoo.layers.token_shift import TokenShift
-from attention_zoo.models.blocks import (
+from attention_zoo.models.layer_specs import (
     BlockSpec,
     FeedForwardSpec,
     LayerSpec,
@@ -28,7 +28,7 @@ from attention_zoo.models.blocks import (
     parse_layers,
     shared_blocks,
 )
-from attention_zoo.ops.image_layout import TextImageLayout
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
 
 
 @dataclass

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo.layers.checks import check_choice, check_fraction, check_padding, check_positive, check_tokens
+from attention_zoo._checks import check_choice, check_fraction, check_padding, check_positive, check_tokens
 from attention_zoo.layers.positions import TextImageRotary
 from attention_zoo.layers.residual import Norm
-from attention_zoo.models.blocks import FeedForwardSpec, LayerSpec, takes_part
-from attention_zoo.models.saving import SavedModel
+from attention_zoo.models.layer_specs import FeedForwardSpec, LayerSpec, takes_part
 from attention_zoo.models.stack import Stack, StackState
-from attention_zoo.ops.image_layout import TextImageLayout
 from attention_zoo.ops.losses import masked_cross_entropy
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.saving.saved_model import SavedModel
 
 BOS = 0
 

@@ -1,15 +1,15 @@
 """Pure functions on tensors: each file holds one idea, its readable reference beside its fast path."""
 
-from attention_zoo.ops.axial import axial_attention
-from attention_zoo.ops.block_sparse import block_sparse_attention, block_sparse_mask, choose_blocks
-from attention_zoo.ops.conv import conv_attention
 from attention_zoo.ops.cosine_sim import cosine_sim_attention, l2_normalize
-from attention_zoo.ops.image_layout import TextImageLayout, axial_mask, conv_mask
 from attention_zoo.ops.implementation import reference
 from attention_zoo.ops.losses import masked_cross_entropy, next_token_loss
 from attention_zoo.ops.masks import causal_mask, key_mask, visible
 from attention_zoo.ops.rotary import rotate
 from attention_zoo.ops.softmax import DistanceBias, softmax_attention, softmax_attention_weights
+from attention_zoo.ops.sparse.axial import axial_attention
+from attention_zoo.ops.sparse.block_sparse import block_sparse_attention, block_sparse_mask, choose_blocks
+from attention_zoo.ops.sparse.conv import conv_attention
+from attention_zoo.ops.sparse.image_layout import TextImageLayout, axial_mask, conv_mask
 
 __all__ = [
     "DistanceBias",

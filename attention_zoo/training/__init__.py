@@ -1,6 +1,14 @@
 """Parts of a training run: text as tokens, many processes, and checkpoints to resume from."""
 
-from attention_zoo.training.checkpoint import Checkpoint, StopRequest, read_checkpoint, save_checkpoint
+from attention_zoo.training.checkpoint import (
+    Checkpoint,
+    ShardedCheckpoint,
+    StopRequest,
+    read_checkpoint,
+    read_sharded,
+    save_checkpoint,
+    save_sharded,
+)
 from attention_zoo.training.distributed import (
     STRATEGIES,
     DataParallelLoss,
@@ -11,7 +19,7 @@ from attention_zoo.training.distributed import (
 )
 from attention_zoo.training.masked_tokens import mask_tokens, masked_token_loss
 from attention_zoo.training.memory_replay import Replayed, memory_replay
-from attention_zoo.training.sharded import ShardedCheckpoint, read_sharded, save_sharded
+from attention_zoo.training.tensor_parallel import tensor_parallel_plan
 from attention_zoo.training.text import (
     Text,
     as_tokens,
@@ -45,6 +53,7 @@ __all__ = [
     "save_checkpoint",
     "save_sharded",
     "scatter_weights",
+    "tensor_parallel_plan",
     "unigram_entropy",
     "windows",
 ]

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from attention_zoo.layers.checks import check_choice, check_padding
+from attention_zoo._checks import check_choice, check_padding
 from attention_zoo.ops.losses import count_next_tokens
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attention_zoo.layers.checks import check_padding
+from attention_zoo._checks import check_padding
 from attention_zoo.ops.losses import masked_cross_entropy
 
 

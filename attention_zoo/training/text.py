@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attention_zoo.layers.checks import check_positive
+from attention_zoo._checks import check_positive
 
 VALIDATION = 0.1  # the part of a text that is kept for validation
 # What is not code to learn from in the standard library: others' packages, tests, and tables written as Python.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo import BLOCKS, GateLoopAttention, RelativeGateAttention, SimpleGateLoop
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 
 @pytest.mark.parametrize("name", ["gate_loop", "simple_gate_loop"])

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from attention_zoo import GateLoopAttention, RelativeGateAttention, SimpleGateLoop
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "gate_loop": lambda: GateLoopAttention(16, sub_norm=True),

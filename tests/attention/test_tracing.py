@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from attention_zoo import BLOCKS, TextImageLayout
 from attention_zoo.testing.subject import seeded
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 DIM = 16
 needs_compiler = pytest.mark.skipif(

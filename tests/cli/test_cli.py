@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from attention_zoo.attention import BLOCKS, AttentionBlock, CosineSimAttention, FullAttention
 from attention_zoo.cli import COMMANDS, main
-from attention_zoo.cli import decode as decoding
-from attention_zoo.cli.blocks import PHASES, BlockCost, measure_block, mixing
-from attention_zoo.cli.decode import Decoding
-from attention_zoo.cli.measure import Setup, compare, describe_machine, peak_bytes, seconds, threads
-from attention_zoo.cli.recurrence import tree_mixing
-from attention_zoo.cli.table import format_number, format_row
-from attention_zoo.ops.channel_gate_loop import channel_gate_loop
+from attention_zoo.cli._bench import decode as decoding
+from attention_zoo.cli._bench.blocks import PHASES, BlockCost, measure_block, mixing
+from attention_zoo.cli._bench.decode import Decoding
+from attention_zoo.cli._bench.measure import Setup, compare, describe_machine, peak_bytes, seconds, threads
+from attention_zoo.cli._bench.recurrence import tree_mixing
+from attention_zoo.cli._table import format_number, format_row
+from attention_zoo.ops.gate_loop.channel import channel_gate_loop
 
 CPU = torch.device("cpu")
 TINY = Setup(dim=16, heads=2, dim_head=8, depth=1, runs=2, device=CPU, dtype=torch.float32)
@@ -255,11 +255,11 @@ def test_numbers_have_three_significant_digits_and_no_exponent() -> None:
 def test_bench_shows_what_memory_over_segments_costs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("attention_zoo.cli.memory.LENGTH", 16)
-    monkeypatch.setattr("attention_zoo.cli.memory.SLOTS", 4)
-    monkeypatch.setattr("attention_zoo.cli.memory.SEGMENT", 64)
-    monkeypatch.setattr("attention_zoo.cli.memory.SEGMENTS", (2, 6))
-    monkeypatch.setattr("attention_zoo.cli.memory.DEPTHS", (6,))
+    monkeypatch.setattr("attention_zoo.cli._bench.memory.LENGTH", 16)
+    monkeypatch.setattr("attention_zoo.cli._bench.memory.SLOTS", 4)
+    monkeypatch.setattr("attention_zoo.cli._bench.memory.SEGMENT", 64)
+    monkeypatch.setattr("attention_zoo.cli._bench.memory.SEGMENTS", (2, 6))
+    monkeypatch.setattr("attention_zoo.cli._bench.memory.DEPTHS", (6,))
     file = tmp_path / "memory.json"
     assert main(["bench", "--memory", "--dim", "16", "--heads", "2", "--runs", "1", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["memory"]
@@ -275,7 +275,7 @@ def test_bench_shows_what_memory_over_segments_costs(
 def test_bench_shows_what_recurrences_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("attention_zoo.cli.recurrence.SIZES", ((2, 9), (1, 20)))
+    monkeypatch.setattr("attention_zoo.cli._bench.recurrence.SIZES", ((2, 9), (1, 20)))
     file = tmp_path / "recurrence.json"
     assert main(["bench", "--recurrence", "--dim", "8", "--runs", "1", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["recurrences"]

@@ -11,9 +11,9 @@ import torch
 from attention_zoo import ConvAttention, CrossAttention, FullAttention, TalkingHeadsAttention, conv_mask
 from attention_zoo.attention import BLOCKS, SimpleGateLoop
 from attention_zoo.cli import main
-from attention_zoo.cli.fields import LAYOUT, TOKENS, receptive_field, sentence_map
-from attention_zoo.cli.page import describe
-from attention_zoo.cli.pictures import field_as_text
+from attention_zoo.cli._gallery.fields import LAYOUT, TOKENS, receptive_field, sentence_map
+from attention_zoo.cli._gallery.page import describe
+from attention_zoo.cli._gallery.pictures import field_as_text
 
 DIM = 16
 SMALL = {"heads": 2, "dim_head": 8}

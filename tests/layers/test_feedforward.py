@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo import GEGLU, FeedForward, SwiGLU
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from attention_zoo import LayerNorm, RMSNorm
 from attention_zoo.layers.norms import make_norm
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-13}
 

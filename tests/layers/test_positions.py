@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo import FullAttention, LearnedPositions, RelativeBias, Rotary
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from attention_zoo import GEGLU, FeedForward, FullAttention
 from attention_zoo.layers import RESIDUALS, DeepNorm, PostNorm, PreNorm, Projections, SandwichNorm
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 DIM = 8
 

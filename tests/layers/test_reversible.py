@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from attention_zoo import Stack
 from attention_zoo.layers.reversible import run_forward
 from attention_zoo.testing.subject import seeded
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 
 def stack(depth: int = 3, dim: int = 16, **options: Any) -> Stack:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import LanguageModel, cosine_sim_lm
-from tests.slow import attend_one_by_one, relative_error, unit_slices, what_is_seen
+from tests.formulas import attend_one_by_one, relative_error, unit_slices, what_is_seen
 
 
 def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attention_zoo import FullAttention, GateLoopAttention, LanguageModel, SimpleGateLoop, gate_loop_lm, generate
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 HYBRID: dict[str, Any] = {"attention": ["gate_loop", "gate_loop", "full"], "heads": 4, "dim_head": 8}
 KINDS: dict[str, dict[str, Any]] = {

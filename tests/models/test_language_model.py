@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import FullAttention, LanguageModel, RelativeBias, Rotary
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 SMALL = {"num_tokens": 17, "dim": 12, "depth": 2, "heads": 2, "dim_head": 6, "max_seq_len": 31}
 HYBRIDS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attention_zoo import Memformer, MemoryUpdate, generate
 from attention_zoo.layers import InitialMemory
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 SIZES: dict[str, Any] = {
     "dim": 16,

@@ -10,7 +10,7 @@ import torch
 
 from attention_zoo import MultiStreamTransformer, generate
 from attention_zoo.training import mask_tokens, masked_token_loss
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 
 def small(**changes: Any) -> MultiStreamTransformer:

@@ -24,7 +24,7 @@ from attention_zoo import (
     SwiGLU,
 )
 from attention_zoo.layers import PreNorm, SandwichNorm
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 DIM = 12
 SMALL = {"heads": 2, "dim_head": 6}

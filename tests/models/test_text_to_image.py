@@ -19,7 +19,7 @@ from attention_zoo import (
     write_text,
 )
 from attention_zoo.testing.subject import seeded
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 KINDS = ["full", "axial_row", "axial_col", "conv"]
 TEXT_LEN, HEIGHT, WIDTH, WORDS, SHADES = 5, 3, 4, 11, 7

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops import masked_cross_entropy, next_token_loss
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 
 def surprise(logits: Tensor, target: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attention_zoo.ops import causal_mask, key_mask, visible
-from tests.slow import what_is_seen
+from tests.formulas import what_is_seen
 
 CPU = torch.device("cpu")
 

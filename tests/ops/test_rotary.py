@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops import rotate
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 
 def table(angle: Tensor) -> tuple[Tensor, Tensor]:

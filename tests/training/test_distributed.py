@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attention_zoo import LanguageModel, Stack
 from attention_zoo.models import Layer
-from attention_zoo.ops import recurrence
+from attention_zoo.ops.gate_loop import recurrence
 from attention_zoo.training import (
     DataParallelLoss,
     World,
@@ -25,7 +25,7 @@ from attention_zoo.training import (
     scatter_weights,
 )
 from attention_zoo.training.distributed import find_units
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 STEPS, HALF = 20, 10
 SMALL: dict[str, Any] = {"num_tokens": 32, "dim": 16, "depth": 3}

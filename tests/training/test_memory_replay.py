@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import Memformer, MemoryLanguageModel
-from attention_zoo.cli.measure import peak_bytes
+from attention_zoo.cli._bench.measure import peak_bytes
 from attention_zoo.ops.losses import masked_cross_entropy
 from attention_zoo.training import memory_replay
-from tests.slow import relative_error
+from tests.formulas import relative_error
 
 SIZES: dict[str, Any] = {
     "dim": 16,

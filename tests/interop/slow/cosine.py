@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tests.formulas import unit_slices
 from tests.interop.slow.formulas import (
     Weights,
     gelu,
@@ -17,7 +18,6 @@ from tests.interop.slow.formulas import (
     past,
     softmax,
 )
-from tests.slow import unit_slices
 
 PACKAGE = "flash-cosine-sim-attention"
 

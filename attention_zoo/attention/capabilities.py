@@ -1,0 +1,119 @@
+"""What each block can do, found from its class: its arguments, its methods, and a tiny instance of it at work."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from attention_zoo.attention.base import AttentionBlock
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
+
+DIM = 16  # features of the tiny instances
+LAYOUT = TextImageLayout(text_len=4, height=3, width=4)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a block can do.
+
+    Attributes:
+        causal: "always", or "optional" where causal=False is possible.
+        mask: takes a padding mask.
+        step: decodes step by step.
+        state: how the size of its decoding state grows with the tokens n before: "n", or "1" where it does not; "" for
+            a block without step.
+        map: has an attention map.
+        compile: traces under torch.compile(fullgraph=True), with gradients.
+        double_backward: has second derivatives on its fast path; inside `reference()` every block has them.
+        context: reads another sequence.
+        image: its pattern is that of text and an image.
+        streams: its heads may talk across streams.
+        rotary, bias: takes rotary positions, a relative bias.
+        kv_heads: heads of keys and values may be fewer.
+        dropout: drops attention weights.
+    """
+
+    causal: str
+    mask: bool
+    step: bool
+    state: str
+    map: bool
+    compile: bool
+    double_backward: bool
+    context: bool
+    image: bool
+    streams: bool
+    rotary: bool
+    bias: bool
+    kv_heads: bool
+    dropout: bool
+
+
+def capabilities(blocks: Mapping[str, type[AttentionBlock]] | None = None) -> dict[str, Capabilities]:
+    """What blocks can do, by name.
+
+    Args:
+        blocks: classes by name. None: all of the zoo.
+    """
+    from attention_zoo.attention import BLOCKS  # which imports this file
+
+    return {name: capabilities_of(cls) for name, cls in (BLOCKS if blocks is None else blocks).items()}
+
+
+def capabilities_of(cls: type[AttentionBlock]) -> Capabilities:
+    """What one block can do."""
+    takes = inspect.signature(cls).parameters
+    reads = inspect.signature(cls.forward).parameters
+    block = _tiny(cls)
+    step = cls.step is not AttentionBlock.step
+    return Capabilities(
+        causal="optional" if "causal" in takes else "always",
+        mask="mask" in reads,
+        step=step,
+        state=_state_law(block) if step else "",
+        map=cls.attention_map is not AttentionBlock.attention_map,
+        compile=cls.compiles,
+        double_backward=_has_second_derivative(block),
+        context="context" in reads,
+        image="layout" in takes,
+        streams="streams" in takes,
+        rotary="rotary" in takes,
+        bias="bias" in takes,
+        kv_heads="kv_heads" in takes,
+        dropout="dropout" in takes,
+    )
+
+
+def _tiny(cls: type[AttentionBlock]) -> AttentionBlock:
+    takes = inspect.signature(cls).parameters
+    sizes: dict[str, Any] = {"heads": 2, "dim_head": 8, "layout": LAYOUT}
+    if "dim_head" not in takes:
+        del sizes["heads"]  # a head per channel, or heads that divide what the block itself knows
+    with torch.random.fork_rng(devices=[]):
+        return cls(DIM, **{name: size for name, size in sizes.items() if name in takes}).eval()
+
+
+def _others(block: nn.Module) -> dict[str, Any]:
+    """The block's arguments beside x."""
+    return {"context": torch.ones(1, 3, DIM)} if "context" in inspect.signature(block.forward).parameters else {}
+
+
+def _state_law(block: AttentionBlock) -> str:
+    with torch.no_grad():
+        sizes = [block.step(torch.zeros(1, n, DIM), **_others(block))[1].nbytes for n in (4, 8)]
+    return "1" if sizes[0] == sizes[1] else "n"
+
+
+def _has_second_derivative(block: AttentionBlock) -> bool:
+    x = torch.linspace(-1, 1, 8 * DIM).view(1, 8, DIM).requires_grad_()
+    (first,) = torch.autograd.grad(block(x, **_others(block)).square().sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(first.square().sum(), x)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Measurements and pages behind `attention-zoo gallery`."""

@@ -1,0 +1,394 @@
+"""Softmax attention: every path against a formula that looks at one query at a time."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+import attention_zoo
+from attention_zoo.ops import DistanceBias, softmax, softmax_attention, softmax_attention_weights
+from attention_zoo.ops.softmax import distance_bias
+from tests.formulas import attend_one_by_one, bias_of_pairs, relative_error, what_is_seen
+
+PATHS = ("reference", "sdpa", "blocks")
+B, H, KV, E, EV = 2, 4, 2, 6, 3
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of three queries, so that small inputs cross their edges."""
+    monkeypatch.setattr(softmax, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(distance_bias, "QUERY_BLOCK", 3)
+
+
+def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def gradients(out: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(out, inputs, cotangent.to(out.dtype)))
+
+
+MASKS = {
+    "none": lambda i, j: None,
+    "padding": lambda i, j: torch.cat((torch.rand(1, j) < 0.6, torch.zeros(1, j, dtype=torch.bool))),
+    "pairs": lambda i, j: torch.rand(B, H, i, j) < 0.5,
+    "keys of a row": lambda i, j: torch.rand(B, 1, 1, j) < 0.5,
+    "queries": lambda i, j: torch.rand(1, 1, i, 1) < 0.5,
+}
+BIASES = {
+    "none": None,
+    "distance": lambda i, j: (H, i + j - 1),
+    "(i, j)": lambda i, j: (i, j),
+    "(h, i, j)": lambda i, j: (H, i, j),
+    "(b, 1, i, j)": lambda i, j: (B, 1, i, j),
+    "(1, h, 1, j)": lambda i, j: (1, H, 1, j),
+    "(b, h, i, 1)": lambda i, j: (B, H, i, 1),
+}
+
+
+@cache
+def problem(mask_kind: str, bias_kind: str, causal: bool, i: int, j: int):
+    """Inputs, and the output and gradients that the slow formula gives for them."""
+    torch.manual_seed(i)
+    q, k, v = leaves((B, H, i, E), (B, KV, j, E), (B, KV, j, EV))
+    mask = MASKS[mask_kind](i, j)
+    bias = None if bias_kind == "none" else leaves(BIASES[bias_kind](i, j))[0]
+    pairs = bias
+    if bias_kind == "distance":
+        pairs = bias_of_pairs(bias, i, j)
+    seen = what_is_seen((B, H, i, j), mask=mask, causal=causal)
+    want = attend_one_by_one(q, k, v, seen, None if bias is None else pairs.expand(B, H, i, j), E**-0.5)
+    inputs = [q, k, v] if bias is None else [q, k, v, bias]
+    cotangent = torch.randn_like(want)
+    return inputs, mask, want.detach(), cotangent, gradients(want, inputs, cotangent)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("i", "j"), [(5, 7), (11, 5)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("bias_kind", BIASES)
+@pytest.mark.parametrize("mask_kind", MASKS)
+def test_output_and_gradients_equal_the_formula_on_every_path(
+    mask_kind: str, bias_kind: str, causal: bool, i: int, j: int
+) -> None:
+    inputs, mask, want, cotangent, want_grads = problem(mask_kind, bias_kind, causal, i, j)
+    bias = inputs[3] if len(inputs) == 4 else None
+    bias = DistanceBias(bias) if bias_kind == "distance" else bias
+    for path in (*PATHS, "auto"):
+        out = softmax_attention(*inputs[:3], mask=mask, causal=causal, bias=bias, impl=path)
+        # absolute, for where nothing is seen zero is wanted
+        torch.testing.assert_close(out, want, atol=1e-12, rtol=0, msg=lambda text, path=path: f"{path}: {text}")
+        for got, want_grad in zip(gradients(out, inputs, cotangent), want_grads, strict=True):
+            torch.testing.assert_close(got, want_grad, atol=1e-11, rtol=0, msg=lambda t, path=path: f"{path}: {t}")
+
+
+TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize(("i", "j"), [(131, 131), (1, 521), (67, 521), (149, 131)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_paths_agree_across_the_edges_of_their_tiles(i: int, j: int, masked: bool, biased: bool) -> None:
+    mask = (torch.rand(1, j) < 0.7) if masked else None
+    wide = leaves((1, 2, i, 8), (1, 1, j, 8), (1, 1, j, 8), *([(2, i + j - 1)] if biased else []))
+    # rounded once for all, so that the coarsest dtype starts from the same numbers
+    wide = [leaf.detach().bfloat16().double().requires_grad_() for leaf in wide]
+    pairs = bias_of_pairs(wide[3], i, j)[None] if biased else None
+    want = attend_one_by_one(*wide[:3], what_is_seen((1, 2, i, j), mask=mask, causal=True), pairs, 8**-0.5)
+    cotangent = torch.randn_like(want).bfloat16().double()
+    want_grads = gradients(want, wide, cotangent)
+    for dtype, tolerance in TOLERANCE.items():
+        inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in wide]
+        for path in PATHS:
+            bias = DistanceBias(inputs[3]) if biased else None
+            out = softmax_attention(*inputs[:3], mask=mask, causal=True, bias=bias, impl=path)
+            assert out.dtype == dtype
+            assert relative_error(out, want) < tolerance, (path, dtype)
+            for got, want_grad in zip(gradients(out, inputs, cotangent), want_grads, strict=True):
+                assert relative_error(got, want_grad) < tolerance, (path, dtype)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
+@pytest.mark.parametrize("bias_kind", ["none", "distance", "(h, i, j)"])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_query_that_sees_no_key_gets_exactly_zero_and_no_gradient(
+    path: str, bias_kind: str, dtype: torch.dtype
+) -> None:
+    i, j = 11, 7
+    q, k, v = leaves((B, H, i, E), (B, KV, j, E), (B, KV, j, EV), dtype=dtype)
+    bias = None if bias_kind == "none" else 50 * torch.randn(BIASES[bias_kind](i, j))
+    bias = DistanceBias(bias) if bias_kind == "distance" else bias
+    mask = torch.ones(B, j, dtype=torch.bool)
+    mask[0, :2] = False
+    mask[1] = False
+    out = softmax_attention(q, k, v, mask=mask, causal=True, bias=bias, impl=path)
+    grads = gradients(out, [q, k, v], torch.ones_like(out))
+    # of row 0 four queries stand before all keys, and two more before the first real one
+    assert not out[0, :, :6].any()
+    assert not out[1].any()
+    assert out[0, :, 6:].any(-1).all()
+    assert not grads[0][0, :, :6].any()
+    for grad in grads:
+        assert not grad[1].any()
+        assert grad.isfinite().all()
+    for grad in grads[1:]:
+        assert not grad[0, :, :2].any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_a_masked_key_holds_never_matters(path: str) -> None:
+    q, k, v = leaves((1, 2, 5, E), (1, 2, 7, E), (1, 2, 7, E), dtype=torch.float32)
+    mask = torch.tensor([[True, False, True, True, False, True, True]])
+    spoiled = [leaf.detach().masked_fill(~mask[:, None, :, None], 1e30) for leaf in (k, v)]
+    want = softmax_attention(q, k, v, mask=mask, impl=path)
+    assert torch.equal(softmax_attention(q, *spoiled, mask=mask, impl=path), want)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_inputs_are_left_alone_and_may_lie_anyhow_in_memory(path: str) -> None:
+    q, k, v = (torch.randn(2, n, 3, 8).transpose(1, 2) for n in (5, 7, 7))
+    bias, mask = torch.randn(7, 5).t(), torch.rand(2, 7) < 0.7
+    before = [tensor.clone() for tensor in (q, k, v, bias, mask)]
+    got = softmax_attention(q, k, v, mask=mask, bias=bias, causal=True, impl=path)
+    want = softmax_attention(*(t.contiguous() for t in (q, k, v)), mask=mask, bias=bias, causal=True, impl=path)
+    assert relative_error(got, want) < 1e-6
+    for tensor, old in zip((q, k, v, bias, mask), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("size", [90.0, 1e5])
+def test_a_large_bias_costs_half_precision_nothing(size: float, dtype: torch.dtype, path: str) -> None:
+    q, k, v = (torch.randn(2, 3, 13, 8).to(dtype) for _ in range(3))
+    mask, bias = torch.rand(2, 13) < 0.8, size + torch.randn(3, 13, 13)
+    out = softmax_attention(q, k, v, mask=mask, bias=bias, causal=True, impl=path)
+    seen = what_is_seen((2, 3, 13, 13), mask=mask, causal=True)
+    want = attend_one_by_one(q.double(), k.double(), v.double(), seen, bias.double().expand(2, 3, 13, 13), 8**-0.5)
+    assert relative_error(out, want) < 5e-3
+
+
+@pytest.mark.parametrize("path", [*PATHS, "auto"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_autocast_changes_neither_dtype_nor_precision(path: str, biased: bool) -> None:
+    inputs = leaves((1, 2, 7, 8), (1, 2, 7, 8), (1, 2, 7, 8), *([(2, 7, 7)] if biased else []), dtype=torch.float32)
+    bias = inputs[3] if biased else None
+    want = softmax_attention(*inputs[:3], bias=bias, causal=True, impl=path)
+    want_grads = gradients(want, inputs, torch.ones_like(want))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = softmax_attention(*inputs[:3], bias=bias, causal=True, impl=path)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+    for got_grad, want_grad in zip(gradients(got, inputs, torch.ones_like(got)), want_grads, strict=True):
+        assert torch.equal(got_grad, want_grad)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_weights_are_those_that_multiply_the_values(causal: bool, biased: bool) -> None:
+    q, k, v = leaves((B, H, 7, E), (B, KV, 11, E), (B, KV, 11, EV))
+    mask, bias = torch.rand(B, 11) < 0.6, torch.randn(H, 7, 11) if biased else None
+    weights = softmax_attention_weights(q, k, mask=mask, causal=causal, bias=bias)
+    seen = what_is_seen((B, H, 7, 11), mask=mask, causal=causal)
+    assert not weights[~seen].any()
+    torch.testing.assert_close(weights.sum(-1), seen.any(-1).double(), atol=1e-12, rtol=0)
+    out = softmax_attention(q, k, v, mask=mask, causal=causal, bias=bias)
+    torch.testing.assert_close(weights @ v.repeat_interleave(H // KV, dim=1), out, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("i", "j"), [(1, 1), (1, 7), (5, 7), (7, 5), (5, 1)])
+def test_a_distance_bias_is_the_same_along_diagonals(i: int, j: int) -> None:
+    values = torch.randn(3, i + j - 1)
+    assert torch.equal(DistanceBias(values).pairs(i, j), bias_of_pairs(values, i, j))
+
+
+@pytest.mark.parametrize(("start", "stop", "keys"), [(0, 3, 7), (2, 5, 7), (4, 5, 3), (0, 5, 1), (1, 2, 0)])
+def test_rows_of_a_distance_bias_are_rows_of_its_pairs(start: int, stop: int, keys: int) -> None:
+    bias = DistanceBias(torch.randn(2, 5 + 7 - 1))
+    rows = bias.rows(start, stop, 5, keys).pairs(stop - start, keys)
+    assert torch.equal(rows, bias.pairs(5, 7)[:, start:stop, :keys])
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("path", PATHS)
+def test_dropout_drops_its_share_of_the_weights_and_scales_up_the_rest(path: str) -> None:
+    n, p = 32, 0.3
+    q, k = torch.randn(2, 3, n, 8), torch.randn(2, 3, n, 8)
+    identity = torch.eye(n).expand(2, 3, n, n)  # the output is then the weights themselves
+    whole = softmax_attention(q, k, identity, impl=path)
+    out = softmax_attention(q, k, identity, dropout=p, impl=path)
+    kept = out != 0
+    torch.testing.assert_close(out[kept], whole[kept] / (1 - p))
+    share, sigma = 1 - kept.double().mean(), (p * (1 - p) / kept.numel()) ** 0.5
+    assert abs(share - p) < 5 * sigma
+    # no two rows of weights, so no two blocks of queries either, drop the same
+    assert len(set(map(tuple, kept.flatten(0, 2).tolist()))) == 2 * 3 * n
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_backward_drops_the_weights_that_forward_dropped(path: str, compiled: bool) -> None:
+    def drop(*inputs: Tensor) -> Tensor:
+        return softmax_attention(*inputs, causal=True, dropout=0.4, impl=path)
+
+    run = torch.compile(drop, fullgraph=True, backend="aot_eager") if compiled else drop
+    q, k, v = leaves((1, 1, 10, 4), (1, 1, 10, 4), (1, 1, 10, 4))
+
+    def same_seed(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return run(*inputs)
+
+    assert torch.autograd.gradcheck(same_seed, (q, k, v), fast_mode=True)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_of_queries_keep_no_score_matrix_for_backward() -> None:
+    largest = 0
+
+    def note(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    q, k, v, bias = leaves((1, 2, 61, 2), (1, 2, 61, 2), (1, 2, 61, 2), (2, 121))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        softmax_attention(q, k, v, causal=True, bias=DistanceBias(bias))
+    assert largest <= 2 * 61 * 2
+
+
+DERIVATIVES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "masked": {"mask": torch.tensor([[True, False, True, True, False, True, True], [False] * 7])},
+    "causal and masked": {"causal": True, "mask": torch.tensor([[False] * 3 + [True] * 4, [True] * 7])},
+}
+
+
+def differentiate_twice(path: str, case: str, bias_kind: str) -> bool:
+    inputs = leaves((2, 2, 5, 4), (2, 1, 7, 4), (2, 1, 7, 3))
+    if bias_kind != "none":
+        inputs += leaves((2, 11) if bias_kind == "distance" else (2, 5, 7))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        wrapped = DistanceBias(bias) if bias_kind == "distance" else bias
+        return softmax_attention(q, k, v, bias=wrapped, impl=path, **DERIVATIVES[case])
+
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+    return torch.autograd.gradgradcheck(attend, inputs, fast_mode=True)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("bias_kind", ["none", "distance", "pairs"])
+@pytest.mark.parametrize("case", DERIVATIVES)
+@pytest.mark.parametrize("path", ["reference", "blocks"])
+def test_second_derivatives_of_plain_arithmetic_are_right(path: str, case: str, bias_kind: str) -> None:
+    if path == "blocks" and bias_kind == "distance":
+        with pytest.raises(RuntimeError, match=r"reference\(\)"):  # its backward is written by hand
+            differentiate_twice(path, case, bias_kind)
+        return
+    assert differentiate_twice(path, case, bias_kind)
+
+
+@pytest.mark.parametrize("bias_kind", ["none", "distance", "pairs"])
+@pytest.mark.parametrize("case", DERIVATIVES)
+def test_a_second_derivative_through_fused_kernels_is_right_or_raises(case: str, bias_kind: str) -> None:
+    try:
+        assert differentiate_twice("sdpa", case, bias_kind)
+    except RuntimeError as error:
+        assert "derivative for aten::_scaled_dot_product" in str(error)  # noqa: PT017  # either outcome is right
+    with attention_zoo.reference():
+        assert differentiate_twice("sdpa", case, bias_kind)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("path", [*PATHS, "auto"])
+def test_every_path_compiles_as_one_graph(path: str) -> None:
+    inputs = leaves((2, 2, 5, 4), (2, 1, 7, 4), (2, 1, 7, 3), (2, 11))
+    mask = torch.rand(2, 7) < 0.6
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return softmax_attention(q, k, v, mask=mask, causal=True, bias=DistanceBias(bias), impl=path)
+
+    want = attend(*inputs)
+    got = torch.compile(attend, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    cotangent = torch.randn_like(want)
+    for got_grad, want_grad in zip(gradients(got, inputs, cotangent), gradients(want, inputs, cotangent), strict=True):
+        torch.testing.assert_close(got_grad, want_grad, atol=1e-12, rtol=0)
+
+
+def test_a_compiled_op_follows_the_reference_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        kernels.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    attend = torch.compile(lambda *qkv: softmax_attention(*qkv, causal=True), fullgraph=True, backend=record)
+    fast = attend(q, k, v)
+    with attention_zoo.reference():
+        slow = attend(q, k, v)
+    attend(q, k, v)
+    with attention_zoo.reference():
+        attend(q, k, v)
+    torch.testing.assert_close(fast, slow, atol=1e-6, rtol=0)
+    assert ["scaled_dot_product" in graph for graph in kernels] == [True, False]  # one graph each, then used again
+
+
+def test_the_reference_context_may_stand_inside_what_is_compiled() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with attention_zoo.reference():
+            return softmax_attention(q, k, v, causal=True)
+
+    q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    got = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v)
+    torch.testing.assert_close(got, softmax_attention(q, k, v, causal=True), atol=1e-6, rtol=0)
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+BAD = {
+    "q without heads": ({"q": zeros(2, 5, 6)}, ValueError, r"q must be \(b, h, n, e\), got shape \(2, 5, 6\)"),
+    "features": ({"k": zeros(2, 2, 7, 3)}, ValueError, r"same number of features, got 6 and 3"),
+    "length": ({"v": zeros(2, 2, 5, 6)}, ValueError, r"k and v their heads and length, got shapes"),
+    "batch": ({"q": zeros(3, 4, 5, 6)}, ValueError, r"q, k and v must share the batch"),
+    "heads": ({"k": zeros(2, 3, 7, 6), "v": zeros(2, 3, 7, 6)}, ValueError, r"heads of k must divide.*got 3 and 4"),
+    "dtypes": ({"k": zeros(2, 2, 7, 6, dtype=torch.float64)}, TypeError, r"one floating dtype, got.*float32.*float64"),
+    "mask of numbers": ({"mask": zeros(2, 7)}, TypeError, r"mask must be a boolean tensor.*got dtype torch.float32"),
+    "mask of a list": ({"mask": [True]}, TypeError, r"mask must be a boolean tensor.*got list"),
+    "mask shape": (
+        {"mask": zeros(2, 5).bool()},
+        ValueError,
+        r"mask must be \(b, j\) = \(2, 7\) or.*got shape \(2, 5\)",
+    ),
+    "mask without batch": ({"mask": zeros(4, 5, 7).bool()}, ValueError, r"mask must be .*got shape \(4, 5, 7\)"),
+    "mask batch": ({"mask": zeros(3, 1, 5, 7).bool()}, ValueError, r"mask must be .*got shape \(3, 1, 5, 7\)"),
+    "mask heads": ({"mask": zeros(2, 3, 5, 7).bool()}, ValueError, r"mask must be .*got shape \(2, 3, 5, 7\)"),
+    "bias shape": ({"bias": zeros(3, 5, 7)}, ValueError, r"bias must broadcast to .*got shape \(3, 5, 7\)"),
+    "bias of a number": ({"bias": torch.tensor(1.0)}, ValueError, r"bias must broadcast to .*got shape \(\)"),
+    "bias that is a mask": ({"bias": zeros(5, 7).bool()}, TypeError, r"bias must be floating point.*torch.bool"),
+    "distances": (
+        {"bias": DistanceBias(zeros(4, 12))},
+        ValueError,
+        r"bias.values must be .* = \(4, 11\), got \(4, 12\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("path", [*PATHS, "auto"])
+@pytest.mark.parametrize("case", BAD)
+def test_arguments_that_do_not_fit_are_named(case: str, path: str) -> None:
+    changes, error, message = BAD[case]
+    arguments = {"q": zeros(2, 4, 5, 6), "k": zeros(2, 2, 7, 6), "v": zeros(2, 2, 7, 6), **changes}
+    with pytest.raises(error, match=message):
+        softmax_attention(**arguments, impl=path)

@@ -1,0 +1,181 @@
+"""Two processes that share heads and hidden features compute what one computes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+
+from attention_zoo import FullAttention, LanguageModel, TextImageLayout, TextToImageTransformer, generate
+from attention_zoo.attention.base import SelfAttention
+from attention_zoo.training import gather_weights, scatter_weights, tensor_parallel_plan
+from attention_zoo.training.tensor_parallel import rows_by_process
+from tests.formulas import relative_error
+
+HEADS: dict[str, Any] = {"heads": 4, "dim_head": 8}
+LAYOUT = TextImageLayout(text_len=8, height=3, width=3)
+
+
+def language_model() -> nn.Module:
+    attention = [
+        ("full", {**HEADS, "kv_heads": 2, "qkv_bias": True, "out_bias": True}),
+        "cosine_sim",
+        "gate_loop",
+        "talking_heads",
+    ]
+    return LanguageModel(
+        num_tokens=32, dim=32, depth=4, attention=attention, feedforward="swiglu", positions="rotary",
+        ff_dropout=0.1, attn_dropout=0.1,
+    )  # fmt: skip
+
+
+def image_model() -> nn.Module:
+    return TextToImageTransformer(
+        num_text_tokens=20, text_len=4, num_image_tokens=9, height=4, width=4, dim=32, depth=4,
+        attention=["axial_row", "axial_col", "conv", "block_sparse"], **HEADS,
+    )  # fmt: skip
+
+
+def loss_of(model: Any, k: int) -> Tensor:
+    """The loss on the k-th batch, which all processes see whole, dropout the same."""
+    torch.manual_seed(k)
+    if isinstance(model, LanguageModel):
+        mask = torch.ones(2, 13, dtype=torch.bool)
+        mask[0, 9:] = False
+        return model.loss(torch.randint(32, (2, 13)), mask)
+    return model.loss(torch.randint(1, 20, (2, 4)), torch.randint(9, (2, 16)))
+
+
+def train(model: nn.Module) -> list[float]:
+    losses = []
+    for k in range(4):
+        loss = loss_of(model.eval(), k)
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.3 * parameter.grad
+        losses.append(loss.item())
+    return losses
+
+
+def work(rank: int, folder: Path) -> None:
+    """One of two processes."""
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    found: dict[str, Any] = {}
+    for make in (language_model, image_model):
+        torch.manual_seed(0)
+        model = make()
+        whole = sum(parameter.numel() for parameter in model.parameters())
+        parallelize_module(model, mesh, tensor_parallel_plan(model, 2))
+        local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
+        losses, weights = train(model), gather_weights(model)
+        found[make.__name__] = losses, weights, local / whole
+        again = make()
+        parallelize_module(again, mesh, tensor_parallel_plan(again, 2))
+        scatter_weights(again, torch.load(folder / f"{make.__name__}.pt"))
+        found[make.__name__, "loaded"] = gather_weights(again)
+        if make is language_model:
+            found["text"] = generate(again.eval(), torch.arange(5)[None], 6, temperature=0)
+            model.train()
+            found["dropout"] = loss_of(model, 9).item()
+    with pytest.raises(ValueError, match=r"model must be whole, but stack\.layers\.0\.\S+ is split already"):
+        tensor_parallel_plan(again, 2)
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of gloo that are still there abort an interpreter that shuts down in order
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel")
+    for make in (language_model, image_model):
+        torch.manual_seed(1)
+        torch.save(make().state_dict(), folder / f"{make.__name__}.pt")
+    torch.multiprocessing.spawn(work, (folder,), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("make", [language_model, image_model])
+def test_losses_and_trained_weights_are_those_of_the_plain_model(folder: Path, make: Any) -> None:
+    torch.manual_seed(0)
+    model = make()
+    want = train(model)
+    for rank in (0, 1):
+        losses, weights, share = torch.load(folder / f"{rank}.pt")[make.__name__]
+        assert all(abs(a - b) < 1e-5 for a, b in zip(losses, want, strict=True))
+        assert 0.5 <= share < 0.9
+    losses, weights, _ = torch.load(folder / "0.pt")[make.__name__]
+    assert weights.keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert relative_error(weights[name], weight) < 1e-4, name
+
+
+@pytest.mark.parametrize("make", [language_model, image_model])
+def test_it_loads_what_the_plain_model_saved_and_gives_it_back(folder: Path, make: Any) -> None:
+    loaded = torch.load(folder / "0.pt")[make.__name__, "loaded"]
+    for name, weight in torch.load(folder / f"{make.__name__}.pt").items():
+        assert torch.equal(loaded[name], weight), name
+
+
+def test_it_writes_the_text_of_the_plain_model(folder: Path) -> None:
+    model = language_model().eval()
+    model.load_state_dict(torch.load(folder / "language_model.pt"))
+    want = generate(model, torch.arange(5)[None], 6, temperature=0)
+    for rank in (0, 1):
+        assert torch.equal(torch.load(folder / f"{rank}.pt")["text"], want)
+
+
+def test_both_processes_draw_one_dropout(folder: Path) -> None:
+    first, second = (torch.load(folder / f"{rank}.pt")["dropout"] for rank in (0, 1))
+    assert first == second
+
+
+def test_every_process_gets_its_heads_of_queries_keys_and_values() -> None:
+    rows = rows_by_process({"q": 4, "k": 2, "v": 2}, 2)
+    assert rows.tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
+
+
+class Own(FullAttention):
+    """A block whose heads may well depend on each other."""
+
+
+def test_what_cannot_be_split_is_left_whole() -> None:
+    def planned(**options: Any) -> set[str]:
+        plan = tensor_parallel_plan(LanguageModel(num_tokens=8, dim=16, depth=1, **options), 2)
+        return {name.rpartition(".")[2] for name in plan}
+
+    feedforward = {"to_hidden", "to_out"}
+    assert planned() == feedforward | {"block"}
+    assert planned(feedforward="geglu") == feedforward | {"block", "to_gate"}
+    assert planned(attention="talking_heads") == planned(attention="gate_loop") == feedforward
+    assert planned(positions="t5") == planned(attention=Own) == feedforward
+    assert issubclass(Own, SelfAttention)
+
+
+def test_what_cannot_be_shared_evenly_is_refused_before_anything_is_split() -> None:
+    def plan(processes: int, attention: Any = "full", **options: Any) -> None:
+        tensor_parallel_plan(LanguageModel(num_tokens=8, dim=16, depth=1, attention=attention, **options), processes)
+
+    with pytest.raises(ValueError, match=r"heads must be a multiple of the 3 processes, got 8 in stack\.layers\.0"):
+        plan(3)
+    with pytest.raises(ValueError, match="kv_heads must be a multiple of the 4 processes, got 2"):
+        plan(4, ("full", {"kv_heads": 2}))
+    with pytest.raises(ValueError, match="hidden_features must be a multiple of the 2 processes, got 25"):
+        plan(2, ff_mult=25 / 16)
+    with pytest.raises(ValueError, match="processes must be at least 1, got processes=0"):
+        plan(0)
+    with pytest.raises(ValueError, match="model must contain the modules to split, and not be one"):
+        tensor_parallel_plan(FullAttention(16), 2)
