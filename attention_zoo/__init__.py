@@ -17,7 +17,7 @@ from attention_zoo.attention import (
     TalkingHeadsAttention,
     capabilities,
 )
-from attention_zoo.generation import draw_image_tokens, draw_images, generate, stream, write_and_draw, write_text
+from attention_zoo.generation import generate, generate_image_tokens, generate_images, generate_stream, generate_text
 from attention_zoo.layers import (
     GEGLU,
     FeedForward,
@@ -103,13 +103,12 @@ __all__ = [
     "conv_mask",
     "cosine_sim_attention",
     "cosine_sim_lm",
-    "draw_image_tokens",
-    "draw_images",
     "gate_loop_lm",
     "generate",
+    "generate_image_tokens",
+    "generate_images",
+    "generate_stream",
+    "generate_text",
     "reference",
     "softmax_attention",
-    "stream",
-    "write_and_draw",
-    "write_text",
 ]

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from attention_zoo import GreyTokenizer, TextToImageTransformer, draw_images, training
+from attention_zoo import GreyTokenizer, TextToImageTransformer, generate_images, training
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEXT_LEN = max(map(len, NAMES))
@@ -141,7 +141,7 @@ def draw(model: TextToImageTransformer, options: argparse.Namespace) -> Digits:
     """The same number of images of every digit."""
     digits = torch.arange(len(NAMES)).repeat_interleave(options.samples)
     generator = torch.Generator(options.device).manual_seed(options.seed)
-    images = draw_images(
+    images = generate_images(
         model,
         GreyTokenizer(height=SIDE, width=SIDE, levels=SHADES),
         as_text(digits).to(options.device),

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from attention_zoo import BLOCKS, LanguageModel, stream, training
+from attention_zoo import BLOCKS, LanguageModel, generate_stream, training
 
 CHECKPOINT = "checkpoint.pt"
 SHARDS = "checkpoint"  # the folder that takes its place where several processes train
@@ -198,7 +198,9 @@ def write(model: LanguageModel, prompt: str, seed: int) -> None:
     print(prompt, end="")
     while text.shape[1] < SAMPLE:
         seen = text[:, -max(1, model.max_seq_len // 2) :]  # half of what the model can see is old, half new
-        for token in stream(model, seen, model.max_seq_len - seen.shape[1] + 1, temperature=0.8, generator=generator):
+        for token in generate_stream(
+            model, seen, model.max_seq_len - seen.shape[1] + 1, temperature=0.8, generator=generator
+        ):
             text = torch.cat((text, token[:, None]), dim=1)
             print(decoder.decode(bytes([int(token)])), end="", flush=True)
     print()

@@ -1,7 +1,7 @@
 """The zoo: one file is one block, and BLOCKS names them all."""
 
 from attention_zoo.attention.axial import AxialAttention, AxialColumnAttention, AxialRowAttention
-from attention_zoo.attention.base import AttentionBlock, Mix, PatternAttention, SelfAttention
+from attention_zoo.attention.base import AttentionBlock, PatternAttention, SelfAttention, ValuesAndOutput
 from attention_zoo.attention.block_sparse import BlockSparseAttention
 from attention_zoo.attention.capabilities import Capabilities, capabilities
 from attention_zoo.attention.conv import ConvAttention
@@ -40,11 +40,11 @@ __all__ = [
     "CrossAttention",
     "FullAttention",
     "GateLoopAttention",
-    "Mix",
     "PatternAttention",
     "RelativeGateAttention",
     "SelfAttention",
     "SimpleGateLoop",
     "TalkingHeadsAttention",
+    "ValuesAndOutput",
     "capabilities",
 ]

@@ -15,15 +15,15 @@ from attention_zoo.ops.softmax import DistanceBias, repeat_heads
 from attention_zoo.ops.sparse.pattern import Pattern, pattern_attention, pattern_weights
 
 
-class Mix(NamedTuple):
-    """The heart of a block's forward: `attention_map(x) @ values` equals `mixed`.
+class ValuesAndOutput(NamedTuple):
+    """What the operation inside a block reads and returns: `attention_map(x) @ values` equals `output`.
 
     values: (b, h, j, e), what the weights multiply.
-    mixed: (b, h, i, e), the op's output, before any gate, norm or projection.
+    output: (b, h, i, e), the output of the operation, before any gate, norm or projection.
     """
 
     values: Tensor
-    mixed: Tensor
+    output: Tensor
 
 
 class AttentionBlock(nn.Module):
@@ -89,7 +89,7 @@ class AttentionBlock(nn.Module):
         """The effective weights (b, h, i, j) that multiply the values, before any gate, norm or projection."""
         raise TypeError(f"{type(self).__name__} must define attention_map")
 
-    def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
+    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
         """The values and what the op makes of them, so that attention_map can be held against the op itself."""
         raise TypeError(f"{type(self).__name__} must define mix")
 
@@ -204,10 +204,10 @@ class SelfAttention(AttentionBlock):
         q, k, _ = self._project(x, start=0)
         return self.weights(q, k, mask)
 
-    def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
+    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
         self._check(x, mask)
         q, k, v = self._project(x, start=0)
-        return Mix(repeat_heads(v, self.heads), self.attend(q, k, v, mask))
+        return ValuesAndOutput(repeat_heads(v, self.heads), self.attend(q, k, v, mask))
 
     def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         count = self.heads + 2 * self.kv_heads

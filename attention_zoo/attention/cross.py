@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_features, check_padding, check_positive
-from attention_zoo.attention.base import AttentionBlock, Mix
+from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.state import State, count_tokens, register_state
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
@@ -131,12 +131,12 @@ class CrossAttention(AttentionBlock):
         keys, _ = self._read(context, context_mask, x)
         return softmax_attention_weights(self._heads(self.to_q(x)), keys, mask=context_mask)
 
-    def mix(  # type: ignore[override]
+    def values_and_output(  # type: ignore[override]
         self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, context_mask: Tensor | None = None
-    ) -> Mix:
+    ) -> ValuesAndOutput:
         self._check(x, mask)
         keys, values = self._read(context, context_mask, x)
-        return Mix(values, softmax_attention(self._heads(self.to_q(x)), keys, values, mask=context_mask))
+        return ValuesAndOutput(values, softmax_attention(self._heads(self.to_q(x)), keys, values, mask=context_mask))
 
     def _read(self, context: Tensor, context_mask: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
         check_features(context, self.context_dim, name="context")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention_zoo._checks import check_positive
-from attention_zoo.attention.base import AttentionBlock, Mix
+from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.layers.state import State, count_tokens, register_state
 from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights
@@ -117,11 +117,11 @@ class GateLoopAttention(AttentionBlock):
         q, k, _, gate = self._by_heads(*self._project(x), mask)
         return gate_loop_weights(q, k, gate)
 
-    def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
+    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
         self._check(x, mask)
         q, k, v, z = self._project(x)
         out, _ = self._loop(q, k, v, z, mask, None)
-        return Mix(self._split(v), self._split(out))
+        return ValuesAndOutput(self._split(v), self._split(out))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values (b, n, h e), and z (b, n, h, 2); None without transition."""

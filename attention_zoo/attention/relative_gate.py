@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo.attention.base import AttentionBlock, Mix
+from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.positions import Rotary
 from attention_zoo.layers.state import KeyValueState, State, register_state
 from attention_zoo.ops.gate_loop.gates import complex_of, scale_gradient, unit_gate
@@ -96,7 +96,7 @@ class RelativeGateAttention(AttentionBlock):
         self.to_out = nn.Linear(inner, dim, bias=out_bias)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        return self._finish(self.mix(x, mask=mask).mixed, x)
+        return self._finish(self.values_and_output(x, mask=mask).output, x)
 
     def step(self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
         self._check_step(x, state, mask, RelativeGateState)
@@ -117,11 +117,11 @@ class RelativeGateAttention(AttentionBlock):
         q, k, _, gate = self._project(x, mask, 0)
         return relative_gate_weights(q, k, gate, mask=mask, softmax=self.softmax)
 
-    def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
+    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
         self._check(x, mask)
         q, k, v, gate = self._project(x, mask, 0)
         out = relative_gate_attention(q, k, v, gate, mask=mask, softmax=self.softmax, dropout=self._drop)
-        return Mix(v, out)
+        return ValuesAndOutput(v, out)
 
     def _project(self, x: Tensor, mask: Tensor | None, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (b, h, n, e) and gates (b, h, n, e / 2), 1 at masked tokens."""

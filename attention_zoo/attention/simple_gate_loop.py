@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from attention_zoo.attention.base import AttentionBlock, Mix
+from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.norms import LayerNorm, RMSNorm
 from attention_zoo.layers.state import State, count_tokens, register_state
 from attention_zoo.ops.gate_loop.recurrence import linear_recurrence
@@ -91,10 +91,12 @@ class SimpleGateLoop(AttentionBlock):
             weights = weights.masked_fill(~(mask.flip(1) if self.reverse else mask)[:, None, None], 0.0)
         return weights.flip(-1, -2) if self.reverse else weights
 
-    def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
+    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
         self._check(x, mask)
         q, written, gate = self._project(x, mask)
-        return Mix(written.transpose(1, 2)[..., None], self._run(q, written, gate).transpose(1, 2)[..., None])
+        return ValuesAndOutput(
+            written.transpose(1, 2)[..., None], self._run(q, written, gate).transpose(1, 2)[..., None]
+        )
 
     def _project(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, kv and the gate in at least float32, (b, n, d) each; a masked token has kv 0 and gate 1."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice, check_features, check_padding, check_positive
-from attention_zoo.attention.base import AttentionBlock, Mix
+from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.positions import RotaryEmbedding
 from attention_zoo.layers.state import KeyValueState, State
 from attention_zoo.ops.talking_heads import (
@@ -51,9 +51,9 @@ class HeadMixer(nn.Module):
 
 
 class TalkingHeadsAttention(AttentionBlock):
-    """out = post(softmax(pre(q k^T / sqrt(e)))) v, gated per head and token by sigmoid(x Wg + bg), then projected.
+    """out = post_softmax(softmax(pre_softmax(q k^T / sqrt(e)))) v, gated per head and token by sigmoid(x Wg + bg), then projected.
 
-    `pre` and `post` mix the maps of the C = streams * heads heads of one batch row, at every pair of query and key.
+    `pre_softmax` and `post_softmax` mix the maps of the C = streams * heads heads of one batch row, at every pair of query and key.
     Time O(n^2 (d + C^2)), memory O(n d). State: keys and values of all tokens of all streams.
 
     Args:
@@ -61,7 +61,7 @@ class TalkingHeadsAttention(AttentionBlock):
         heads: heads h of each stream.
         dim_head: features e of each head.
         streams: streams s; their heads talk to each other. The input is (b, n, d), or (b, s, n, d) with s streams.
-        pre, post: the mixes before and after the softmax: "linear", "mlp" or None.
+        pre_softmax, post_softmax: the mixes before and after the softmax: "linear", "mlp" or None.
         scale: multiplies the scores; e^-0.5 where None.
         rotary: turns queries and keys by their position, the same in all streams.
         causal: hide the future from every token.
@@ -78,8 +78,8 @@ class TalkingHeadsAttention(AttentionBlock):
         heads: int = 8,
         dim_head: int = 64,
         streams: int = 1,
-        pre: str | None = "linear",
-        post: str | None = "linear",
+        pre_softmax: str | None = "linear",
+        post_softmax: str | None = "linear",
         scale: float | None = None,
         rotary: RotaryEmbedding | None = None,
         causal: bool = True,
@@ -89,7 +89,7 @@ class TalkingHeadsAttention(AttentionBlock):
         check_positive(streams=streams)
         if rotary is not None:
             rotary.prepare(dim_head)
-        for name, kind in (("pre", pre), ("post", post)):
+        for name, kind in (("pre_softmax", pre_softmax), ("post_softmax", post_softmax)):
             if kind is not None:
                 check_choice(name, kind, MIXES)
         self.streams = streams
@@ -101,8 +101,8 @@ class TalkingHeadsAttention(AttentionBlock):
         self.to_v = nn.Linear(dim, inner, bias=False)
         self.to_gate = nn.Linear(dim, heads)
         self.to_out = nn.Linear(inner, dim, bias=False)
-        self.pre = None if pre is None else HeadMixer(streams * heads, pre)
-        self.post = None if post is None else HeadMixer(streams * heads, post)
+        self.pre_softmax = None if pre_softmax is None else HeadMixer(streams * heads, pre_softmax)
+        self.post_softmax = None if post_softmax is None else HeadMixer(streams * heads, post_softmax)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Attend over a whole sequence.
@@ -136,18 +136,18 @@ class TalkingHeadsAttention(AttentionBlock):
         """The weights (b, s h, i, j) that multiply the values; `mixed=False` for the softmax before the last mix."""
         self._check(x, mask)
         q, k, _ = self._project(x)
-        weights = talking_heads_weights(q, k, _mix(self.pre), mask=mask, causal=self.causal, scale=self.scale)
-        return mix_heads(weights, _mix(self.post)) if mixed else weights
+        weights = talking_heads_weights(q, k, _mix(self.pre_softmax), mask=mask, causal=self.causal, scale=self.scale)
+        return mix_heads(weights, _mix(self.post_softmax)) if mixed else weights
 
-    def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Mix:
+    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
         self._check(x, mask)
         q, k, v = self._project(x)
-        return Mix(v, self.talk(q, k, v, mask))
+        return ValuesAndOutput(v, self.talk(q, k, v, mask))
 
     def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, HeadMix]:
         """Queries and keys (b, s h, n, e), and the mix before the softmax: what the diversity loss compares."""
         q, k, _ = self._project(x)
-        return q, k, _mix(self.pre)
+        return q, k, _mix(self.pre_softmax)
 
     def talk(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(b, s h, i, e) queries at the end of (b, s h, j, e) keys, mask (b, j) over the keys -> (b, s h, i, e)."""
@@ -155,8 +155,8 @@ class TalkingHeadsAttention(AttentionBlock):
             q,
             k,
             v,
-            _mix(self.pre),
-            _mix(self.post),
+            _mix(self.pre_softmax),
+            _mix(self.post_softmax),
             causal=self.causal,
             mask=mask,
             scale=self.scale,

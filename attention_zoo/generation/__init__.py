@@ -1,20 +1,19 @@
 """Sampling from anything with `step`."""
 
 from attention_zoo.generation.filters import min_p, top_k, top_p
-from attention_zoo.generation.images import draw_image_tokens, draw_images, write_and_draw, write_text
-from attention_zoo.generation.sampling import Decoder, Sampler, evaluating, generate, stream
+from attention_zoo.generation.images import generate_image_tokens, generate_images, generate_text
+from attention_zoo.generation.sampling import Decoder, Sampler, evaluating, generate, generate_stream
 
 __all__ = [
     "Decoder",
     "Sampler",
-    "draw_image_tokens",
-    "draw_images",
     "evaluating",
     "generate",
+    "generate_image_tokens",
+    "generate_images",
+    "generate_stream",
+    "generate_text",
     "min_p",
-    "stream",
     "top_k",
     "top_p",
-    "write_and_draw",
-    "write_text",
 ]

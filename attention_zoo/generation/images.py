@@ -62,7 +62,7 @@ class Tokenizer(Protocol):
         """(b, height * width) int -> (b, ...)."""
 
 
-def draw_image_tokens(
+def generate_image_tokens(
     model: TextImageModel,
     text: Tensor,
     *,
@@ -103,24 +103,24 @@ def draw_image_tokens(
     return drawn if prime is None else torch.cat((prime.long(), drawn), dim=1)
 
 
-def draw_images(model: TextImageModel, tokenizer: Tokenizer, text: Tensor, **options: Any) -> Tensor:
-    """`draw_image_tokens`, decoded.
+def generate_images(model: TextImageModel, tokenizer: Tokenizer, text: Tensor, **options: Any) -> Tensor:
+    """`generate_image_tokens`, decoded.
 
     Args:
         tokenizer: any object with `num_tokens` and `decode(ids) -> images`.
-        options: those of `draw_image_tokens`.
+        options: those of `generate_image_tokens`.
 
     Raises:
-        ValueError: the tokenizer has another number of ids than the model; and as `draw_image_tokens`.
+        ValueError: the tokenizer has another number of ids than the model; and as `generate_image_tokens`.
     """
     if tokenizer.num_tokens != model.num_image_tokens:
         raise ValueError(
             f"tokenizer must have the model's {model.num_image_tokens} image ids, got {tokenizer.num_tokens}"
         )
-    return tokenizer.decode(draw_image_tokens(model, text, **options))
+    return tokenizer.decode(generate_image_tokens(model, text, **options))
 
 
-def write_text(
+def generate_text(
     model: TextImageModel,
     text: Tensor,
     *,
@@ -135,7 +135,7 @@ def write_text(
 
     Args:
         text: (b, t) int with t <= text_len; (b, 0) starts from nothing.
-        model, temperature, top_k, top_p, min_p, generator, progress: see `draw_image_tokens`.
+        model, temperature, top_k, top_p, min_p, generator, progress: see `generate_image_tokens`.
 
     Returns:
         (b, text_len) int, 0 = padding.
@@ -145,23 +145,6 @@ def write_text(
     written = _sample(model, prompt, model.layout.text_len - prompt.shape[1], sampler, 1.0, progress)
     whole = torch.cat((text.long(), written), dim=1)
     return torch.where(whole < model.num_text_tokens, whole, 0)
-
-
-def write_and_draw(
-    model: TextImageModel, text: Tensor, *, guidance: float = 1.0, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Go on with each row of text, then draw what it says.
-
-    Args:
-        text: (b, t) int with t <= text_len.
-        guidance: see `draw_image_tokens`.
-        options: those of `write_text`.
-
-    Returns:
-        text (b, text_len) and image (b, height * width), int.
-    """
-    whole = write_text(model, text, **options)
-    return whole, draw_image_tokens(model, whole, guidance=guidance, **options)
 
 
 def _sample(

@@ -81,7 +81,7 @@ def generate(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Sample `length` new tokens after each prompt; `stream`, stacked.
+    """Sample `length` new tokens after each prompt; `generate_stream`, stacked.
 
     Args:
         model: anything with `step`; its training mode is put back at the end, whatever happens.
@@ -104,7 +104,7 @@ def generate(
             `max_seq_len`; nothing has been computed then.
     """
     tokens = list(
-        stream(
+        generate_stream(
             model,
             prompt,
             length,
@@ -124,7 +124,7 @@ def generate(
     return torch.cat((new, new.new_full((new.shape[0], length - new.shape[1]), eos)), dim=1)
 
 
-def stream(
+def generate_stream(
     model: Decoder,
     prompt: Tensor,
     length: int,

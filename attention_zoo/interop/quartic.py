@@ -48,8 +48,8 @@ def load_attention(
         heads=heads,
         dim_head=dim_head,
         streams=num_streams,
-        pre=kind if pre_talking_heads else None,
-        post=kind if post_talking_heads else None,
+        pre_softmax=kind if pre_talking_heads else None,
+        post_softmax=kind if post_talking_heads else None,
         scale=dim_head**0.5,
         causal=causal,
         dropout=dropout,
@@ -92,8 +92,8 @@ def load_transformer(
         max_seq_len=max_seq_len,
         causal=False,
         cross_stream=not ablate_cross_stream_talking_heads,
-        pre=kind if pre_talking_heads else None,
-        post=kind if post_talking_heads else None,
+        pre_softmax=kind if pre_talking_heads else None,
+        post_softmax=kind if post_talking_heads else None,
         scale=dim_head**0.5,
         separate_embeddings=separate_stream_emb,
         attn_dropout=attn_dropout,
@@ -125,10 +125,10 @@ def _move_attention(move: Transfer, block: Any) -> None:
     move.affine("to_gate", "to_gates.0")
     move.put("to_out.weight", "to_out.1.weight")
     for name in ("pre", "post"):
-        mixer = getattr(block, name)
+        mixer = getattr(block, f"{name}_softmax")
         if mixer is None:
             continue
-        source = move.at(f"{name}.", f"{name}_talking_heads.")
+        source = move.at(f"{name}_softmax.", f"{name}_talking_heads.")
         first = "weight" if mixer.kind == "linear" else "fn.1.weight"
         _refuse_pairs(source, first, heads=block.heads, streams=block.streams)
         if mixer.kind == "linear":

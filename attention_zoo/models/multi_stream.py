@@ -104,7 +104,7 @@ class MultiStreamTransformer(SavedModel):
         max_seq_len: length of the position table, and the longest sequence accepted.
         causal: a language model with `loss` and `step`; False sees both ways, for masked-token training.
         cross_stream: the heads of all streams talk; False: those of one stream alone.
-        pre, post: the mixes of talking heads, "linear", "mlp" or None.
+        pre_softmax, post_softmax: the mixes of talking heads, "linear", "mlp" or None.
         scale: multiplies the scores of talking heads; dim_head^-0.5 where None.
         separate_embeddings: a token and a position table per stream; False: shared ones and a vector per stream.
         tie_embeddings: logits use the token table; only with shared ones.
@@ -127,8 +127,8 @@ class MultiStreamTransformer(SavedModel):
         max_seq_len: int = 2048,
         causal: bool = True,
         cross_stream: bool = True,
-        pre: str | None = "linear",
-        post: str | None = "linear",
+        pre_softmax: str | None = "linear",
+        post_softmax: str | None = "linear",
         scale: float | None = None,
         separate_embeddings: bool = True,
         tie_embeddings: bool = False,
@@ -151,8 +151,8 @@ class MultiStreamTransformer(SavedModel):
                 heads=heads,
                 dim_head=dim_head,
                 streams=streams if cross_stream else 1,
-                pre=pre,
-                post=post,
+                pre_softmax=pre_softmax,
+                post_softmax=post_softmax,
                 scale=scale,
                 causal=causal,
                 dropout=dropout,
@@ -264,7 +264,7 @@ class MultiStreamTransformer(SavedModel):
 
     def _diversity_of(self, block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
         if isinstance(block, OverStreams):
-            q, k, pre = block.block.queries_and_keys(block.unfold(x))
+            q, k, pre_softmax = block.block.queries_and_keys(block.unfold(x))
             scale = block.block.scale
         elif self.streams == 1:
             return torch.zeros((), device=x.device)
@@ -273,4 +273,6 @@ class MultiStreamTransformer(SavedModel):
                 f"diversity needs streams whose heads talk, got attention={self.arguments['attention']!r}, "
                 f"cross_stream={self.arguments['cross_stream']}"
             )
-        return stream_diversity_loss(q, k, pre, streams=self.streams, mask=mask, causal=self.causal, scale=scale)
+        return stream_diversity_loss(
+            q, k, pre_softmax, streams=self.streams, mask=mask, causal=self.causal, scale=scale
+        )

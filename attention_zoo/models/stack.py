@@ -262,7 +262,7 @@ class Stack(nn.Module):
         return out
 
     @property
-    def wrap_units(self) -> tuple[type[nn.Module], ...]:
+    def fsdp_wrap_classes(self) -> tuple[type[nn.Module], ...]:
         """The classes whose modules are to be sharded, compiled or checkpointed one by one: `Layer`.
 
         None with reversible streams, which run the parts of a layer and never the layer.

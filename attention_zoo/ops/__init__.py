@@ -1,35 +1,57 @@
-"""Pure functions on tensors: each file holds one idea, its readable reference beside its fast path."""
+"""Operations on tensors: each is a readable reference and fast implementations that equal it.
+
+One folder holds one operation: `__init__.py` the public functions, `reference.py` the equation, and one file per fast
+implementation. `attention_zoo.ops.gate_loop` is both a package and a function: import names from it, not the package.
+"""
 
 from attention_zoo.ops.cosine_sim import cosine_sim_attention, l2_normalize
+from attention_zoo.ops.gate_loop import channel_gate_loop, gate_loop, linear_recurrence, unit_gate
 from attention_zoo.ops.implementation import reference
 from attention_zoo.ops.losses import masked_cross_entropy, next_token_loss
 from attention_zoo.ops.masks import causal_mask, key_mask, visible
+from attention_zoo.ops.relative_gate import relative_gate_attention
 from attention_zoo.ops.rotary import rotate
 from attention_zoo.ops.softmax import DistanceBias, softmax_attention, softmax_attention_weights
-from attention_zoo.ops.sparse.axial import axial_attention
-from attention_zoo.ops.sparse.block_sparse import block_sparse_attention, block_sparse_mask, choose_blocks
-from attention_zoo.ops.sparse.conv import conv_attention
-from attention_zoo.ops.sparse.image_layout import TextImageLayout, axial_mask, conv_mask
+from attention_zoo.ops.sparse import (
+    TextImageLayout,
+    axial_attention,
+    axial_mask,
+    block_sparse_attention,
+    block_sparse_mask,
+    choose_blocks,
+    conv_attention,
+    conv_mask,
+)
+from attention_zoo.ops.talking_heads import HeadMLP, talking_heads_attention
+from attention_zoo.ops.talking_heads.diversity import stream_diversity_loss
 
 __all__ = [
     "DistanceBias",
+    "HeadMLP",
     "TextImageLayout",
     "axial_attention",
     "axial_mask",
     "block_sparse_attention",
     "block_sparse_mask",
     "causal_mask",
+    "channel_gate_loop",
     "choose_blocks",
     "conv_attention",
     "conv_mask",
     "cosine_sim_attention",
+    "gate_loop",
     "key_mask",
     "l2_normalize",
+    "linear_recurrence",
     "masked_cross_entropy",
     "next_token_loss",
     "reference",
+    "relative_gate_attention",
     "rotate",
     "softmax_attention",
     "softmax_attention_weights",
+    "stream_diversity_loss",
+    "talking_heads_attention",
+    "unit_gate",
     "visible",
 ]

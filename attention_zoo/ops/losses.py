@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,3 +54,22 @@ def count_next_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _pairs(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask[:, :-1] & mask[:, 1:]
+
+
+class LossTerm(NamedTuple):
+    """A part of a loss: a mean over some targets.
+
+    Attributes:
+        mean: scalar, mean over `count` targets; 0 where there is none.
+        count: scalar, the number of targets.
+        weight: factor with which the mean enters the loss.
+    """
+
+    mean: Tensor
+    count: Tensor
+    weight: float = 1.0
+
+
+def total_loss(terms: Sequence[LossTerm]) -> Tensor:
+    """The weighted sum of the terms' means."""
+    return sum((term.weight * term.mean for term in terms[1:]), terms[0].weight * terms[0].mean)

@@ -108,7 +108,7 @@ def _reproduces(
     if not callable(getattr(block, "mix", None)):
         return
     with torch.no_grad():
-        values, mixed = block.mix(subject.x(n), **extra)  # type: ignore[operator]
+        values, mixed = block.values_and_output(subject.x(n), **extra)  # type: ignore[operator]
     expect_close(
         weights.to(values.dtype) @ values,
         mixed,

@@ -153,7 +153,7 @@ class DataParallelLoss(nn.Module):
         world: what `join_world` gave.
         strategy: "single", one process; "ddp", the model in every process, gradients averaged; "fsdp", parameters,
             gradients and optimizer state in shards, the parameters of one layer at a time gathered to be used. What a
-            layer is the model says in `wrap_units`, a tuple of classes that any of its modules may have.
+            layer is the model says in `fsdp_wrap_classes`, a tuple of classes that any of its modules may have.
 
         unused_parameters: with "ddp", whether a step may leave parameters without a gradient, at some cost in time.
 
@@ -235,11 +235,11 @@ def _shard(whole: nn.Module, units: list[nn.Module], world: World) -> None:
 
 
 def find_units(model: nn.Module) -> list[nn.Module]:
-    """The modules to shard one by one: those of the classes in `wrap_units`, of the model or of any module in it.
+    """The modules to shard one by one: those of the classes in `fsdp_wrap_classes`, of the model or of any module in it.
 
     One that shares parameters with another is left to the whole model, since a parameter has one place.
     """
-    kinds = tuple({kind for module in model.modules() for kind in getattr(module, "wrap_units", ())})
+    kinds = tuple({kind for module in model.modules() for kind in getattr(module, "fsdp_wrap_classes", ())})
     units = [module for module in model.modules() if isinstance(module, kinds)]
     owners: dict[Tensor, int] = {}
     for unit in units:

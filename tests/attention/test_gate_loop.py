@@ -63,7 +63,7 @@ def test_a_run_over_100_000_tokens_in_pieces_equals_the_whole(heads: int | None)
 
 def test_relative_gates_give_outputs_of_order_one_at_4096_tokens() -> None:
     with torch.no_grad():
-        out = RelativeGateAttention(16, heads=1, dim_head=8).mix(torch.randn(1, 4096, 16)).mixed
+        out = RelativeGateAttention(16, heads=1, dim_head=8).values_and_output(torch.randn(1, 4096, 16)).output
     assert 1e-3 < float(out.abs().max()) < 10
 
 

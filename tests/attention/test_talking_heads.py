@@ -14,7 +14,7 @@ from attention_zoo.ops import softmax_attention
 def test_streams_talk_within_their_own_batch_row_alone(streams: int) -> None:
     block = TalkingHeadsAttention(16, heads=2, dim_head=4, streams=streams).eval()
     with torch.no_grad():
-        block.pre.weight.add_(torch.randn_like(block.pre.weight))
+        block.pre_softmax.weight.add_(torch.randn_like(block.pre_softmax.weight))
     x = torch.randn(4, streams, 7, 16)
     changed = x.clone()
     changed[1] = torch.randn(streams, 7, 16)
@@ -27,7 +27,7 @@ def test_streams_talk_within_their_own_batch_row_alone(streams: int) -> None:
 
 
 def test_without_mixes_it_is_plain_attention_gated_per_head_and_token() -> None:
-    block = TalkingHeadsAttention(16, heads=2, dim_head=4, pre=None, post=None).eval()
+    block = TalkingHeadsAttention(16, heads=2, dim_head=4, pre_softmax=None, post_softmax=None).eval()
     x, mask = torch.randn(3, 11, 16), torch.rand(3, 11) < 0.7
 
     def heads(t: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ def test_without_mixes_it_is_plain_attention_gated_per_head_and_token() -> None:
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_fresh_mixes_change_nothing(kind: str) -> None:
     torch.manual_seed(1)
-    plain = TalkingHeadsAttention(16, heads=2, dim_head=4, pre=None, post=None)
-    mixed = TalkingHeadsAttention(16, heads=2, dim_head=4, pre=kind, post=kind)
+    plain = TalkingHeadsAttention(16, heads=2, dim_head=4, pre_softmax=None, post_softmax=None)
+    mixed = TalkingHeadsAttention(16, heads=2, dim_head=4, pre_softmax=kind, post_softmax=kind)
     mixed.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 9, 16)
     torch.testing.assert_close(mixed(x), plain(x), rtol=1e-5, atol=1e-6)
@@ -76,5 +76,7 @@ def test_a_mask_with_a_stream_axis_is_refused_with_the_shape_that_is_meant() -> 
 
 
 def test_an_unknown_mix_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"pre must be one of \['linear', 'mlp'\], got pre='linea'; did you mean"):
-        TalkingHeadsAttention(16, pre="linea")
+    with pytest.raises(
+        ValueError, match=r"pre must be one of \['linear', 'mlp'\], got pre_softmax='linea'; did you mean"
+    ):
+        TalkingHeadsAttention(16, pre_softmax="linea")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attention_zoo import LanguageModel, generate, stream
+from attention_zoo import LanguageModel, generate, generate_stream
 from attention_zoo.generation import Sampler
 
 VOCABULARY = 17
@@ -151,7 +151,7 @@ def test_nothing_is_computed_after_every_row_has_ended() -> None:
     got = generate(model, ids(2, 2), 6, temperature=0, eos=0)
     assert got.tolist() == [[1, 0, 0, 0, 0, 0], [3, 4, 0, 0, 0, 0]]
     assert model.calls == 3
-    assert len(list(stream(model, ids(2, 2), 6, temperature=0, eos=0))) == 3
+    assert len(list(generate_stream(model, ids(2, 2), 6, temperature=0, eos=0))) == 3
 
 
 def test_an_eos_in_the_prompt_does_not_end_a_row() -> None:
@@ -171,14 +171,14 @@ def test_rows_that_have_ended_leave_the_others_alone() -> None:
 
 def test_a_stream_stacked_is_what_generate_returns() -> None:
     model, prompt = build(), ids(3, 5)
-    tokens = list(stream(model, prompt, 12, generator=seed(1)))
+    tokens = list(generate_stream(model, prompt, 12, generator=seed(1)))
     assert all(token.shape == (3,) for token in tokens)
     assert torch.equal(torch.stack(tokens, 1), generate(model, prompt, 12, generator=seed(1)))
 
 
 def test_a_stream_gives_each_token_before_computing_the_next() -> None:
     model = Script([1, 2, 3, 4])
-    tokens = stream(model, ids(1, 2), 4, temperature=0)
+    tokens = generate_stream(model, ids(1, 2), 4, temperature=0)
     assert model.calls == 0
     for calls, want in enumerate([1, 2, 3, 4], start=1):
         assert next(tokens).item() == want
@@ -201,7 +201,7 @@ def test_the_prompt_and_its_mask_stay_as_they_were() -> None:
 
 def test_new_tokens_fed_back_leave_those_already_given_alone() -> None:
     tokens, copies = [], []
-    for token in stream(build(), ids(2, 5), 12, eos=3):
+    for token in generate_stream(build(), ids(2, 5), 12, eos=3):
         tokens.append(token)
         copies.append(token.clone())
     assert all(map(torch.equal, tokens, copies))
@@ -247,7 +247,7 @@ def test_modes_come_back_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> 
 def test_modes_come_back_when_a_stream_is_closed() -> None:
     model = mixed()
     before = modes(model)
-    tokens = stream(model, ids(2, 5), 9)
+    tokens = generate_stream(model, ids(2, 5), 9)
     next(tokens)
     tokens.close()
     assert modes(model) == before
@@ -256,14 +256,14 @@ def test_modes_come_back_when_a_stream_is_closed() -> None:
 def test_between_tokens_the_model_has_its_own_mode() -> None:
     model = mixed()
     before = modes(model)
-    for _ in stream(model, ids(2, 5), 3):
+    for _ in generate_stream(model, ids(2, 5), 3):
         assert modes(model) == before
 
 
 def test_streams_of_one_model_may_run_side_by_side() -> None:
     model, prompt = build(attn_dropout=0.5), ids(1, 5)
     want = generate(model, prompt, 9, temperature=0)
-    short, long = (stream(model.train(), prompt, length, temperature=0) for length in (3, 9))
+    short, long = (generate_stream(model.train(), prompt, length, temperature=0) for length in (3, 9))
     tokens = []
     for _ in range(3):
         tokens.append(next(long))
@@ -278,7 +278,7 @@ def test_modes_come_back_when_the_callers_loop_fails() -> None:
     before = modes(model)
 
     def fail_at_the_first() -> None:
-        for _ in stream(model, ids(2, 5), 9):
+        for _ in generate_stream(model, ids(2, 5), 9):
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -290,7 +290,7 @@ def test_modes_come_back_when_the_callers_loop_fails() -> None:
 def test_the_callers_grad_mode_is_its_own_between_tokens(enabled: bool) -> None:
     model = build()
     with torch.set_grad_enabled(enabled):
-        for token in stream(model, ids(2, 5), 4):
+        for token in generate_stream(model, ids(2, 5), 4):
             assert torch.is_grad_enabled() == enabled
             assert not token.requires_grad
             loss = model.loss(ids(2, 5))
@@ -312,7 +312,7 @@ def test_no_graph_is_recorded_while_a_token_is_computed() -> None:
 
 def test_a_stream_may_be_stopped_inside_no_grad_and_go_on_outside() -> None:
     model, prompt = build(), ids(2, 5)
-    tokens = stream(model, prompt, 6, temperature=0)
+    tokens = generate_stream(model, prompt, 6, temperature=0)
     with torch.no_grad():
         first = [next(tokens) for _ in range(3)]
     assert torch.is_grad_enabled()
@@ -370,7 +370,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("how", [generate, stream])
+@pytest.mark.parametrize("how", [generate, generate_stream])
 @pytest.mark.parametrize("case", BAD)
 def test_arguments_that_do_not_fit_are_named_at_the_call_before_any_work(case: str, how) -> None:
     changes, error, message = BAD[case]
@@ -395,7 +395,7 @@ def test_without_tqdm_a_progress_bar_names_the_extra_to_install(monkeypatch: pyt
 
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
     with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install attention-zoo\[examples\]"):
-        stream(Script([1]), ids(1, 2), 1, progress=True)
+        generate_stream(Script([1]), ids(1, 2), 1, progress=True)
 
 
 def test_without_a_progress_bar_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
@@ -414,7 +414,7 @@ def test_anything_with_step_can_be_sampled() -> None:
 
 
 def test_a_stream_is_an_iterator() -> None:
-    assert isinstance(stream(Script([1]), ids(1, 2), 1), Iterator)
+    assert isinstance(generate_stream(Script([1]), ids(1, 2), 1), Iterator)
 
 
 def test_an_eos_outside_the_vocabulary_is_refused_before_any_work() -> None:

@@ -29,7 +29,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"cross_stream": False},
     {"attention": "cosine_sim", "streams": 3},
     {"attention": ["full", "talking_heads"]},
-    {"pre": "mlp", "post": None},
+    {"pre_softmax": "mlp", "post_softmax": None},
 ]
 
 

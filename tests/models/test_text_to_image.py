@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from attention_zoo import (
     GreyTokenizer,
     TextToImageTransformer,
-    draw_image_tokens,
-    draw_images,
+    generate_image_tokens,
+    generate_images,
+    generate_text,
     write_and_draw,
-    write_text,
 )
 from attention_zoo.testing.subject import seeded
 from tests.formulas import relative_error
@@ -148,7 +148,7 @@ def test_null_prob_drops_whole_texts_and_leaves_the_caller_s_alone() -> None:
 
 def test_drawing_greedily_takes_the_likeliest_token_of_every_full_pass() -> None:
     model, (text, _) = small(), sample()
-    drawn = draw_image_tokens(model, text, temperature=0)
+    drawn = generate_image_tokens(model, text, temperature=0)
     image = torch.empty(3, 0, dtype=torch.int64)
     for _ in range(HEIGHT * WIDTH):
         image = torch.cat((image, model(text, image)[:, -1:].argmax(-1) - model.num_text_ids), dim=1)
@@ -158,7 +158,7 @@ def test_drawing_greedily_takes_the_likeliest_token_of_every_full_pass() -> None
 def test_guidance_moves_the_logits_away_from_those_without_text() -> None:
     model, (text, image) = small(), sample()
     prime, before = image[:, :5].clone(), text.clone()
-    drawn = draw_image_tokens(model, text, prime=prime, guidance=3.0, temperature=0)
+    drawn = generate_image_tokens(model, text, prime=prime, guidance=3.0, temperature=0)
     want = prime
     for _ in range(HEIGHT * WIDTH - 5):
         cond, null = (model(words, want)[:, -1, model.num_text_ids :] for words in (text, torch.zeros_like(text)))
@@ -170,8 +170,8 @@ def test_guidance_moves_the_logits_away_from_those_without_text() -> None:
 
 def test_filters_choose_among_the_ids_that_are_allowed() -> None:
     model, (text, _) = small(), sample()
-    assert torch.equal(draw_image_tokens(model, text, top_k=1), draw_image_tokens(model, text, temperature=0))
-    drawn = draw_image_tokens(model, text, top_p=0.5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(generate_image_tokens(model, text, top_k=1), generate_image_tokens(model, text, temperature=0))
+    drawn = generate_image_tokens(model, text, top_p=0.5, generator=torch.Generator().manual_seed(0))
     assert drawn.shape == (3, HEIGHT * WIDTH)
     assert int(drawn.min()) >= 0
     assert int(drawn.max()) < SHADES
@@ -185,14 +185,14 @@ def test_text_is_written_greedily_and_then_drawn() -> None:
         logits = in_steps(model, tokens, [tokens.shape[1]])
         tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
     assert torch.equal(written, torch.where(tokens[:, 1:] < WORDS, tokens[:, 1:], 0).masked_fill(written == 0, 0))
-    assert torch.equal(drawn, draw_image_tokens(model, written, temperature=0))
-    assert write_text(model, torch.empty(2, 0, dtype=torch.int64)).shape == (2, TEXT_LEN)
+    assert torch.equal(drawn, generate_image_tokens(model, written, temperature=0))
+    assert generate_text(model, torch.empty(2, 0, dtype=torch.int64)).shape == (2, TEXT_LEN)
 
 
 def test_drawing_puts_the_training_mode_back() -> None:
     model, (text, _) = small().train(), sample()
     model.stack.layers[0].eval()
-    draw_image_tokens(model, text)
+    generate_image_tokens(model, text)
     assert model.training
     assert not model.stack.layers[0].training
 
@@ -216,8 +216,8 @@ def test_grey_images_survive_their_tokenizer() -> None:
     images = torch.randint(0, 17, (4, 2, 3)) / 16
     assert torch.equal(tokenizer.decode(tokenizer.encode(images)), images)
     model, (text, _) = small(), sample()
-    drawn = draw_images(model, GreyTokenizer(height=HEIGHT, width=WIDTH, levels=SHADES), text, temperature=0)
-    assert torch.equal(drawn.flatten(1) * (SHADES - 1), draw_image_tokens(model, text, temperature=0).float())
+    drawn = generate_images(model, GreyTokenizer(height=HEIGHT, width=WIDTH, levels=SHADES), text, temperature=0)
+    assert torch.equal(drawn.flatten(1) * (SHADES - 1), generate_image_tokens(model, text, temperature=0).float())
 
 
 def refusals() -> dict[str, tuple[Any, str]]:
@@ -231,10 +231,10 @@ def refusals() -> dict[str, tuple[Any, str]]:
         "image length": (lambda m: m(text, torch.cat((image, image), 1)), r"image must be .*at most 12.*\(3, 24\)"),
         "part of an image": (lambda m: m.loss(text, image[:, 1:]), r"image must hold 12 tokens.*\(3, 11\)"),
         "batch": (lambda m: m(text, image[:2]), r"image must be .*b = 3.*\(2, 12\)"),
-        "whole prime": (lambda m: draw_image_tokens(m, text, prime=image), r"prime must hold fewer.*\(3, 12\)"),
+        "whole prime": (lambda m: generate_image_tokens(m, text, prime=image), r"prime must hold fewer.*\(3, 12\)"),
         "null_prob": (lambda m: m.loss(text, image, null_prob=1.5), "null_prob must lie in"),
         "vocabulary": (
-            lambda m: draw_images(m, wrong_shades, text),
+            lambda m: generate_images(m, wrong_shades, text),
             "tokenizer must have .* 7 image ids, got 5",
         ),
         "too long": (lambda m: m.step(torch.zeros(1, 30, dtype=torch.int64)), "tokens must hold at most the 18 tokens"),

@@ -12,12 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attention_zoo.ops.gate_loop.channel import channel_gate_loop
 from attention_zoo.ops.gate_loop.chunked import chunked_gate_loop, decay
-from attention_zoo.ops.gate_loop.gates import complex_of
+from attention_zoo.ops.gate_loop.gates import complex_of, unit_gate
 from attention_zoo.ops.gate_loop.recurrence import linear_recurrence
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax import check_heads
+
+__all__ = ["GateLoop", "channel_gate_loop", "gate_loop", "gate_loop_weights", "linear_recurrence", "unit_gate"]
 
 
 class GateLoop(NamedTuple):

@@ -45,7 +45,7 @@ def relative_gate_attention(
         mask: (b, j) bool, True = a real token. The gates of masked tokens are taken as 1.
         softmax: False for the raw scores as weights.
         dropout: probability with which a weight is dropped.
-        impl: "auto", "reference" or "blocks".
+        impl: "auto", "reference" or "tiled".
 
     Returns:
         (b, h, i, e_v) in the dtype of v.
@@ -54,7 +54,7 @@ def relative_gate_attention(
         TypeError: a dtype does not fit.
         ValueError: a shape does not fit.
     """
-    impl = choose(impl, ("blocks",))
+    impl = choose(impl, ("tiled",))
     check_heads(q, k, v)
     with no_autocast(q):
         q, k, wide, gate = _prepare(q, k, v, gate, mask)

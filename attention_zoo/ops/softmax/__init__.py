@@ -69,7 +69,7 @@ def softmax_attention(
         scale: e^-0.5 where None.
         dropout: probability with which a weight is dropped. Pass 0 outside training.
         impl: "auto", "reference" (full score matrix, twice differentiable), "sdpa" (torch's fused kernels) or
-            "blocks" (blocks of queries, recomputed in backward: memory O(n)).
+            "tiled" (blocks of queries, recomputed in backward: memory O(n)).
 
     Returns:
         (b, h, i, e_v) in the dtype of `v`. A query that sees no key gets exactly 0, and gives zero gradient.
@@ -77,17 +77,17 @@ def softmax_attention(
     Raises:
         ValueError, TypeError: shapes or dtypes do not fit; the message names the argument.
     """
-    impl = choose(impl, ("sdpa", "blocks"))
+    impl = choose(impl, ("sdpa", "tiled"))
     check_heads(q, k, v)
     check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     check_bias(bias, q, k)
     if impl == "auto":
         # a causal block ends at its own last key, which pays for a bias per distance without gradients too
         shorter = causal and isinstance(bias, DistanceBias) and not dropout
-        impl = "blocks" if (_needs_grad(bias) or shorter) and q.shape[-2] > 1 else "sdpa"
+        impl = "tiled" if (_needs_grad(bias) or shorter) and q.shape[-2] > 1 else "sdpa"
     if impl == "reference":
         return _reference(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, dropout=dropout)
-    if impl == "blocks":
+    if impl == "tiled":
         return _blocks(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, dropout=dropout)
     return _sdpa(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, dropout=dropout)
 

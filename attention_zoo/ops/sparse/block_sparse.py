@@ -22,7 +22,7 @@ def choose_blocks(
     local_blocks: int = 4,
     global_blocks: int = 0,
     random_blocks: int = 4,
-    causal: bool = True,
+    causal: bool = False,
     seed: int = 0,
 ) -> Tensor:
     """Which blocks see which, causal, with groups of 2, one global and one random block a row (g, l, r; . is unseen):
@@ -63,7 +63,7 @@ def block_sparse_mask(
     blocks: Tensor,
     *,
     block_size: int,
-    causal: bool = True,
+    causal: bool = False,
     start: int = 0,
     stop: int | None = None,
 ) -> Tensor:
@@ -136,7 +136,7 @@ def block_sparse_attention(
     *,
     blocks: Tensor,
     block_size: int,
-    causal: bool = True,
+    causal: bool = False,
     mask: Tensor | None = None,
     dropout: float = 0.0,
     impl: str = "auto",

@@ -49,7 +49,7 @@ def pattern_attention(
         mask: (b, j) bool, True = a real token.
         dropout: probability with which a weight is dropped; takes the dense path. Pass 0 outside training.
         impl: "auto", "reference" (full score matrix, twice differentiable), "dense" (torch's fused kernel under the
-            full mask), "tiles" (queries of the whole sequence), "gather" (one query, its own keys alone).
+            full mask), "tiled" (queries of the whole sequence), "gather" (one query, its own keys alone).
 
     Returns:
         (b, h, i, e). A query that sees no key gets exactly 0, and gives zero gradient.
@@ -57,19 +57,19 @@ def pattern_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    impl = choose(impl, ("dense", "tiles", "gather"))
+    impl = choose(impl, ("dense", "tiled", "gather"))
     _check(pattern, q, k, v, mask)
     i, j = q.shape[2], k.shape[2]
     if impl == "auto":
         impl = _cheapest(i, j, dropout)
-    if impl == "tiles" and i == j and not dropout:
+    if impl == "tiled" and i == j and not dropout:
         return pattern.tiled(q, k, v, mask)
     if impl == "gather" and i == 1:
         parts = pattern.keys(j - 1)
         k, v = _gather(k, parts, axis=2), _gather(v, parts, axis=2)
         mask = None if mask is None else _gather(mask, parts, axis=1)
         return softmax_attention(q, k, v, mask=mask, dropout=dropout)
-    if impl in ("tiles", "gather"):
+    if impl in ("tiled", "gather"):
         raise ValueError(f"impl must fit the queries, got {impl=} for {i} queries of {j} keys and {dropout=}")
     seen = _seen(pattern, i, j, mask, q.device)
     return softmax_attention(q, k, v, mask=seen, dropout=dropout, impl="reference" if impl == "reference" else "sdpa")
@@ -84,10 +84,10 @@ def pattern_weights(pattern: Pattern, q: Tensor, k: Tensor, *, mask: Tensor | No
 def _cheapest(queries: int, keys: int, dropout: float) -> str:
     whole = queries == keys and not dropout
     if torch.compiler.is_compiling():  # a trace would hold the keys of one position, or serve one range of lengths
-        return "tiles" if whole else "dense"
+        return "tiled" if whole else "dense"
     if queries == 1 and keys > 1:
         return "gather"
-    return "tiles" if whole and keys > DENSE_UP_TO else "dense"
+    return "tiled" if whole and keys > DENSE_UP_TO else "dense"
 
 
 def _gather(x: Tensor, parts: list[slice | list[int]], *, axis: int) -> Tensor:

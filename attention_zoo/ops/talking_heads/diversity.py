@@ -22,11 +22,11 @@ from attention_zoo.ops.talking_heads.tiled import Rooms, query_blocks, softmax_b
 def stream_diversity_loss(
     q: Tensor,
     k: Tensor,
-    pre: HeadMix,
+    pre_softmax: HeadMix,
     *,
     streams: int,
     mask: Tensor | None = None,
-    causal: bool = True,
+    causal: bool = False,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -37,11 +37,11 @@ def stream_diversity_loss(
 
     Args:
         q, k: (b, s h, n, e), the streams' heads in a row.
-        pre: the mix before the softmax.
+        pre_softmax: the mix before the softmax.
         streams: streams s.
         mask: (b, n) bool, True = a real token: as a key it is seen, as a query it counts.
         causal, scale: as in `talking_heads_attention`.
-        impl: "auto", "reference" (all maps at once, twice differentiable) or "blocks" (blocks of queries, computed
+        impl: "auto", "reference" (all maps at once, twice differentiable) or "tiled" (blocks of queries, computed
             again in backward).
 
     Returns:
@@ -50,24 +50,24 @@ def stream_diversity_loss(
     Raises:
         ValueError, TypeError: shapes or dtypes do not fit; the message names the argument.
     """
-    impl = choose(impl, ("blocks",))
+    impl = choose(impl, ("tiled",))
     b, heads, n, e = q.shape
     if streams < 1 or heads % streams:
         raise ValueError(f"streams must divide the heads of q, got {streams=} and {heads} heads")
     check_mask(mask, b, heads, n, k.shape[2])
-    check_mix("pre", pre, heads)
+    check_mix("pre_softmax", pre_softmax, heads)
     if streams == 1:
         return torch.zeros((), dtype=torch.float32, device=q.device)
     queries = b * n if mask is None else mask.sum().clamp(min=1)
     pairs = (heads // streams) ** 2 * streams * (streams - 1) / 2
     with no_autocast(q):
         if impl == "reference":
-            weights = talking_heads_weights(q, k, pre, mask=mask, causal=causal, scale=scale)
+            weights = talking_heads_weights(q, k, pre_softmax, mask=mask, causal=causal, scale=scale)
             found = _divergence(weights, streams)
             total = found.sum() if mask is None else found.masked_fill(~mask, 0.0).sum()
         else:
             scale = e**-0.5 if scale is None else scale
-            total = _by_blocks(q, k, parts_of(pre), mask, causal, scale, streams)
+            total = _by_blocks(q, k, parts_of(pre_softmax), mask, causal, scale, streams)
         return -total / pairs / queries
 
 
@@ -99,7 +99,7 @@ def _log(weights: Tensor) -> Tensor:
 
 @torch.library.custom_op("attention_zoo::stream_diversity", mutates_args=())
 def _by_blocks(
-    q: Tensor, k: Tensor, pre: list[Tensor], mask: Tensor | None, causal: bool, scale: float, streams: int
+    q: Tensor, k: Tensor, pre_softmax: list[Tensor], mask: Tensor | None, causal: bool, scale: float, streams: int
 ) -> Tensor:
     """The summed divergence of the queries that count."""
     wide_q, wide_k = at_least_float32(q) * scale, at_least_float32(k)
@@ -108,7 +108,7 @@ def _by_blocks(
     for row, block in query_blocks(q, k, mask, causal):
         first, second = rooms.views(block)
         torch.bmm(wide_q[row, :, block.rows], wide_k[row, :, : block.keys].transpose(1, 2), out=first)
-        scores = mix_into(first, whole_mix(pre), second)
+        scores = mix_into(first, whole_mix(pre_softmax), second)
         found = _divergence(softmax_into(scores, block, first if scores is second else second), streams)
         total += found.sum() if mask is None else (found * mask[row, block.rows]).sum()
     return total
@@ -119,7 +119,7 @@ def _backward_by_blocks(
     gradient: Tensor,
     q: Tensor,
     k: Tensor,
-    pre: list[Tensor],
+    pre_softmax: list[Tensor],
     mask: Tensor | None,
     causal: bool,
     scale: float,
@@ -128,23 +128,23 @@ def _backward_by_blocks(
     """The gradients to q, k and the parts of the mix, each block computed again."""
     wide_q, wide_k = at_least_float32(q) * scale, at_least_float32(k)
     to_q, to_k = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (wide_q, wide_k))
-    to_parts = [torch.zeros(part.shape, dtype=wide_q.dtype, device=part.device) for part in pre]
+    to_parts = [torch.zeros(part.shape, dtype=wide_q.dtype, device=part.device) for part in pre_softmax]
     rooms = Rooms(4, q, k)
     for row, block in query_blocks(q, k, mask, causal):
         scores, weights, spare, to_weights = rooms.views(block)
         queries, keys = wide_q[row, :, block.rows], wide_k[row, :, : block.keys]
         torch.bmm(queries, keys.transpose(1, 2), out=scores)
-        before = mix_into(scores, whole_mix(pre), spare)
+        before = mix_into(scores, whole_mix(pre_softmax), spare)
         softmax_into(before.clone() if before is scores else before, block, weights)
         _divergence_backward(weights, streams, to_weights)
         to_weights *= gradient if mask is None else gradient * mask[row, block.rows, None]
         softmax_backward(to_weights, weights, -1, weights.dtype, grad_input=to_weights)
-        to_scores, parts = mix_backward(scores, whole_mix(pre), to_weights, spare)
+        to_scores, parts = mix_backward(scores, whole_mix(pre_softmax), to_weights, spare)
         to_q[row, :, block.rows] = (to_scores @ keys) * scale
         to_k[row, :, : block.keys] += to_scores.transpose(1, 2) @ queries
         for total, part in zip(to_parts, parts, strict=True):
             total += part
-    return [part.to(t.dtype) for part, t in zip((to_q, to_k, *to_parts), (q, k, *pre), strict=True)]
+    return [part.to(t.dtype) for part, t in zip((to_q, to_k, *to_parts), (q, k, *pre_softmax), strict=True)]
 
 
 def _divergence_backward(weights: Tensor, streams: int, room: Tensor) -> None:
@@ -158,7 +158,9 @@ def _divergence_backward(weights: Tensor, streams: int, room: Tensor) -> None:
 
 
 @_by_blocks.register_fake
-def _(q: Tensor, k: Tensor, pre: list[Tensor], mask: Tensor | None, causal: bool, scale: float, streams: int) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, pre_softmax: list[Tensor], mask: Tensor | None, causal: bool, scale: float, streams: int
+) -> Tensor:
     return q.new_empty((), dtype=at_least_float32(q).dtype)
 
 
@@ -167,24 +169,24 @@ def _(
     gradient: Tensor,
     q: Tensor,
     k: Tensor,
-    pre: list[Tensor],
+    pre_softmax: list[Tensor],
     mask: Tensor | None,
     causal: bool,
     scale: float,
     streams: int,
 ) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, *pre)]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, *pre_softmax)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, pre, mask, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, mask, *pre)
+    q, k, pre_softmax, mask, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, mask, *pre_softmax)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    q, k, mask, *pre = ctx.saved_tensors
+    q, k, mask, *pre_softmax = ctx.saved_tensors
     with no_autocast(gradient):
-        to_q, to_k, *to_parts = _backward_by_blocks(gradient, q, k, pre, mask, *ctx.settings)
+        to_q, to_k, *to_parts = _backward_by_blocks(gradient, q, k, pre_softmax, mask, *ctx.settings)
     return to_q, to_k, to_parts, None, None, None, None
 
 

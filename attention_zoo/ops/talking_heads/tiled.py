@@ -22,8 +22,8 @@ def talking_heads_by_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pre: list[Tensor],
-    post: list[Tensor],
+    pre_softmax: list[Tensor],
+    post_softmax: list[Tensor],
     mask: Tensor | None,
     causal: bool,
     scale: float,
@@ -37,11 +37,11 @@ def talking_heads_by_blocks(
         first, second = rooms.views(block)
         keys, values = wide_k[row, :, : block.keys], wide_v[row, :, : block.keys]
         torch.bmm(wide_q[row, :, block.rows], keys.transpose(1, 2), out=first)
-        scores = mix_into(first, whole_mix(pre), second)
+        scores = mix_into(first, whole_mix(pre_softmax), second)
         weights = softmax_into(scores, block, first if scores is second else second)
         if dropout:
             weights *= kept_weights(weights, dropout, _generator(seed, row, block, q.device))
-        mixed = mix_into(weights, whole_mix(post), second if weights is first else first)
+        mixed = mix_into(weights, whole_mix(post_softmax), second if weights is first else first)
         out[row, :, block.rows] = mixed @ values
     return out.to(v.dtype)
 
@@ -51,8 +51,8 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pre: list[Tensor],
-    post: list[Tensor],
+    pre_softmax: list[Tensor],
+    post_softmax: list[Tensor],
     mask: Tensor | None,
     causal: bool,
     scale: float,
@@ -68,8 +68,8 @@ def _backward_by_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pre: list[Tensor],
-    post: list[Tensor],
+    pre_softmax: list[Tensor],
+    post_softmax: list[Tensor],
     mask: Tensor | None,
     causal: bool,
     scale: float,
@@ -79,31 +79,36 @@ def _backward_by_blocks(
     """The gradients to q, k, v and the parts of the mixes, each block computed again."""
     wide_q, wide_k, wide_v = at_least_float32(q) * scale, at_least_float32(k), at_least_float32(v)
     to_q, to_k, to_v = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (wide_q, wide_k, wide_v))
-    to_parts = [torch.zeros(part.shape, dtype=wide_q.dtype, device=part.device) for part in (*pre, *post)]
+    to_parts = [
+        torch.zeros(part.shape, dtype=wide_q.dtype, device=part.device) for part in (*pre_softmax, *post_softmax)
+    ]
     rooms = Rooms(4, q, k)
     for row, block in query_blocks(q, k, mask, causal):
         scores, weights, spare, to_maps = rooms.views(block)
         queries, g = wide_q[row, :, block.rows], at_least_float32(gradient[row, :, block.rows])
         keys, values = wide_k[row, :, : block.keys], wide_v[row, :, : block.keys]
         torch.bmm(queries, keys.transpose(1, 2), out=scores)
-        before = mix_into(scores, whole_mix(pre), spare)
+        before = mix_into(scores, whole_mix(pre_softmax), spare)
         softmax_into(before.clone() if before is scores else before, block, weights)
         kept = kept_weights(weights, dropout, _generator(seed, row, block, q.device)) if dropout else None
         dropped = weights if kept is None else weights * kept
-        mixed = mix_into(dropped, whole_mix(post), spare)
+        mixed = mix_into(dropped, whole_mix(post_softmax), spare)
 
         to_v[row, :, : block.keys] += mixed.transpose(1, 2) @ g
         torch.bmm(g, values.transpose(1, 2), out=to_maps)
-        to_weights, post_parts = mix_backward(dropped, whole_mix(post), to_maps, spare)
+        to_weights, post_parts = mix_backward(dropped, whole_mix(post_softmax), to_maps, spare)
         if kept is not None:
             to_weights = to_weights * kept
         softmax_backward(to_weights, weights, -1, weights.dtype, grad_input=to_maps)
-        to_scores, pre_parts = mix_backward(scores, whole_mix(pre), to_maps, spare)
+        to_scores, pre_parts = mix_backward(scores, whole_mix(pre_softmax), to_maps, spare)
         to_q[row, :, block.rows] = (to_scores @ keys) * scale
         to_k[row, :, : block.keys] += to_scores.transpose(1, 2) @ queries
         for total, part in zip(to_parts, (*pre_parts, *post_parts), strict=True):
             total += part
-    return [part.to(t.dtype) for part, t in zip((to_q, to_k, to_v, *to_parts), (q, k, v, *pre, *post), strict=True)]
+    return [
+        part.to(t.dtype)
+        for part, t in zip((to_q, to_k, to_v, *to_parts), (q, k, v, *pre_softmax, *post_softmax), strict=True)
+    ]
 
 
 @_backward_by_blocks.register_fake
@@ -112,21 +117,21 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pre: list[Tensor],
-    post: list[Tensor],
+    pre_softmax: list[Tensor],
+    post_softmax: list[Tensor],
     mask: Tensor | None,
     causal: bool,
     scale: float,
     dropout: float,
     seed: Tensor,
 ) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, *pre, *post)]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, *pre_softmax, *post_softmax)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, pre, post, mask, causal, scale, dropout, seed = inputs
-    ctx.save_for_backward(q, k, v, mask, seed, *pre, *post)
-    ctx.pre = len(pre)
+    q, k, v, pre_softmax, post_softmax, mask, causal, scale, dropout, seed = inputs
+    ctx.save_for_backward(q, k, v, mask, seed, *pre_softmax, *post_softmax)
+    ctx.pre = len(pre_softmax)
     ctx.settings = (causal, scale, dropout)
 
 

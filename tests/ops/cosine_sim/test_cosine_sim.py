@@ -10,7 +10,7 @@ import attention_zoo
 from attention_zoo.ops import DistanceBias, cosine_sim_attention, l2_normalize, softmax
 from tests.formulas import attend_one_by_one, relative_error, unit_slices, what_is_seen
 
-PATHS = ("auto", "reference", "sdpa", "blocks")
+PATHS = ("auto", "reference", "sdpa", "tiled")
 HALVES = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 3e-6, torch.float64: 1e-12}
 
@@ -207,7 +207,7 @@ def test_the_reference_has_no_backward_of_its_own_making() -> None:
     assert all(name == "AccumulateGrad" or name[-1].isdigit() for name in names), names  # all are torch's
 
 
-@pytest.mark.parametrize("path", ["auto", "sdpa", "blocks"])
+@pytest.mark.parametrize("path", ["auto", "sdpa", "tiled"])
 def test_a_second_derivative_on_a_fast_path_is_right_or_raises(path: str) -> None:
     inputs = leaves((1, 2, 3, 4), (1, 1, 5, 4), (1, 1, 5, 3))
 

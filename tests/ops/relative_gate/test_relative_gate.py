@@ -18,7 +18,7 @@ def test_blocks_equal_the_reference_in_outputs_and_gradients(queries: int, keys:
     mask = torch.rand(2, keys) < 0.7
     leaves, found = [t.requires_grad_() for t in (q, k, v, gate)], []
     weight = torch.randn(2, 2, queries, 6, dtype=torch.float64)
-    for impl in ("reference", "blocks"):
+    for impl in ("reference", "tiled"):
         out = relative_gate_attention(*leaves, mask=mask, softmax=softmax, impl=impl)
         found.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
     for want, got in zip(*found, strict=True):
@@ -34,7 +34,7 @@ def test_gates_of_every_size_give_what_the_reference_gives(size: float) -> None:
     gate = torch.polar(torch.full((1, 2, 140, 3), size), torch.randn(1, 2, 140, 3))
     leaves, found = [t.requires_grad_() for t in (q, k, v, gate)], []
     weight = torch.randn(1, 2, 140, 6)
-    for impl in ("reference", "blocks"):
+    for impl in ("reference", "tiled"):
         out = relative_gate_attention(*leaves, impl=impl)
         to_q, to_k, to_v, to_gate = torch.autograd.grad((out * weight).sum(), leaves)
         # the blocks know the gradient of a gate's logarithm, with the rounding of a gate of 1

@@ -13,7 +13,7 @@ from attention_zoo.ops import DistanceBias, softmax, softmax_attention, softmax_
 from attention_zoo.ops.softmax import distance_bias
 from tests.formulas import attend_one_by_one, bias_of_pairs, relative_error, what_is_seen
 
-PATHS = ("reference", "sdpa", "blocks")
+PATHS = ("reference", "sdpa", "tiled")
 B, H, KV, E, EV = 2, 4, 2, 6, 3
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -287,9 +287,9 @@ def differentiate_twice(path: str, case: str, bias_kind: str) -> bool:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("bias_kind", ["none", "distance", "pairs"])
 @pytest.mark.parametrize("case", DERIVATIVES)
-@pytest.mark.parametrize("path", ["reference", "blocks"])
+@pytest.mark.parametrize("path", ["reference", "tiled"])
 def test_second_derivatives_of_plain_arithmetic_are_right(path: str, case: str, bias_kind: str) -> None:
-    if path == "blocks" and bias_kind == "distance":
+    if path == "tiled" and bias_kind == "distance":
         with pytest.raises(RuntimeError, match=r"reference\(\)"):  # its backward is written by hand
             differentiate_twice(path, case, bias_kind)
         return

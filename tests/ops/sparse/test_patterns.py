@@ -122,7 +122,7 @@ def assert_agree(op: Callable[..., Tensor], n: int, dtype: torch.dtype, limit: f
         qkv, weight = inputs(n, dtype), torch.randn(2, 3, n, 8, dtype=dtype)
         want = with_gradients(op, qkv, weight, mask=mask, impl="reference")
         size = max(float(part.detach().norm()) for part in want)
-        for got, part in zip(with_gradients(op, qkv, weight, mask=mask, impl="tiles"), want, strict=True):
+        for got, part in zip(with_gradients(op, qkv, weight, mask=mask, impl="tiled"), want, strict=True):
             assert got.dtype == dtype
             assert float((got - part).detach().float().norm()) <= limit * max(float(part.detach().norm()), 1e-2 * size)
 
@@ -156,7 +156,7 @@ def test_every_way_equals_attention_one_query_at_a_time(name: str) -> None:
         mask = padding(n)[1:]
         seen = table(sees, n) & mask
         want = attend_one_by_one(q, k, v, seen.expand(1, 3, n, n), None, 8**-0.5)
-        for impl in ("auto", "dense", "tiles", "reference"):
+        for impl in ("auto", "dense", "tiled", "reference"):
             assert relative_error(op(q, k, v, mask=mask, impl=impl), want) < 1e-6
         if "False" not in name:  # a bidirectional query's keys need not have come yet
             last = want[:, :, -1:]
@@ -191,12 +191,12 @@ def test_dropout_drops_weights_and_keeps_their_mean() -> None:
 
 def test_a_second_derivative_of_tiles_raises_and_names_the_way_out() -> None:
     q, k, v = inputs(47)
-    out = conv_attention(q, k, v, layout=LAYOUT, impl="tiles")
+    out = conv_attention(q, k, v, layout=LAYOUT, impl="tiled")
     (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative.*attention_zoo\.reference"):
         first.sum().backward()
     with reference():
-        out = conv_attention(q, k, v, layout=LAYOUT, impl="tiles")
+        out = conv_attention(q, k, v, layout=LAYOUT, impl="tiled")
         (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
         first.sum().backward()
 

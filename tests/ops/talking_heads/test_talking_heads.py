@@ -41,20 +41,20 @@ def leaves(*mixes: HeadMix) -> list[Tensor]:
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_maps_are_mixed_pair_by_pair_before_and_after_the_softmax(causal: bool) -> None:
     q, k, v = inputs(7, 7, torch.float64)
-    pre, post = mix("linear", torch.float64), mix("mlp", torch.float64)
-    assert isinstance(pre, Tensor)
-    assert isinstance(post, HeadMLP)
+    pre_softmax, post_softmax = mix("linear", torch.float64), mix("mlp", torch.float64)
+    assert isinstance(pre_softmax, Tensor)
+    assert isinstance(post_softmax, HeadMLP)
     want = torch.zeros(2, HEADS, 7, 5, dtype=torch.float64)
     for b in range(2):
         for i in range(7):
             seen = range(i + 1) if causal else range(7)
-            scores = torch.stack([pre @ (q[b, :, i] * k[b, :, j]).sum(-1) * 8**-0.5 for j in seen], dim=1)
+            scores = torch.stack([pre_softmax @ (q[b, :, i] * k[b, :, j]).sum(-1) * 8**-0.5 for j in seen], dim=1)
             for j, weights in zip(seen, scores.softmax(dim=1).unbind(1), strict=True):
-                unit = weights / (weights.square().mean() + 1e-5).sqrt() * post.norm
-                hidden = post.w1 @ unit
-                mixed = weights + post.w2 @ (hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
+                unit = weights / (weights.square().mean() + 1e-5).sqrt() * post_softmax.norm
+                hidden = post_softmax.w1 @ unit
+                mixed = weights + post_softmax.w2 @ (hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
                 want[b, :, i] += mixed[:, None] * v[b, :, j]
-    got = talking_heads_attention(q, k, v, pre, post, causal=causal, impl="reference")
+    got = talking_heads_attention(q, k, v, pre_softmax, post_softmax, causal=causal, impl="reference")
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -65,16 +65,16 @@ def test_the_maps_are_mixed_pair_by_pair_before_and_after_the_softmax(causal: bo
 @pytest.mark.parametrize("setting", ["causal", "causal, masked", "bidirectional", "bidirectional, masked"])
 def test_the_fast_path_equals_the_reference_in_outputs_and_gradients(kinds: Any, i: int, j: int, setting: str) -> None:
     q, k, v = inputs(i, j)
-    pre, post = (mix(kind) for kind in kinds)
+    pre_softmax, post_softmax = (mix(kind) for kind in kinds)
     mask = torch.rand(2, j) < 0.6 if "masked" in setting else None
     if mask is not None:
         mask[1] = False
     settings: dict[str, Any] = {"causal": "causal" in setting, "mask": mask}
     weight = torch.randn(2, HEADS, i, 5)
     results = []
-    for impl in ("blocks", "reference"):
-        out = talking_heads_attention(q, k, v, pre, post, impl=impl, **settings)
-        results.append([out, *torch.autograd.grad((out * weight).sum(), [q, k, v, *leaves(pre, post)])])
+    for impl in ("tiled", "reference"):
+        out = talking_heads_attention(q, k, v, pre_softmax, post_softmax, impl=impl, **settings)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), [q, k, v, *leaves(pre_softmax, post_softmax)])])
     for got, want in zip(*results, strict=True):
         assert got.isfinite().all()
         assert relative_error(got, want) < 2e-5 or (got - want).abs().max() < 1e-6
@@ -86,9 +86,9 @@ def test_the_fast_path_equals_the_reference_in_outputs_and_gradients(kinds: Any,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_near_float64_and_keeps_its_dtype(dtype: torch.dtype) -> None:
     q, k, v = (t.detach().to(dtype) for t in inputs(131, 131))
-    pre, post = mix("linear"), mix("mlp")
-    got = talking_heads_attention(q, k, v, pre, post)
-    want = talking_heads_attention(q.double(), k.double(), v.double(), pre, post, impl="reference")
+    pre_softmax, post_softmax = mix("linear"), mix("mlp")
+    got = talking_heads_attention(q, k, v, pre_softmax, post_softmax)
+    want = talking_heads_attention(q.double(), k.double(), v.double(), pre_softmax, post_softmax, impl="reference")
     assert got.dtype == dtype
     assert relative_error(got, want) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
@@ -96,13 +96,15 @@ def test_half_precision_is_near_float64_and_keeps_its_dtype(dtype: torch.dtype) 
 @pytest.mark.parametrize("kind", ["linear", "mlp", None])
 def test_autocast_changes_neither_the_output_nor_the_gradients_of_the_fast_path(kind: str | None) -> None:
     q, k, v = inputs(131, 131)
-    pre, post = mix(kind), mix(kind)
+    pre_softmax, post_softmax = mix(kind), mix(kind)
     weight = torch.randn(2, HEADS, 131, 5)
     results = []
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = talking_heads_attention(q, k, v, pre, post)
-            results.append([out, *torch.autograd.grad((out * weight).sum(), [q, k, v, *leaves(pre, post)])])
+            out = talking_heads_attention(q, k, v, pre_softmax, post_softmax)
+            results.append(
+                [out, *torch.autograd.grad((out * weight).sum(), [q, k, v, *leaves(pre_softmax, post_softmax)])]
+            )
     for got, want in zip(*results, strict=True):
         assert relative_error(got, want) < 1e-6
 
@@ -203,11 +205,11 @@ def test_the_diversity_loss_is_minus_the_mean_jensen_shannon_divergence(streams:
 @pytest.mark.parametrize("masked", [False, True])
 def test_diversity_by_blocks_equals_the_reference(n: int, kind: str | None, causal: bool, masked: bool) -> None:
     q, k, _ = inputs(n, n, torch.float64)
-    pre = mix(kind, torch.float64)
+    pre_softmax = mix(kind, torch.float64)
     mask = torch.rand(2, n) < 0.7 if masked else None
     options: dict[str, Any] = {"streams": 2, "mask": mask, "causal": causal}
-    inputs_of = [q, k, *leaves(pre)]
-    got, want = (stream_diversity_loss(q, k, pre, impl=impl, **options) for impl in ("blocks", "reference"))
+    inputs_of = [q, k, *leaves(pre_softmax)]
+    got, want = (stream_diversity_loss(q, k, pre_softmax, impl=impl, **options) for impl in ("tiled", "reference"))
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     for ours, theirs in zip(torch.autograd.grad(got, inputs_of), torch.autograd.grad(want, inputs_of), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
@@ -243,18 +245,22 @@ def test_one_trace_of_the_diversity_loss_serves_every_length() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"pre": "linear"}, TypeError, "pre must be a .C, C. tensor, a HeadMLP or None, got str"),
-        ({"post": (torch.ones(HEADS),) * 3}, TypeError, "post must be a .C, C. tensor, a HeadMLP or None, got tuple"),
-        ({"pre": torch.ones(2, 2)}, ValueError, "pre must mix the 6 heads"),
+        ({"pre_softmax": "linear"}, TypeError, "pre must be a .C, C. tensor, a HeadMLP or None, got str"),
+        (
+            {"post_softmax": (torch.ones(HEADS),) * 3},
+            TypeError,
+            "post must be a .C, C. tensor, a HeadMLP or None, got tuple",
+        ),
+        ({"pre_softmax": torch.ones(2, 2)}, ValueError, "pre must mix the 6 heads"),
         ({"dropout": 1.0}, ValueError, "dropout must lie in .0, 1., got dropout=1.0"),
         ({"impl": "blokcs"}, ValueError, "impl must be one of"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     q, k, v = inputs(3, 3)
-    options: dict[str, Any] = {"pre": None, "post": None, **changes}
+    options: dict[str, Any] = {"pre_softmax": None, "post_softmax": None, **changes}
     with pytest.raises(error, match=message):
-        talking_heads_attention(q, k, v, options.pop("pre"), options.pop("post"), **options)
+        talking_heads_attention(q, k, v, options.pop("pre_softmax"), options.pop("post_softmax"), **options)
 
 
 def test_one_stream_has_no_diversity_and_equal_streams_have_none_either() -> None:
