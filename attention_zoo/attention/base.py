@@ -12,7 +12,7 @@ from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
 from attention_zoo.layers.projections import Projections
 from attention_zoo.layers.state import KeyValueState, State
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads
-from attention_zoo.ops.sparse.pattern import Pattern, pattern_attention, pattern_weights
+from attention_zoo.ops.sparse import Pattern, pattern_attention, pattern_weights
 
 
 class ValuesAndOutput(NamedTuple):
