@@ -144,7 +144,7 @@ class BlockSparsePattern(Pattern):
 
 
 def block_sparse_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, device: torch.device) -> list[Tile]:
-    """A tile of the blocks to which all rows attend; per row of blocks, the run up to its own, and the gathered rest."""
+    """A tile of the blocks that all rows attend to; per row of blocks, the run up to its own, and the rest gathered."""
     if extra is None:
         raise ValueError("extra must hold the blocks, got None")
     size, causal = numbers
