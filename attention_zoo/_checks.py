@@ -10,19 +10,29 @@ from torch import Tensor
 
 
 def check_positive(**sizes: int | None) -> None:
-    """Refuse a size that is not a whole number of at least 1; None stands for "not given" and passes.
+    """Check that sizes are positive integers; None passes.
 
     Raises:
-        TypeError: it is not an int.
-        ValueError: it is below 1.
+        TypeError: a size is not an int.
+        ValueError: a size is below 1.
+    """
+    check_at_least(1, **sizes)
+
+
+def check_at_least(minimum: int, /, **sizes: int | None) -> None:
+    """Check that sizes are integers not below `minimum`; None passes.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below `minimum`.
     """
     for name, size in sizes.items():
         if size is None:
             continue
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {name}={size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {name}={size}")
+        if size < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {name}={size}")
 
 
 def check_fraction(**fractions: float) -> None:

@@ -63,11 +63,3 @@ def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: 
         f"mask must be (b, j) = {(batch, keys)} or, with four axes, broadcast to (b, h, i, j) = {want}, "
         f"got shape {tuple(mask.shape)}"
     )
-
-
-def slice_mask(mask: Tensor | None, start: int, stop: int, keys: int) -> Tensor | None:
-    """What a mask says of the queries start ... stop - 1 and the first `keys` keys."""
-    if mask is None or mask.ndim == 2:
-        return mask if mask is None else mask[:, :keys]
-    rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
-    return rows if rows.shape[-1] == 1 else rows[..., :keys]

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention_zoo.ops.implementation import choose
-from attention_zoo.ops.masks import check_mask, key_mask, slice_mask, visible
+from attention_zoo.ops.masks import check_mask, key_mask, visible
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax.distance_bias import distance_biased_attention
+from attention_zoo.ops.tiling import masked_softmax, slice_mask
 
 QUERY_BLOCK = 128  # queries whose scores are held at a time where a bias learns
 
@@ -110,15 +111,6 @@ def softmax_attention_weights(
             scores = scores + (bias.pairs(*scores.shape[-2:]) if isinstance(bias, DistanceBias) else bias)
         seen = visible(*scores.shape[-2:], mask=mask, causal=causal, device=q.device)
         return masked_softmax(scores, seen)
-
-
-def masked_softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
-    """Softmax over the last axis restricted to `seen`; a row that sees nothing gets zeros, and zero gradients."""
-    if seen is None:
-        return scores.softmax(dim=-1)
-    # A finite fill keeps empty rows free of NaN; the second fill makes their weights, and gradients, exactly 0.
-    weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    return weights.masked_fill(~seen, 0.0)
 
 
 def _reference(

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.masks import slice_mask, visible
+from attention_zoo.ops.masks import visible
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.talking_heads.head_mixing import mix_backward, mix_into, whole_mix
+from attention_zoo.ops.tiling import slice_mask
 
 QUERY_BLOCK = 64  # queries whose maps are held at a time
 
