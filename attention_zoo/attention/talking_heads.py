@@ -120,7 +120,7 @@ class TalkingHeadsAttention(SelfAttention):
 
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
         gate = self.to_gate(x).sigmoid()  # (b, n, h), or (b, s, n, h)
-        heads = out.unflatten(1, (self.streams, self.heads)).transpose(2, 3)  # (b, s, n, h, e)
+        heads = out.view(x.shape[0], self.streams, self.heads, *out.shape[2:]).transpose(2, 3)  # (b, s, n, h, e)
         return self.to_out((heads.reshape(*gate.shape, self.dim_head) * gate[..., None]).flatten(-2))
 
     def attention_map(self, x: Tensor, *, mask: Tensor | None = None, mixed: bool = True) -> Tensor:

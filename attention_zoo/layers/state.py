@@ -57,7 +57,8 @@ class Buffer:
     def copy_of(cls, keys: Tensor, values: Tensor, capacity: int) -> Buffer:
         """Copy keys and values into storage for at least `capacity` tokens."""
         used, size = keys.shape[2], max(MIN_BUFFER, 2 * capacity)
-        buffer = cls(*(t.new_empty(*t.shape[:2], size, t.shape[3]) for t in (keys, values)), used)
+        new_keys, new_values = (t.new_empty(*t.shape[:2], size, t.shape[3]) for t in (keys, values))
+        buffer = cls(new_keys, new_values, used)
         buffer.keys[:, :, :used] = keys
         buffer.values[:, :, :used] = values
         return buffer

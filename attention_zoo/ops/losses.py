@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ def _pairs(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask[:, :-1] & mask[:, 1:]
 
 
-class LossTerm(NamedTuple):
+@dataclass(frozen=True)
+class LossTerm:
     """A part of a loss: a mean over some targets.
 
     Attributes:
