@@ -23,7 +23,7 @@ from attention_zoo.layers.state import State, register_state
 from attention_zoo.models.layer_specs import LayerSpec
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import next_token_loss
-from attention_zoo.ops.talking_heads.diversity import stream_diversity_loss
+from attention_zoo.ops.talking_heads import stream_diversity_loss
 from attention_zoo.saving.saved_model import SavedModel
 
 

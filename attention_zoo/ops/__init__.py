@@ -22,8 +22,7 @@ from attention_zoo.ops.sparse import (
     conv_attention,
     conv_mask,
 )
-from attention_zoo.ops.talking_heads import HeadMLP, talking_heads_attention
-from attention_zoo.ops.talking_heads.diversity import stream_diversity_loss
+from attention_zoo.ops.talking_heads import HeadMLP, stream_diversity_loss, talking_heads_attention
 
 __all__ = [
     "DistanceBias",

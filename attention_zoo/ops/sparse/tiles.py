@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attention_zoo.ops.custom_op import register_operator
 from attention_zoo.ops.masks import causal_mask
-from attention_zoo.ops.precision import at_least_float32, no_autocast
+from attention_zoo.ops.precision import at_least_float32
 
 MIN_ROWS = 32  # minimum number of queries in a tile of image rows
 TEXT_QUERIES = 64  # text queries per tile
@@ -103,16 +103,15 @@ def _forward(inputs: TiledInputs, tiles: list[Tile]) -> Sequence[Tensor]:
     """The output (b, h, n, e) and the log-sum-exp of the scores (b, h, n)."""
     q, k, v, mask = inputs[:4]
     out, lse = _empty_outputs(inputs)
-    with no_autocast(q):
-        for tile, bias in zip(tiles, _mask_biases(mask, tiles, q.dtype), strict=True):
-            rows = tile.queries
-            part, part_lse = _attend(q[:, :, rows], _take(k, tile.keys), _take(v, tile.keys), bias)
-            if mask is not None and bias is not None:  # a query without a visible key has no weight in a merge
-                part_lse = part_lse.masked_fill((bias == -math.inf).all(-1), -math.inf)
-            if tile.merge:
-                _merge(out[:, :, rows], lse[:, :, rows], part, part_lse, padded=mask is not None)
-            else:
-                out[:, :, rows], lse[:, :, rows] = part, part_lse
+    for tile, bias in zip(tiles, _mask_biases(mask, tiles, q.dtype), strict=True):
+        rows = tile.queries
+        part, part_lse = _attend(q[:, :, rows], _take(k, tile.keys), _take(v, tile.keys), bias)
+        if mask is not None and bias is not None:  # a query without a visible key has no weight in a merge
+            part_lse = part_lse.masked_fill((bias == -math.inf).all(-1), -math.inf)
+        if tile.merge:
+            _merge(out[:, :, rows], lse[:, :, rows], part, part_lse, padded=mask is not None)
+        else:
+            out[:, :, rows], lse[:, :, rows] = part, part_lse
     return out, lse
 
 
