@@ -1,4 +1,4 @@
-"""Query tiles: what the implementations that hold the scores of a few queries at a time have in common."""
+"""Query tiles: shared by the implementations that hold the scores of a few queries at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,13 @@ def query_tiles(queries: int, keys: int, causal: bool, size: int) -> Iterator[Qu
 
 
 def slice_mask(mask: Tensor | None, start: int, stop: int, keys: int) -> Tensor | None:
-    """The part of a mask, (b, j) or broadcastable to (b, h, i, j), for the queries of a tile and its keys."""
+    """The part of a mask for the queries and keys of a tile.
+
+    Args:
+        mask: None, (b, j), or four axes that broadcast to (b, h, i, j); a bias with four axes is sliced alike.
+        start, stop: the queries start ... stop - 1.
+        keys: number of keys, from the first.
+    """
     if mask is None or mask.ndim == 2:
         return mask if mask is None else mask[:, :keys]
     rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import attention_zoo
-from attention_zoo.ops import DistanceBias, cosine_sim_attention, l2_normalize, softmax
+from attention_zoo.ops import DistanceBias, cosine_sim_attention, l2_normalize
+from attention_zoo.ops.softmax import tiled
 from tests.formulas import attend_one_by_one, relative_error, unit_slices, what_is_seen
 
 PATHS = ("auto", "reference", "sdpa", "tiled")
@@ -223,7 +224,7 @@ def test_a_second_derivative_on_a_fast_path_is_right_or_raises(path: str) -> Non
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_compiles_as_one_graph(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(tiled, "QUERY_TILE", 3)
     inputs = leaves((2, 2, 5, 4), (2, 1, 7, 4), (2, 1, 7, 3), (2, 5, 7))
     mask = torch.rand(2, 7) < 0.6
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import attention_zoo
-from attention_zoo.ops import DistanceBias, softmax, softmax_attention, softmax_attention_weights
-from attention_zoo.ops.softmax import distance_bias
+from attention_zoo.ops import DistanceBias, softmax_attention, softmax_attention_weights
+from attention_zoo.ops.softmax import distance_bias, tiled
 from tests.formulas import attend_one_by_one, bias_of_pairs, relative_error, what_is_seen
 
 PATHS = ("reference", "sdpa", "tiled")
@@ -21,8 +21,8 @@ HALVES = (torch.float16, torch.bfloat16)
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of three queries, so that small inputs cross their edges."""
-    monkeypatch.setattr(softmax, "QUERY_BLOCK", 3)
-    monkeypatch.setattr(distance_bias, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(tiled, "QUERY_TILE", 3)
+    monkeypatch.setattr(distance_bias, "QUERY_TILE", 3)
 
 
 def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -380,7 +380,7 @@ BAD = {
     "distances": (
         {"bias": DistanceBias(zeros(4, 12))},
         ValueError,
-        r"bias.values must be .* = \(4, 11\), got \(4, 12\)",
+        r"bias.values must be .* = \(4, 11\), got shape \(4, 12\)",
     ),
 }
 
