@@ -1,4 +1,4 @@
-"""Query tiles: what the implementations that hold the scores of a few queries at a time have in common."""
+"""Query tiles: shared by the implementations that hold the scores of a few queries at a time."""
 
 from __future__ import annotations
 
@@ -42,10 +42,19 @@ def query_tiles(queries: int, keys: int, causal: bool, size: int) -> Iterator[Qu
 
 
 def slice_mask(mask: Tensor | None, start: int, stop: int, keys: int) -> Tensor | None:
-    """The part of a mask, (b, j) or broadcastable to (b, h, i, j), for the queries of a tile and its keys."""
-    if mask is None or mask.ndim == 2:
-        return mask if mask is None else mask[:, :keys]
-    rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
+    """The part of a mask for the queries start ... stop - 1 and the first `keys` keys.
+
+    Args:
+        mask: None, (b, j), or four axes that broadcast to (b, h, i, j).
+    """
+    if mask is None:
+        return None
+    return mask[:, :keys] if mask.ndim == 2 else slice_pairs(mask, start, stop, keys)
+
+
+def slice_pairs(pairs: Tensor, start: int, stop: int, keys: int) -> Tensor:
+    """As `slice_mask`, for a tensor that broadcasts to (..., i, j)."""
+    rows = pairs if pairs.shape[-2] == 1 else pairs[..., start:stop, :]
     return rows if rows.shape[-1] == 1 else rows[..., :keys]
 
 
