@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.norms import LayerNorm, RMSNorm
 from attention_zoo.layers.state import State, count_tokens, register_state
-from attention_zoo.ops.gate_loop.recurrence import linear_recurrence
+from attention_zoo.ops.gate_loop import linear_recurrence
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
 
