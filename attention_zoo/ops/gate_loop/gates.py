@@ -53,7 +53,7 @@ def log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor]:
 
     float64, because cumulative sums of logarithms of small gates reach values whose differences float32 would round.
     """
-    re, im = gate.double().unbind(-1)
+    re, im = (part.double() for part in gate.unbind(-1))  # separate tensors, see `unit_gate`
     zero = (re == 0) & (im == 0)
     re = re.masked_fill(zero, 1.0)
     log = torch.hypot(re, im).clamp(min=SMALLEST).log().masked_fill(zero, math.log(SMALLEST))
@@ -61,13 +61,18 @@ def log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def magnitude(log: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(log) of a cumulative log-magnitude, and 0 where the product of two such values would be denormal.
+    """exp(log) of a cumulative log-magnitude, through `flush_denormal_`; 1 for log > 0, of keys after their query."""
+    least = math.log(torch.finfo(dtype).tiny) / 2 - 1
+    return flush_denormal_(log.to(dtype).clamp(least, 0.0).exp_())
+
+
+def flush_denormal_(decay: Tensor) -> Tensor:
+    """Set decays to 0, in place, where the product of two such values would be denormal.
 
     Denormal numbers slow matrix products and exp down tenfold; the values set to 0 are far below the rounding error of
-    the sums that they enter. Positive logarithms, those of keys after their query, give 1.
+    the sums that they enter.
     """
-    least = torch.finfo(dtype).tiny ** 0.5
-    return F.threshold(log.to(dtype).clamp(math.log(least) - 1, 0.0).exp_(), least, 0.0)
+    return F.threshold_(decay, torch.finfo(decay.dtype).tiny ** 0.5, 0.0)
 
 
 def complex_of(dtype: torch.dtype) -> torch.dtype:
