@@ -19,7 +19,7 @@ SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", s
 
 def register_operator(
     name: str,
-    inputs: type[NamedTuple],  # type: ignore[valid-type]  # a class derived from NamedTuple
+    inputs: type[NamedTuple],
     forward: Callable[[Any], Sequence[Tensor]],
     backward: Callable[[Any, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]],
     fake: Callable[[Any], Sequence[Tensor]],
@@ -53,12 +53,12 @@ def register_operator(
 
     def run_forward(*args: Any) -> list[Tensor]:
         with no_autocast(_differentiable(args)[0]):
-            return list(forward(inputs(*args)))  # type: ignore[call-arg]
+            return list(forward(inputs(*args)))
 
     def run_backward(gradients: list[Tensor], outputs: list[Tensor], *args: Any) -> list[Tensor]:
         tensors = _differentiable(args)
         with no_autocast(tensors[0]):
-            found = backward(inputs(*args), outputs, gradients)  # type: ignore[call-arg]
+            found = backward(inputs(*args), outputs, gradients)
         return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(found, tensors, strict=True)]
 
     def fake_backward(gradients: list[Tensor], outputs: list[Tensor], *args: Any) -> list[Tensor]:
@@ -91,7 +91,7 @@ def register_operator(
         mutates_args=(),
         schema=f"(Tensor[] gradients, Tensor[] outputs, {arguments}) -> Tensor[]",
     )
-    operator.register_fake(lambda *args: list(fake(inputs(*args))))  # type: ignore[call-arg]
+    operator.register_fake(lambda *args: list(fake(inputs(*args))))
     operator_backward.register_fake(fake_backward)
     operator.register_autograd(differentiate, setup_context=setup_context)
     operator_backward.register_autograd(refuse)

@@ -42,16 +42,19 @@ def query_tiles(queries: int, keys: int, causal: bool, size: int) -> Iterator[Qu
 
 
 def slice_mask(mask: Tensor | None, start: int, stop: int, keys: int) -> Tensor | None:
-    """The part of a mask for the queries and keys of a tile.
+    """The part of a mask for the queries start ... stop - 1 and the first `keys` keys.
 
     Args:
-        mask: None, (b, j), or four axes that broadcast to (b, h, i, j); a bias with four axes is sliced alike.
-        start, stop: the queries start ... stop - 1.
-        keys: number of keys, from the first.
+        mask: None, (b, j), or four axes that broadcast to (b, h, i, j).
     """
-    if mask is None or mask.ndim == 2:
-        return mask if mask is None else mask[:, :keys]
-    rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
+    if mask is None:
+        return None
+    return mask[:, :keys] if mask.ndim == 2 else slice_pairs(mask, start, stop, keys)
+
+
+def slice_pairs(pairs: Tensor, start: int, stop: int, keys: int) -> Tensor:
+    """The part of a tensor that broadcasts to (..., i, j) for the queries start ... stop - 1 and the first `keys` keys."""
+    rows = pairs if pairs.shape[-2] == 1 else pairs[..., start:stop, :]
     return rows if rows.shape[-1] == 1 else rows[..., :keys]
 
 

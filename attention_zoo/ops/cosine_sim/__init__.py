@@ -34,7 +34,8 @@ def l2_normalize(x: Tensor, *, groups: int = 1, eps: float | None = None, impl: 
         ValueError: `groups` does not divide e, or `impl` is unknown.
     """
     impl = choose(impl, ("fused",))
-    eps = _check_groups(x, groups, eps)
+    _check_groups(groups, x)
+    eps = _smallest_norm(x) if eps is None else eps
     with no_autocast(x):
         if impl == "reference":
             from attention_zoo.ops.cosine_sim import reference
@@ -75,7 +76,7 @@ def cosine_sim_attention(
         impl: as in `softmax_attention`.
 
     Returns:
-        (b, h, i, e_v), or (b, i, e_v) for a 3-D `q`, in the dtype of `v`. A query without an allowed key gets exactly 0.
+        (b, h, i, e_v), or (b, i, e_v) for a 3-D `q`, in the dtype of `v`. A query without an allowed key gets 0.
 
     Raises:
         TypeError: the dtype of an argument is wrong.
@@ -94,7 +95,8 @@ def cosine_sim_attention(
         check_heads(q, k, v)
         check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         check_bias(bias, q, k)
-        eps = _check_groups(q, groups, eps)
+        _check_groups(groups, q)
+        eps = _smallest_norm(q) if eps is None else eps
         from attention_zoo.ops.cosine_sim import reference
 
         out = reference.attention(q, k, v, mask, causal, bias, scale, groups, eps, dropout)
@@ -104,8 +106,10 @@ def cosine_sim_attention(
     return out[:, 0] if merged else out
 
 
-def _check_groups(x: Tensor, groups: int, eps: float | None) -> float:
-    """Check that `groups` divides the features of `x`, and return `eps` or its default."""
+def _smallest_norm(x: Tensor) -> float:
+    return max(1e-12, torch.finfo(x.dtype).tiny)
+
+
+def _check_groups(groups: int, x: Tensor) -> None:
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups must divide the features of a head, got {groups=} and {x.shape[-1]} features")
-    return max(1e-12, torch.finfo(x.dtype).tiny) if eps is None else eps

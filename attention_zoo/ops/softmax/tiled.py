@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax.bias import Bias, DistanceBias
-from attention_zoo.ops.tiling import QueryTile, masked_softmax, query_tiles, slice_mask, tile_mask
+from attention_zoo.ops.tiling import QueryTile, masked_softmax, query_tiles, slice_pairs, tile_mask
 
 QUERY_TILE = 128  # larger than that of the operators, because every checkpoint has a cost
 
@@ -27,8 +27,6 @@ def tiled_attention(
     """Arguments as in `softmax_attention`."""
     if isinstance(bias, DistanceBias):
         bias = DistanceBias(at_least_float32(bias.values))  # once, so that the gradients of the tiles are summed in it
-    elif bias is not None:
-        bias = bias[(None,) * (4 - bias.ndim)]
     options = (mask, causal, bias, scale, dropout)
     outs = [
         checkpoint(_attend, tile, q, k, v, *options, use_reentrant=False)
@@ -58,7 +56,7 @@ def _attend(
         if isinstance(bias, DistanceBias):
             scores = scores + bias.rows(*tile[:2], queries, tile.keys).pairs(*scores.shape[-2:])
         elif bias is not None:
-            scores = scores + slice_mask(bias, *tile)
+            scores = scores + slice_pairs(bias, *tile)
         weights = masked_softmax(scores, tile_mask(tile, mask=mask, causal=causal, device=q.device))
         return (F.dropout(weights, dropout) @ at_least_float32(v)).to(v.dtype)
 
