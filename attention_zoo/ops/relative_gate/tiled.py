@@ -174,6 +174,7 @@ def _backward(inputs: RelativeGateInputs, outputs: Sequence[Tensor], gradients: 
     # L_i scales the query q'_i and -L_j the key k'_j.
     grad_log = -(k * grad_k).sum(3)
     grad_log[:, :, k.shape[2] - q.shape[2] :] += (q * grad_q).sum(3)
+    grad_log[:, :, 0] -= grad_log.sum(2)  # only differences of L count, so their gradients sum to 0
     return [grad_q, grad_k, grad_v, grad_log]
 
 
