@@ -20,8 +20,14 @@ from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.layers.state import State, count_tokens, register_state
-from attention_zoo.ops.gate_loop import channel_gate_loop, gate_loop, gate_loop_weights, unit_gate
-from attention_zoo.ops.gate_loop.gates import complex_of, scale_gradient
+from attention_zoo.ops.gate_loop import (
+    channel_gate_loop,
+    complex_of,
+    gate_loop,
+    gate_loop_weights,
+    scale_gradient,
+    unit_gate,
+)
 
 
 @dataclass

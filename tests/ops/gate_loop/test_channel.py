@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops.gate_loop import recurrence
-from attention_zoo.ops.gate_loop.channel import channel_gate_loop
+from attention_zoo.ops.gate_loop import channel_gate_loop
 from tests.formulas import relative_error
 
 FAST = ["scan", "numba"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attention_zoo.ops.gate_loop import recurrence
-from attention_zoo.ops.gate_loop.recurrence import linear_recurrence
+from attention_zoo.ops.gate_loop import linear_recurrence
 from tests.formulas import relative_error
 
 
