@@ -53,7 +53,7 @@ def slice_mask(mask: Tensor | None, start: int, stop: int, keys: int) -> Tensor 
 
 
 def slice_pairs(pairs: Tensor, start: int, stop: int, keys: int) -> Tensor:
-    """The part of a tensor that broadcasts to (..., i, j) for the queries start ... stop - 1 and the first `keys` keys."""
+    """As `slice_mask`, for a tensor that broadcasts to (..., i, j)."""
     rows = pairs if pairs.shape[-2] == 1 else pairs[..., start:stop, :]
     return rows if rows.shape[-1] == 1 else rows[..., :keys]
 
