@@ -18,8 +18,7 @@ from attention_zoo._checks import check_positive
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.layers.state import State, count_tokens, register_state
-from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights
-from attention_zoo.ops.gate_loop import channel_gate_loop
+from attention_zoo.ops.gate_loop import channel_gate_loop, gate_loop, gate_loop_weights
 from attention_zoo.ops.gate_loop.gates import complex_of, scale_gradient, unit_gate
 
 

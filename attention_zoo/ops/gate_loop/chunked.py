@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attention_zoo.ops.custom_op import register_operator
 from attention_zoo.ops.gate_loop.gates import log_and_phase, magnitude
@@ -107,12 +108,11 @@ class _Chunks(NamedTuple):
         return torch.cat((self.k * self.last[..., :1], self.k * self.last[..., 1:]), dim=-1)
 
 
-def _fold(tensor: Tensor, size: int, fill: float = 0.0) -> Tensor:
+def _fold(tensor: Tensor, size: int) -> Tensor:
     """(b, h, n, f) as chunks (b h, N, size, f), the last one padded."""
     missing = -tensor.shape[2] % size
     if missing:
-        pad = tensor.new_full((*tensor.shape[:2], missing, tensor.shape[3]), fill)
-        tensor = torch.cat((tensor, pad), dim=2)
+        tensor = F.pad(tensor, (0, 0, 0, missing))
     b, h, n, f = tensor.shape
     return tensor.reshape(b * h, n // size, size, f)
 

@@ -5,8 +5,8 @@ With the cumulative log-magnitude L and phase phi of the gates, each pair p of f
 and attention needs only the decay of the magnitudes:
     sim_ij = sum_p exp(L_ip - L_jp) (q'_ip . k'_jp)
 Folding is left to autograd; the operator holds the scores of one tile at a time and recomputes them in backward. It
-never divides by a product of gates: for keys before the tile, exp(L_i - L_j) is the product of the decay from the key to
-the first token of the tile and the decay from there to the query; inside the tile it is computed for each pair.
+never divides by a product of gates: for keys before the tile, exp(L_i - L_j) is the decay from the key to the first
+token of the tile times the decay from there to the query; inside the tile it is computed for each pair.
 
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 """
@@ -169,7 +169,7 @@ def _backward(inputs: RelativeGateInputs, outputs: Sequence[Tensor], gradients: 
         to_k.addcmul_((earlier.transpose(-1, -2) @ part.decayed_q).view(to_k.shape), part.key_decay)
         grad_k[:, :, first:keys] += _by_token(inside.transpose(-1, -2) @ part.q)
     # L_i scales the query q'_i and -L_j the key k'_j.
-    grad_log = -(k * grad_k).sum(3)
+    grad_log = -(k * grad_k).sum(3, dtype=torch.float64)
     grad_log[:, :, k.shape[2] - q.shape[2] :] += (q * grad_q).sum(3)
     grad_log[:, :, 0] -= grad_log.sum(2)  # only differences of L count, so their gradients sum to 0
     return [grad_q, grad_k, grad_v, grad_log]
