@@ -141,7 +141,8 @@ def channel_gate_loop(
             return GateLoop(*fused_channel_gate_loop(q, k, v, z, mask, state, _fast_impl(impl, q)))
         from attention_zoo.ops.gate_loop.reference import channel_gate_loop_reference
 
-        out, state = channel_gate_loop_reference(*(at_least_float32(tensor) for tensor in (q, k, v, z)), mask, state)
+        q, k, wide, z = at_least_float32(q), at_least_float32(k), at_least_float32(v), at_least_float32(z)
+        out, state = channel_gate_loop_reference(q, k, wide, z, mask, state)
         return GateLoop(out.to(v.dtype), state)
 
 

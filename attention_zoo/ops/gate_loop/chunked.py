@@ -1,7 +1,7 @@
 """The gate loop in chunks of 64 tokens, as matrix products, with a backward written by hand.
 
-Inside a chunk the output is ((q k^T) * D) v with D_ij = Re(a_{j+1} ... a_i); between chunks the complex state is kept as
-a real matrix. Only the inputs are saved for backward, which recomputes D and the states.
+Inside a chunk the output is ((q k^T) * D) v with D_ij = Re(a_{j+1} ... a_i); between chunks the complex state is kept
+as a real matrix. Only the inputs are saved for backward, which recomputes D and the states.
 
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 """
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attention_zoo.ops.custom_op import register_operator
 from attention_zoo.ops.gate_loop.gates import log_and_phase, magnitude
@@ -37,7 +38,7 @@ class ChunkedInputs(NamedTuple):
 
 
 def chunked_gate_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The outputs (b, h, n, e_v) and the final state; arguments as in `gate_loop`, in at least float32 and complex64."""
+    """Outputs (b, h, n, e_v) and final state; arguments as in `gate_loop`, in at least float32 and complex64."""
     pairs = torch.view_as_real(state)
     stacked = torch.cat((pairs[..., 0], pairs[..., 1]), dim=-2)
     out, stacked = _operator(ChunkedInputs(q, k, v, torch.view_as_real(gate), stacked))
@@ -50,7 +51,7 @@ def decay(gate: Tensor) -> Tensor:
 
 
 def _cumulative(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cumulative product of gates (..., c, 2): log-magnitude in float64, cosine and sine of the phase, (..., c) each."""
+    """Cumulative product of gates (..., c, 2): log-magnitude in float64, cosine and sine of the phase, (..., c)."""
     log, phase = (part.cumsum(-1) for part in log_and_phase(gate))
     return log, phase.cos().to(gate.dtype), phase.sin().to(gate.dtype)
 
@@ -107,12 +108,11 @@ class _Chunks(NamedTuple):
         return torch.cat((self.k * self.last[..., :1], self.k * self.last[..., 1:]), dim=-1)
 
 
-def _fold(tensor: Tensor, size: int, fill: float = 0.0) -> Tensor:
+def _fold(tensor: Tensor, size: int) -> Tensor:
     """(b, h, n, f) as chunks (b h, N, size, f), the last one padded."""
     missing = -tensor.shape[2] % size
     if missing:
-        pad = tensor.new_full((*tensor.shape[:2], missing, tensor.shape[3]), fill)
-        tensor = torch.cat((tensor, pad), dim=2)
+        tensor = F.pad(tensor, (0, 0, 0, missing))
     b, h, n, f = tensor.shape
     return tensor.reshape(b * h, n // size, size, f)
 
@@ -156,9 +156,9 @@ def _forward(inputs: ChunkedInputs) -> tuple[Tensor, Tensor]:
     flat, before = _flat(chunks), before.flatten(0, 1)
     out = flat.v.new_empty(flat.v.shape)
     for part in _groups(flat):
-        given = _Chunks(*(tensor[part] for tensor in flat))
-        scores = (given.q @ given.k.transpose(-1, -2)).mul_(_real(given.log, given.cos, given.sin))
-        out[part] = (scores @ given.v).add_(given.read() @ before[part])
+        group = _Chunks(*(tensor[part] for tensor in flat))
+        scores = (group.q @ group.k.transpose(-1, -2)).mul_(_real(group.log, group.cos, group.sin))
+        out[part] = (scores @ group.v).add_(group.read() @ before[part])
     return out.view(b, h, chunks.tokens, v.shape[3])[:, :, :n].clone(), after.reshape(state.shape).clone()
 
 
@@ -168,7 +168,7 @@ def _backward(inputs: ChunkedInputs, outputs: Sequence[Tensor], gradients: Seque
     chunks = _cut(q, k, v, gate)
     before, _ = _states(chunks, state.flatten(0, 1))
     grad_out = _fold(grad_out, chunks.q.shape[2])
-    grad_after = chunks.read().transpose(-1, -2) @ grad_out  # the loop makes it the gradient of the state after each chunk
+    grad_after = chunks.read().transpose(-1, -2) @ grad_out  # the loop turns it into that of the state after each chunk
     later = grad_state.flatten(0, 1)
     back = chunks.whole * torch.tensor([1.0, -1.0], dtype=gate.dtype, device=gate.device)
     for index in reversed(range(grad_after.shape[1])):
@@ -179,8 +179,8 @@ def _backward(inputs: ChunkedInputs, outputs: Sequence[Tensor], gradients: Seque
     flat, around = _flat(chunks), [tensor.flatten(0, 1) for tensor in (grad_out, before, grad_after)]
     grads = [tensor.new_empty(tensor.shape) for tensor in (flat.q, flat.k, flat.v, flat.first)]
     for part in _groups(flat):
-        given = _Chunks(*(tensor[part] for tensor in flat))
-        for whole, piece in zip(grads, _chunk_gradients(given, *(t[part] for t in around)), strict=True):
+        group = _Chunks(*(tensor[part] for tensor in flat))
+        for whole, piece in zip(grads, _chunk_gradients(group, *(t[part] for t in around)), strict=True):
             whole[part] = piece
     grads = [tensor.view(*q.shape[:2], chunks.tokens, tensor.shape[-1])[:, :, : q.shape[2]].clone() for tensor in grads]
     return [*grads, later.reshape(state.shape).clone()]

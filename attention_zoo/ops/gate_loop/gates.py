@@ -72,7 +72,7 @@ def flush_denormal_(decay: Tensor) -> Tensor:
     Denormal numbers slow matrix products and exp down tenfold; the values set to 0 are far below the rounding error of
     the sums that they enter.
     """
-    return F.threshold_(decay, torch.finfo(decay.dtype).tiny ** 0.5, 0.0)
+    return F.threshold(decay, torch.finfo(decay.dtype).tiny ** 0.5, 0.0, inplace=True)
 
 
 def complex_of(dtype: torch.dtype) -> torch.dtype:

@@ -56,8 +56,7 @@ def gate_loop_kernels(double: bool) -> GateLoopKernels:
 
     @numba.njit(inline="always")
     def polar(re: Any, im: Any) -> Any:
-        """The gate (2 numbers), the unit vector of z (2), sigma(|z|), and sigma(|z|) / |z|; at z = 0 the unit vector and the
-        last are 0."""
+        """The gate (2 numbers), the unit vector of z (2), sigma(|z|) and sigma(|z|) / |z|; 0 / 0 is taken as 0."""
         square = re * re + im * im
         size = np.sqrt(square)
         inverse = zero if square == zero else one / size
@@ -107,7 +106,9 @@ def gate_loop_kernels(double: bool) -> GateLoopKernels:
                     continue
                 gates(z[row, t], w)
                 for c in range(d):
-                    states[t + 1, 0, c] = w[0, c] * states[t, 0, c] - w[1, c] * states[t, 1, c] + k[row, t, c] * v[row, t, c]
+                    states[t + 1, 0, c] = (
+                        w[0, c] * states[t, 0, c] - w[1, c] * states[t, 1, c] + k[row, t, c] * v[row, t, c]
+                    )
                     states[t + 1, 1, c] = w[0, c] * states[t, 1, c] + w[1, c] * states[t, 0, c]
             for back in range(n):
                 t = n - 1 - back
@@ -159,8 +160,8 @@ def _double_decay() -> Any:
 def _single_decay() -> Any:
     """e^-x for x >= 0 in float32 from arithmetic alone, which the compiler vectorises, unlike a call of exp.
 
-    e^-x = 2^whole * 2^part: the integer goes into the exponent bits; the series of 2^part = e^(part ln 2), |part| <= 1/2,
-    is truncated at float32's precision.
+    e^-x = 2^whole * 2^part: the integer goes into the exponent bits, and the series of 2^part = e^(part ln 2) with
+    |part| <= 1/2 is truncated at float32's precision.
     """
     import numba
     import numpy as np

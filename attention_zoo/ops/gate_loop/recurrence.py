@@ -67,9 +67,7 @@ def recur(a: Tensor, x: Tensor, state: Tensor, impl: str) -> Tensor:
     return out
 
 
-def recur_backward(
-    grad_out: Tensor, a: Tensor, out: Tensor, state: Tensor, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def recur_backward(grad_out: Tensor, a: Tensor, out: Tensor, state: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, x and the initial state: the same recurrence in reverse order."""
     a = a.conj().resolve_conj()
     next_gate = torch.cat((a[:, 1:], torch.ones_like(a[:, :1])), dim=1).flip(1)

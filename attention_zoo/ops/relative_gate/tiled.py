@@ -4,9 +4,9 @@ With the cumulative log-magnitude L and phase phi of the gates, each pair p of f
     q'_i = [q_i cos phi_i, q_i sin phi_i],  k'_j = [k_j cos phi_j, k_j sin phi_j],
 and attention needs only the decay of the magnitudes:
     sim_ij = sum_p exp(L_ip - L_jp) (q'_ip . k'_jp)
-Folding is left to autograd; the operator holds the scores of one tile at a time and recomputes them in backward. It never
-divides by a product of gates: the queries of a tile and the keys before it meet at the first token of the tile, so that
-both decays are at most 1, and inside the tile the differences of L are formed for each query and key.
+Folding is left to autograd; the operator holds the scores of one tile at a time and recomputes them in backward. It
+never divides by a product of gates: for keys before the tile, exp(L_i - L_j) is the decay from the key to the first
+token of the tile times the decay from there to the query; inside the tile it is computed for each pair.
 
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 """
@@ -75,7 +75,7 @@ def _fold(q: Tensor, k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     waves = waves.to(k.dtype)  # (b, h, j, 2 or 1, p)
 
     def fold(x: Tensor, waves: Tensor) -> Tensor:
-        halves = x.unflatten(-1, (-1, 2)).transpose(-1, -2)  # (b, h, n, 2, p)
+        halves = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).transpose(-1, -2)  # (b, h, n, 2, p)
         return (halves[:, :, :, None] * waves[:, :, :, :, None]).flatten(3, 4)
 
     return fold(q * q.shape[3] ** -0.5, waves[:, :, k.shape[2] - q.shape[2] :]), fold(k, waves), log
@@ -154,25 +154,22 @@ def _backward(inputs: RelativeGateInputs, outputs: Sequence[Tensor], gradients: 
     q, k, v = inputs[:3]
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for part in _tiles(inputs):
-        keys, first = part.tile.keys, part.decayed_k.shape[2]
-        weights, grad_out = part.weights(inputs.softmax), gradients[0][:, :, part.tile.queries]
+        queries, keys, first = part.tile.queries, part.tile.keys, part.decayed_k.shape[2]
+        weights, grad_out = part.weights(inputs.softmax), gradients[0][:, :, queries]
         used, grad = weights, grad_out @ v[:, :, :keys].transpose(-1, -2)
         if inputs.dropout:
             kept = dropout_mask(weights, inputs.dropout, inputs.seed, start=part.tile.start)
             used, grad = weights * kept, grad * kept
         grad_v[:, :, :keys] += used.transpose(-1, -2) @ grad_out
-        if inputs.softmax:
-            grad = weights * (grad - (weights * grad).sum(-1, keepdim=True))
-        else:
-            grad = part.mask(grad)
+        grad = weights * (grad - (weights * grad).sum(-1, keepdim=True)) if inputs.softmax else part.mask(grad)
         earlier, inside = grad[..., :first], part.decay.mul_(grad[:, :, None, :, first:])
-        grad_q[:, :, part.tile.queries] = _by_token(inside @ part.k)
-        grad_q[:, :, part.tile.queries] += (earlier @ part.decayed_k).unflatten(-1, q.shape[3:]) * part.query_decay
+        to_q, to_k = grad_q[:, :, queries], grad_k[:, :, :first]  # views
+        to_q.copy_(_by_token(inside @ part.k))
+        to_q.addcmul_((earlier @ part.decayed_k).view(to_q.shape), part.query_decay)
+        to_k.addcmul_((earlier.transpose(-1, -2) @ part.decayed_q).view(to_k.shape), part.key_decay)
         grad_k[:, :, first:keys] += _by_token(inside.transpose(-1, -2) @ part.q)
-        decayed = (earlier.transpose(-1, -2) @ part.decayed_q).unflatten(-1, q.shape[3:])
-        grad_k[:, :, :first].addcmul_(decayed, part.key_decay)
     # L_i scales the query q'_i and -L_j the key k'_j.
-    grad_log = -(k * grad_k).sum(3)
+    grad_log = -(k * grad_k).sum(3, dtype=torch.float64)
     grad_log[:, :, k.shape[2] - q.shape[2] :] += (q * grad_q).sum(3)
     grad_log[:, :, 0] -= grad_log.sum(2)  # only differences of L count, so their gradients sum to 0
     return [grad_q, grad_k, grad_v, grad_log]
