@@ -32,9 +32,8 @@ class AttentionLoader(Loader):
 
     def build(self, weights: Weights) -> nn.Module:
         options = self.same("heads", "dim_head")
-        block: nn.Module
         if self.non_cosine_sim_attn:
-            block = FullAttention(self.dim, **options)
+            block: nn.Module = FullAttention(self.dim, **options)
         else:
             block = CosineSimAttention(self.dim, scale=self.scale, groups=self.l2norm_groups, **options)
         return Normed(LayerNorm(self.dim), block) if self.pre_norm else block
@@ -76,8 +75,7 @@ class TransformerLoader(Loader):
             here.fill("1.residual.norm", norms[1])
             here.fill("1.block.to_hidden", "2.1")
             here.fill("1.block.to_out", "2.3")
-        if self.pre_norm:
-            move.fill("stack.norm", "to_logits.0")
+        move.fill("stack.norm", "to_logits.0")
         move.fill("to_logits", "to_logits.1")
 
 

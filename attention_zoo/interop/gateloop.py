@@ -223,11 +223,8 @@ class TransformerLoader(Loader):
                 here.fill(f"{place}.residual.norm", f"{place}.norm", weight="weight" if self.post_ln_norm else "gamma")
             here.fill("1.block.to_hidden", "1.fn.0")
             here.fill("1.block.to_out", "1.fn.2")
-        if self.post_ln_norm:
-            move.fill("to_logits", "to_logits")
-        else:
-            move.fill("stack.norm", "to_logits.0", weight="gamma")
-            move.fill("to_logits", "to_logits.1")
+        move.fill("stack.norm", "to_logits.0", weight="gamma")
+        move.fill("to_logits", "to_logits" if self.post_ln_norm else "to_logits.1")
         _set_eps(move.module)
 
 

@@ -13,7 +13,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_padding
 from attention_zoo.attention import CrossAttention, FullAttention
 from attention_zoo.interop.loader import Loader
 from attention_zoo.interop.weights import Transfer, Weights
@@ -53,7 +52,6 @@ class AlwaysWriting(MemoryUpdate):
     """A memory update that also changes the memory of a row without valid tokens. Args: see `MemoryUpdate`."""
 
     def forward(self, memory: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        check_padding(mask, x)
         return self.write(memory, x, mask)
 
 

@@ -37,8 +37,8 @@ class AnyLoader(Loader):
     dim_head: int = 64
     heads: int = 8
     non_linear_talking_heads: bool = False
-    pre_talking_heads: bool
-    post_talking_heads: bool
+    pre_talking_heads: bool = False
+    post_talking_heads: bool = False
 
     def options(self) -> dict[str, Any]:
         """Arguments of `TalkingHeadsAttention` and `MultiStreamTransformer`."""
@@ -58,8 +58,6 @@ class AttentionLoader(AnyLoader):
     num_streams: int
     dropout: float = 0.0
     causal: bool = False
-    pre_talking_heads: bool = False
-    post_talking_heads: bool = False
 
     def build(self, weights: Weights) -> Normed:
         block = TalkingHeadsAttention(streams=self.num_streams, **self.same("causal", "dropout"), **self.options())
