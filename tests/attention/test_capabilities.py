@@ -47,6 +47,7 @@ def test_a_yes_passes_its_check_and_a_no_is_not_applicable(name: str, capability
     assert run_check(check, subject(name)).status == expected
 
 
+@pytest.mark.slow  # test_contract.py runs the compile check on every block
 @pytest.mark.parametrize("name", BLOCKS)
 def test_compile_says_whether_the_block_traces(name: str) -> None:
     assert (run_check("compile", subject(name)).status == PASSED) == FOUND[name].compile

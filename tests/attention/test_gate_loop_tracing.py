@@ -22,6 +22,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 blocks = pytest.mark.parametrize("name", BLOCKS)
 
 
+@pytest.mark.slow  # test_tracing.py compiles each block with a mask
 @blocks
 def test_compiled_once_a_block_runs_at_every_length_forward_and_backward(name: str) -> None:
     block, counts = BLOCKS[name](), []
