@@ -47,6 +47,7 @@ def test_capabilities_agree_with_the_contract_checks(name: str, capability: str,
     assert run_check(check, subject(name)).status == expected
 
 
+@pytest.mark.slow  # test_contract.py runs the compile check on every block
 @pytest.mark.parametrize("name", BLOCKS)
 def test_compile_capability_agrees_with_torch_compile(name: str) -> None:
     assert (run_check("compile", subject(name)).status == PASSED) == FOUND[name].compile

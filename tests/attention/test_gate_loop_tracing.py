@@ -22,6 +22,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 blocks = pytest.mark.parametrize("name", BLOCKS)
 
 
+@pytest.mark.slow  # test_tracing.py compiles each block with a mask
 @blocks
 def test_gate_loop_compiled_once_runs_at_every_length(name: str) -> None:
     block, counts = BLOCKS[name](), []

@@ -71,6 +71,7 @@ def test_exported_block_runs_at_other_lengths(name: str) -> None:
         assert relative_error(exported(*given), block(*given)) < 1e-5
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_compiled_by_the_default_backend_equals_eager(name: str) -> None:

@@ -108,6 +108,7 @@ def train_a_part(rank: int, store: str, parts: Tensor, out: str) -> None:
     os._exit(0)  # threads of gloo that are still there abort an interpreter that shuts down in order
 
 
+@pytest.mark.slow
 def test_ddp_averages_gradients_of_reversible_streams(tmp_path: Path) -> None:
     parts = torch.randn(2, 2, 9, 16)
     arguments = (str(tmp_path / "store"), parts, str(tmp_path / "grads.pt"))

@@ -133,7 +133,7 @@ def test_a_saved_model_comes_back(tmp_path: Path) -> None:
     assert torch.equal(again(src, tgt).logits, model(src, tgt).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_the_model_compiles_whole_and_equals_eager(dtype: torch.dtype) -> None:
     model, src, tgt = small().to(dtype), source(), target()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
