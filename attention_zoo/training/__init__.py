@@ -1,4 +1,4 @@
-"""Parts of a training run: text as tokens, many processes, and checkpoints to resume from."""
+"""Training utilities: byte-level text, masked tokens, memory replay, distributed training, checkpoints."""
 
 from attention_zoo.training.checkpoint import (
     Checkpoint,
