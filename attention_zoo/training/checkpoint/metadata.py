@@ -1,0 +1,47 @@
+"""Reading the metadata of torch.distributed.checkpoint, a pickle, without executing code in it."""
+
+from __future__ import annotations
+
+import pickle
+from enum import Enum
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+
+# BytesStorageMetadata is left out: it marks pickled values, which torch.distributed.checkpoint loads unrestricted.
+METADATA = "ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata"
+ALLOWED = {
+    "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+    "torch": " ".join(["Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))]),
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.metadata": f"{METADATA} _MEM_FORMAT_ENCODING",
+    "torch.serialization": "_get_layout",
+}
+
+
+class SafeReader(FileSystemReader):
+    """A reader of checkpoints that contain only tensors."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with open(f"{self.path}/.metadata", "rb") as file:
+            metadata: Metadata = MetadataUnpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+        return metadata
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Unpickler of `Metadata` that rejects all other classes and functions."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # some versions of Python pickle a member of an enum with it
+            return _enum_member
+        if name in ALLOWED.get(module, "").split():
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in metadata")
+
+
+def _enum_member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"attribute {name!r} of {kind!r} is not allowed in metadata")
+    return kind[name]
