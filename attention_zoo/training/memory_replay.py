@@ -5,8 +5,7 @@ Paper: Memformer's memory replay back-propagation, https://arxiv.org/abs/2010.06
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from attention_zoo.ops.losses import masked_cross_entropy, next_token_loss
 from attention_zoo.ops.precision import no_autocast
+from attention_zoo.training.random_state import random_state, set_random_state
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -107,18 +107,21 @@ def memory_replay(
             return output, next_token_loss(output.logits[:, :-1], target, target_mask)
         return output, masked_cross_entropy(output.logits, target, target_mask)
 
-    memories, random_states = [initial.detach()], [RandomState(initial.device)]
+    cuda = [initial.get_device()] if initial.is_cuda else []
+    memories, random_states = [initial.detach()], [random_state(cuda)]
     with torch.no_grad():
         for index in range(count - 1):
             memories.append(run(index, memories[-1])[0].memory)
-            random_states.append(RandomState(initial.device))
+            random_states.append(random_state(cuda))
     gradient: Tensor | None = None  # of the memory after the segment
     total, last = torch.zeros((), device=initial.device), memories[-1]
     for index in reversed(range(count)):
         # Autocast caches the cast weights of the pass without a graph, which would receive no gradient.
         torch.clear_autocast_cache()
         before = memories.pop().requires_grad_()
-        with random_states[index].restored(afterwards=index < count - 1):
+        # The generators end in the state after the last segment, which is recomputed first.
+        with torch.random.fork_rng(devices=cuda, enabled=index < count - 1):
+            set_random_state(random_states[index])
             output, part = run(index, before)
         if index == count - 1:
             last = output.memory.detach()
@@ -147,21 +150,3 @@ def _per_segment(name: str, values: Sequence[Any] | Tensor | None, count: int) -
     if len(values) != count:
         raise ValueError(f"{name} must hold one per segment, {count}, got {len(values)}")
     return list(values)
-
-
-class RandomState:
-    """Snapshot of the random number generators of the CPU and of one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = [device] if device.type == "cuda" else []
-        self.cpu_state = torch.get_rng_state()
-        self.cuda_states = [torch.cuda.get_rng_state(device) for device in self.cuda]
-
-    @contextmanager
-    def restored(self, *, afterwards: bool) -> Iterator[None]:
-        """Context manager that sets this state and, if `afterwards`, returns to the present state at exit."""
-        with torch.random.fork_rng(devices=self.cuda, enabled=afterwards):
-            torch.set_rng_state(self.cpu_state)
-            for device, state in zip(self.cuda, self.cuda_states, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield

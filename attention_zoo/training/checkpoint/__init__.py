@@ -2,12 +2,10 @@
 
 from attention_zoo.training.checkpoint.sharded import ShardedCheckpoint, read_sharded, save_sharded
 from attention_zoo.training.checkpoint.single_file import Checkpoint, read_checkpoint, save_checkpoint
-from attention_zoo.training.checkpoint.stop_request import StopRequest
 
 __all__ = [
     "Checkpoint",
     "ShardedCheckpoint",
-    "StopRequest",
     "read_checkpoint",
     "read_sharded",
     "save_checkpoint",

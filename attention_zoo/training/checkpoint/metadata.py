@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from enum import Enum
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 # BytesStorageMetadata is left out: it marks pickled values, which torch.distributed.checkpoint loads unrestricted.
 METADATA = "ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata"
@@ -35,13 +35,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):  # some versions of Python pickle a member of an enum with it
-            return _enum_member
+            return lambda _, member: _MEM_FORMAT_ENCODING[member]
         if name in ALLOWED.get(module, "").split():
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in metadata")
-
-
-def _enum_member(kind: Any, name: str) -> Any:
-    if not (isinstance(kind, type) and issubclass(kind, Enum)):
-        raise pickle.UnpicklingError(f"attribute {name!r} of {kind!r} is not allowed in metadata")
-    return kind[name]

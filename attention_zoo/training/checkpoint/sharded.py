@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map_only
 
 from attention_zoo.training.checkpoint.single_file import Checkpoint, read_contents, write_contents
-from attention_zoo.training.checkpoint.state import TrainingState, check_fit, random_state
+from attention_zoo.training.checkpoint.state import TrainingState, check_fit
 from attention_zoo.training.distributed import World
+from attention_zoo.training.random_state import random_state
 
 RUN = "run.pt"
 PLACES = ("shards_a", "shards_b")
@@ -50,31 +52,21 @@ class ShardedCheckpoint(Checkpoint):
                 is unchanged then.
         """
         check_fit(self.path, {**self.contents, "model": model.state_dict()}, self.contents)
-        model.load_state_dict(self._tensors(model, optimizer=False)["model"])
+        model.load_state_dict(self._to_load(model, "model")["model"])
 
-    def _tensors(self, model: nn.Module, *, optimizer: bool = True) -> dict[str, Any]:
+    def _to_load(self, model: nn.Module, *fields: str) -> dict[str, Any]:
         from torch.distributed.checkpoint import load
 
         from attention_zoo.training.checkpoint.metadata import SafeReader
 
         if read_run(self.path)["files"] != self.contents["files"]:
             raise ValueError(f"{self.path} must be read again: it was overwritten since step {self.step} was read")
-        weights = model.state_dict()
-
-        def allocate(meta: Tensor, like: Tensor) -> Tensor:
-            """An uninitialized tensor, sharded like the parameter if it has the shape of the parameter."""
-            same = meta.shape == like.shape
-            return torch.empty_like(like, dtype=meta.dtype) if same else torch.empty_like(meta, device="cpu")
-
-        contents = {
-            field: {
-                name: tree_map_only(Tensor, lambda meta, like=weights[name]: allocate(meta, like), values)
-                for name, values in self.contents[field].items()
-            }
-            for field in (("model", "optimizer") if optimizer else ("model",))
-        }
-        reader = SafeReader(self.path / self.contents["place"])
-        _call(lambda: load(by_name(contents), storage_reader=reader), ValueError, f"{self.path} must be readable")
+        weights, contents, place = model.state_dict(), dict(self.contents), self.path / self.contents["place"]
+        for field in fields or ("model", "optimizer"):
+            contents[field] = {name: _allocate(weights[name], values) for name, values in contents[field].items()}
+        _call(
+            ValueError, f"{place} must be readable", load, tensors_by_name(contents), storage_reader=SafeReader(place)
+        )
         return contents
 
 
@@ -99,7 +91,7 @@ def save_sharded(
 
     Raises:
         TypeError: see `save_checkpoint`.
-        ValueError: the optimizer is not that of the model, or a subdirectory for shards contains other files.
+        ValueError: the optimizer is not that of the model.
         OSError: a rank could not write; raised on all ranks.
     """
     from torch.distributed.checkpoint import FileSystemWriter, save
@@ -107,14 +99,17 @@ def save_sharded(
     world, folder = World.current(), Path(path)
     contents = TrainingState(model, optimizer, schedule, generator).to_save(step, extra)
     contents["random"] = world.gather(random_state())
-    tensors = by_name(contents)
-    for field in ("model", "optimizer"):
-        contents[field] = tree_map_only(
-            Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), dict(contents[field])
-        )
+    tensors = tensors_by_name(contents)
+    meta = {field: contents[field] for field in ("model", "optimizer")}
+    contents |= tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), meta)
     place: Path = world.once(lambda: _empty_place(folder))
-    _call(lambda: save(tensors, storage_writer=FileSystemWriter(place)), OSError, f"{place} could not be written")
-    world.once(lambda: write_contents(folder / RUN, contents | {"place": place.name, "files": _digests(place)}))
+    _call(OSError, f"{place} could not be written", save, tensors, storage_writer=FileSystemWriter(place))
+
+    def finish() -> None:
+        files = {file.name: _digest(file) for file in place.iterdir() if SHARD.fullmatch(file.name)}
+        write_contents(folder / RUN, {**contents, "place": place.name, "files": files})
+
+    world.once(finish)
 
 
 def read_sharded(path: str | os.PathLike[str]) -> ShardedCheckpoint:
@@ -146,48 +141,48 @@ def read_run(folder: Path) -> dict[str, Any]:
     return contents
 
 
-def by_name(contents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of the model and the optimizer by the names that they have in the shards."""
+def tensors_by_name(contents: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of the model and the optimizer, not on the meta device, by their names in the shards."""
     tensors = {f"model.{name}": value for name, value in contents["model"].items()}
-    for name, values in contents.get("optimizer", {}).items():
+    for name, values in contents["optimizer"].items():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
-    return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in tensors.items() if isinstance(value, Tensor) and not value.is_meta}
 
 
 def _empty_place(folder: Path) -> Path:
     """The subdirectory that `run.pt` does not name, without the shards of an earlier checkpoint."""
-    try:
+    current = None
+    with suppress(FileNotFoundError, ValueError):
         current = read_run(folder)["place"]
-    except (FileNotFoundError, ValueError):
-        current = None
     place = folder / PLACES[current == PLACES[0]]
     place.mkdir(parents=True, exist_ok=True)
-    files = list(place.iterdir())
-    for file in files:
-        if not SHARD.fullmatch(file.name):
-            raise ValueError(f"{place} must contain only shards, which are overwritten, but contains {file.name}")
-    for file in files:
-        file.unlink()
+    for file in place.iterdir():
+        if SHARD.fullmatch(file.name):
+            file.unlink()
     return place
 
 
-def _call(action: Callable[[], Any], kind: type[Exception], message: str) -> None:
-    """Call torch.distributed.checkpoint and raise errors as `kind`."""
+def _allocate(like: Tensor, values: Any) -> Any:
+    """Uninitialized tensors for the values of a parameter; those of its shape are sharded like it."""
+
+    def allocate(meta: Tensor) -> Tensor:
+        same = meta.shape == like.shape
+        return torch.empty_like(like, dtype=meta.dtype) if same else torch.empty(meta.shape, dtype=meta.dtype)
+
+    return tree_map_only(Tensor, allocate, values)
+
+
+def _call(kind: type[Exception], message: str, function: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Call a function of torch.distributed.checkpoint; its errors are raised as `kind`."""
     from torch.distributed.checkpoint import CheckpointException
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            action()
+            function(*args, **options)
     except CheckpointException as error:  # a BaseException, whose message contains the traceback of every rank
         causes = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
         raise kind(f"{message}: {causes}") from error
-    except Exception as error:  # damaged files can raise any exception
-        raise kind(f"{message}: {error}") from error
-
-
-def _digests(place: Path) -> dict[str, str | None]:
-    return {file.name: _digest(file) for file in sorted(place.iterdir())}
 
 
 def _digest(path: Path) -> str | None:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map_only
 
 from attention_zoo.training.distributed import World, spread
+from attention_zoo.training.random_state import random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,18 @@ class TrainingState:
         weights, groups = self.model.state_dict(), self.group_names()
         self.model.load_state_dict({name: spread(value, weights[name]) for name, value in contents["model"].items()})
         index = {name: k for k, name in enumerate(chain(*groups))}
-        self.optimizer.load_state_dict(
-            {
-                "state": {
-                    index[name]: tree_map_only(Tensor, lambda value, like=weights[name]: spread(value, like), values)
-                    for name, values in contents["optimizer"].items()
-                },
-                "param_groups": [
-                    {**deepcopy(saved), "params": [index[name] for name in names]}
-                    for saved, names in zip(contents["groups"], groups, strict=True)
-                ],
-            }
-        )
+        state = {}
+        for name, values in contents["optimizer"].items():
+            state[index[name]] = tree_map_only(Tensor, lambda value, like=weights[name]: spread(value, like), values)
+        settings = zip(deepcopy(contents["groups"]), groups, strict=True)
+        param_groups = [{**group, "params": [index[name] for name in names]} for group, names in settings]
+        self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
         if self.generator is not None:
             self.generator.set_state(contents["generator"])
-        set_random_state(contents["random"], World.current().rank)
+        states, rank = contents["random"], World.current().rank
+        set_random_state(states[rank if rank < len(states) else 0])
+        if rank >= len(states):  # a rank that the saved run did not have must draw its own dropout
+            torch.manual_seed(int(torch.randint(2**62, ())) + rank)
 
     def group_names(self) -> list[list[str]]:
         """Names of the parameters in each group of the optimizer.
@@ -98,18 +96,15 @@ class TrainingState:
         Raises:
             ValueError: the optimizer has a parameter that is not in the model's state_dict.
         """
-        names: dict[Tensor, str] = {}
-        for name, value in self.model.state_dict(keep_vars=True).items():  # FSDP reshards when asked for a state_dict
-            if isinstance(value, nn.Parameter):
-                names.setdefault(value, name)
-        groups = [group["params"] for group in self.optimizer.param_groups]
-        for parameter in chain(*groups):
-            if parameter not in names:
-                raise ValueError(
-                    "optimizer must have the model's parameters after sharding and without tensor parallelism, "
-                    f"got another parameter of shape {tuple(parameter.shape)}"
-                )
-        return [[names[parameter] for parameter in group] for group in groups]
+        # FSDP reshards when asked for a state_dict. Of the names of a shared parameter the first one is used.
+        entries = reversed(self.model.state_dict(keep_vars=True).items())
+        names = {value: name for name, value in entries if isinstance(value, nn.Parameter)}
+        try:
+            return [[names[parameter] for parameter in group["params"]] for group in self.optimizer.param_groups]
+        except KeyError:
+            raise ValueError(
+                "optimizer must have the model's parameters after sharding, without tensor parallelism"
+            ) from None
 
 
 def check_fit(path: Path, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -136,15 +131,11 @@ def outline(contents: Mapping[str, Any]) -> dict[str, Any]:
     fields["number of groups in the optimizer"] = len(contents["groups"])
     for name, values in contents["optimizer"].items():
         fields |= {f"optimizer[{name!r}]": "unknown" for _ in values.items() if name not in groups}
-    fields["schedule"] = outline_schedule(contents["schedule"])
+    schedule = contents["schedule"] or {}
+    fields["schedule"] = sorted(schedule), [sorted(part) for part in schedule.get("_schedulers", ())]
     fields["generator"] = describe(contents["generator"])
     fields["random"] = {describe(state["cpu"]) for state in contents["random"]}
     return fields
-
-
-def outline_schedule(state: Mapping[str, Any] | None) -> Any:
-    """The keys of the state of a schedule, and of those it contains (`SequentialLR`)."""
-    return state and (sorted(state), [outline_schedule(part) for part in state.get("_schedulers", ())])
 
 
 def describe(value: object) -> str:
@@ -166,23 +157,3 @@ def check_readable(field: str, value: object) -> None:
     except Exception as error:  # pickling can raise any exception
         kinds = "numbers, strings, lists, dicts and tensors"
         raise TypeError(f"{field} must consist of {kinds}, got {value!r:.200}") from error
-
-
-def random_state() -> dict[str, Any]:
-    """State of the default random number generators of this process."""
-    # Reading the state of a CUDA device would initialize CUDA.
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped in torch
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if used else []}
-
-
-def set_random_state(states: list[dict[str, Any]], rank: int) -> None:
-    """Restore the default random number generators from the states of all ranks.
-
-    A rank without a saved state gets a new seed, so that its dropout differs from that of other ranks.
-    """
-    own = states[rank if rank < len(states) else 0]
-    torch.set_rng_state(own["cpu"])
-    for device, state in enumerate(own["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, device)
-    if rank >= len(states):
-        torch.manual_seed(int(torch.randint(2**62, ())) + rank)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from attention_zoo.training import StopRequest, read_checkpoint, read_sharded, save_checkpoint, save_sharded
-from attention_zoo.training.checkpoint import stop_request
+from attention_zoo.training import read_checkpoint, read_sharded, save_checkpoint, save_sharded
 from attention_zoo.training.checkpoint.single_file import PARTIAL
 from tests.training.checkpoint.runs import make_parts, train
 
@@ -191,7 +189,7 @@ def test_read_rejects_a_file_that_is_not_a_checkpoint(tmp_path: Path, foreign: o
 
 
 @pytest.mark.parametrize(
-    "field", ["version", "classes", "model", "optimizer", "groups", "schedule", "generator", "random", "step"]
+    "field", ["classes", "model", "optimizer", "groups", "schedule", "generator", "random", "step"]
 )
 def test_read_names_a_missing_field(saved: Path, field: str) -> None:
     contents = torch.load(saved, weights_only=True)
@@ -256,20 +254,3 @@ def test_restore_rejects_a_checkpoint_without_schedule_and_generator(tmp_path: P
     read_checkpoint(tmp_path / "plain.pt").restore(model=parts["model"], optimizer=parts["optimizer"])
     with pytest.raises(ValueError, match="class of schedule must be LambdaLR, got NoneType"):
         read_checkpoint(tmp_path / "plain.pt").restore(**parts)
-
-
-def test_first_ctrl_c_requests_a_stop_and_the_second_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
-    # SIGINT is ignored if a shell runs the tests in the background, so start from Python's default handler.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with StopRequest() as stop:
-            assert not stop.made
-            signal.raise_signal(signal.SIGINT)
-            assert stop.made
-            signal.raise_signal(signal.SIGINT)  # forwarded by a launcher
-            monkeypatch.setattr(stop_request, "REPEAT", 0.0)
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, inherited)
