@@ -63,5 +63,5 @@ def masked_token_loss(
         model: bidirectional; `model(tokens, mask=mask)` returns logits (b, n, num_tokens).
         tokens, mask_token, probability, mask, generator: see `mask_tokens`.
     """
-    inputs, replaced = mask_tokens(tokens, mask_token, probability=probability, mask=mask, generator=generator)
-    return masked_cross_entropy(model(inputs, mask=mask), tokens, replaced)
+    inputs, hidden = mask_tokens(tokens, mask_token, probability=probability, mask=mask, generator=generator)
+    return masked_cross_entropy(model(inputs, mask=mask), tokens, hidden)
