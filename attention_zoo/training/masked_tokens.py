@@ -63,4 +63,4 @@ def masked_token_loss(
         tokens, mask_token, probability, mask, generator: see `mask_tokens`.
     """
     inputs, hidden = mask_tokens(tokens, mask_token, probability=probability, mask=mask, generator=generator)
-    return masked_cross_entropy(model(inputs, mask), tokens, hidden)
+    return masked_cross_entropy(model(inputs, mask=mask), tokens, hidden)
