@@ -20,6 +20,7 @@ from attention_zoo.layers.positions import RelativeBias
 from attention_zoo.models import Memformer
 from attention_zoo.models.memformer import MemformerOutput
 from attention_zoo.models.stack import Stack
+from attention_zoo.ops.losses import LossTerm
 from attention_zoo.ops.masks import visible
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
@@ -156,7 +157,7 @@ class OldMemformer(Memformer):
         mask: Tensor | None = None,
         target_mask: Tensor | None = None,
     ) -> MemformerOutput:
-        """As in `Memformer`, but for the loss, which counts padding.
+        """As in `Memformer`, but the last target token is not read.
 
         Args:
             source, memory, mask: see `Memformer`.
@@ -169,13 +170,25 @@ class OldMemformer(Memformer):
         encoded, memory = self._encode(source, memory, mask)
         if target is None:
             return MemformerOutput(encoded, memory)
-        self._check_target(target, None, batch=source.shape[0], total=target.shape[-1])
-        embedding, decoder, to_logits = self._decoder()
         read = target[:, :-1]
         target_mask = None if target_mask is None else target_mask[:, : read.shape[1]]
-        logits = to_logits(decoder(embedding(read), mask=target_mask, context=encoded, context_mask=mask))
-        loss = F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
-        return MemformerOutput(encoded, memory, logits, loss)
+        x = self.decoder(self.target_embedding(read), mask=target_mask, context=encoded, context_mask=mask)
+        return MemformerOutput(encoded, memory, self.to_logits(x))
+
+    def loss_terms(
+        self,
+        source: Tensor,
+        target: Tensor,
+        *,
+        memory: Tensor | None = None,
+        mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> list[LossTerm]:
+        """As in `Memformer`, but padded targets count."""
+        logits = self(source, target, memory=memory, mask=mask, target_mask=target_mask).logits
+        targets = target[:, 1:].flatten()
+        mean = F.cross_entropy(logits.flatten(0, 1), targets)
+        return [LossTerm(mean, torch.tensor(targets.numel(), device=targets.device))]
 
 
 def load_attention(
@@ -232,7 +245,7 @@ def load_memformer(
         move.put(f"update.gru.{name}", f"gru.{name}")
     move.affine("update.norm", "mem_ff.fn.norm")
     _move_feedforward(move.at("update.feedforward.", "mem_ff.fn.fn."))
-    if model.decoder is not None:
+    if model.takes_target:
         move.put("target_embedding.weight", "decoder.net.token_emb.weight")
         _move_stack(move.at("decoder.", "decoder.net."), model.decoder)
         move.affine("to_logits", "decoder.net.to_logits")

@@ -113,9 +113,10 @@ def run_memformer(module: Any, inputs: dict[str, Tensor], options: dict[str, Any
     """Features, memory, and the loss where there is a target."""
     _only(options)
     names = {"src": "source", "tgt": "target", "mems": "memory", "src_mask": "mask", "tgt_mask": "target_mask"}
-    output = module(**{names[name]: tensor for name, tensor in inputs.items()})
+    arguments = {names[name]: tensor for name, tensor in inputs.items()}
+    output = module(**arguments)
     found = {"enc_out": output.encoded, "mem": output.memory}
-    return found if output.loss is None else {**found, "dec_out": output.loss}
+    return found if output.logits is None else {**found, "dec_out": module.loss(**arguments)}
 
 
 def run_dalle(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
