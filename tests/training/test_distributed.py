@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attention_zoo import LanguageModel, Stack
+from attention_zoo import LanguageModel, Memformer, MultiStreamTransformer, Stack, TextToImageTransformer
 from attention_zoo.models import Layer
 from attention_zoo.ops.gate_loop import recurrence
 from attention_zoo.ops.losses import LossTerm, total_loss
@@ -48,6 +48,81 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 DETERMINISTIC = ("full", "gate loop", "hybrid")  # models without dropout
 STRATEGIES = ("ddp", "fsdp")
+
+
+class Encoder(nn.Module):
+    """A model with two inputs and two loss terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.linear = nn.Linear(4, 4).double()
+
+    def loss_terms(self, source: Tensor, target: Tensor, *, target_mask: Tensor, scale: Tensor) -> list[LossTerm]:
+        errors = (self.linear(source) - target).square().mean(dim=2) * scale
+        count = target_mask.sum()
+        first = torch.where(target_mask, errors, 0).sum() / count.clamp(min=1)
+        return [LossTerm(first, count), LossTerm(errors.abs().mean(), torch.tensor(len(source)), weight=0.3)]
+
+    def loss(self, *inputs: Tensor, **options: Tensor) -> Tensor:
+        return total_loss(self.loss_terms(*inputs, **options))
+
+
+def image_model() -> nn.Module:
+    torch.manual_seed(4)
+    return TextToImageTransformer(
+        num_text_tokens=20, text_len=4, num_image_tokens=9, height=2, width=2, dim=16, depth=2, heads=2, dim_head=8,
+        attention=["axial_row", "conv"],
+    ).double()  # fmt: skip
+
+
+def multi_stream_model() -> nn.Module:
+    torch.manual_seed(5)
+    return MultiStreamTransformer(
+        num_tokens=32, dim=16, depth=2, streams=2, heads=2, dim_head=8, attention="talking_heads", causal=True
+    ).double()
+
+
+def segment_model() -> nn.Module:
+    torch.manual_seed(6)
+    return Memformer(
+        dim=16, memory_slots=3, memory_heads=2, enc_num_tokens=11, enc_depth=1, enc_heads=2, dec_num_tokens=11,
+        dec_depth=1, dec_heads=2,
+    ).double()  # fmt: skip
+
+
+def up_to(lengths: list[int], length: int) -> Tensor:
+    return torch.arange(length) < torch.tensor(lengths)[:, None]
+
+
+TOKENS = torch.arange(5 * 6).view(5, 6)
+SOURCE, TARGET = torch.linspace(-1, 1, 2 * 5 * 4 * 4, dtype=torch.float64).view(2, 5, 4, 4).sin()
+# Constructor, positional and keyword arguments of the loss; valid tokens are unevenly distributed over the rows.
+LOSSES: dict[str, tuple[Any, tuple[Tensor, ...], dict[str, Any]]] = {
+    "two inputs": (Encoder, (SOURCE, TARGET), {"target_mask": up_to([1, 4, 2, 0, 1], 4), "scale": torch.tensor(2.0)}),
+    "no targets": (Encoder, (SOURCE, TARGET), {"target_mask": up_to([0] * 5, 4), "scale": torch.tensor(1.0)}),
+    "images": (image_model, (TOKENS[:, :4] % 19 + 1, TOKENS[:, :4] % 9), {"mask": up_to([1, 4, 2, 4, 3], 4)}),
+    "streams": (multi_stream_model, (TOKENS,), {"mask": up_to([2, 3, 2, 6, 6], 6), "diversity_weight": 0.1}),
+    "segments": (
+        segment_model,
+        (TOKENS % 11, TOKENS[:, 1:] % 11),
+        {"mask": up_to([1, 4, 6, 6, 3], 6), "target_mask": up_to([2, 3, 2, 5, 5], 5)},
+    ),
+}
+
+
+def train_on_losses(
+    model: nn.Module, loss_fn: Any, arguments: tuple[Tensor, ...], options: dict[str, Any]
+) -> list[float]:
+    """Losses of a few steps of gradient descent."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(3):
+        loss = loss_fn(*arguments, **options)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 class Run:
@@ -118,6 +193,7 @@ def train_in_two(rank: int, folder: Path) -> None:
         "from one": {},
         "from a file": {},
         "evaluating": {},
+        "models": {},
     }
     for strategy in STRATEGIES:
         for name in MODELS:
@@ -144,6 +220,12 @@ def train_in_two(rank: int, folder: Path) -> None:
         read_checkpoint(folder / "plain.pt").restore(**other.parts())
         found["from a file"][strategy] = other.train(STEPS - HALF)
         found["few rows", strategy] = error_message(lambda other=other: other.loss(torch.zeros(1, 5, dtype=torch.long)))
+    for strategy in STRATEGIES:
+        for name in ("images", "streams", "segments"):
+            make, arguments, options = LOSSES[name]
+            model = make()
+            loss_fn = DataParallelLoss(model, World.current(), strategy=strategy)
+            found["models"][strategy, name] = train_on_losses(model, loss_fn, arguments, options)
     found["single"] = error_message(lambda: Run("full", "single"))
     found["unused"] = unused_parameters()
     found["save"] = error_message(lambda: other.model.save(folder / "never"), TypeError)
@@ -328,24 +410,6 @@ def test_ddp_supports_unused_parameters(folder: Path) -> None:
     assert results(folder)["unused"] == results(folder, 1)["unused"]
 
 
-class Encoder(nn.Module):
-    """A model of two inputs with two loss terms, whose targets are unevenly distributed over the rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.linear = nn.Linear(4, 4).double()
-
-    def loss_terms(self, source: Tensor, target: Tensor, *, target_mask: Tensor, scale: Tensor) -> list[LossTerm]:
-        errors = (self.linear(source) - target).square().mean(dim=2) * scale
-        count = target_mask.sum()
-        first = torch.where(target_mask, errors, 0).sum() / count.clamp(min=1)
-        return [LossTerm(first, count), LossTerm(errors.abs().mean(), torch.tensor(len(source)), weight=0.3)]
-
-    def loss(self, *inputs: Tensor, **options: Tensor) -> Tensor:
-        return total_loss(self.loss_terms(*inputs, **options))
-
-
 @dataclass(frozen=True)
 class ThreadWorld(World):
     """Ranks that are threads of one process."""
@@ -361,27 +425,61 @@ class ThreadWorld(World):
         return total
 
 
-@pytest.mark.parametrize("lengths", [[1, 4, 2, 0, 1], [0, 0, 0, 3, 1], [0, 0, 0, 0, 0]])
-def test_each_loss_term_is_averaged_over_the_targets_of_all_ranks(lengths: list[int]) -> None:
-    source, target = torch.randn(2, 5, 4, 4, dtype=torch.float64)
-    options = {"target_mask": torch.arange(4) < torch.tensor(lengths)[:, None], "scale": torch.tensor(2.0)}
-    model = Encoder()
-    loss = model.loss(source, target, **options)
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_term_is_averaged_over_the_targets_of_all_ranks(name: str) -> None:
+    make, arguments, options = LOSSES[name]
+    model = make()
+    loss = model.loss(*arguments, **options)
     loss.backward()
-    values, barrier, replicas = [None, None], Barrier(2), [Encoder(), Encoder()]
+    values, barrier, replicas = [None, None], Barrier(2), [make(), make()]
 
-    def work(rank: int) -> tuple[float, Tensor]:
-        replica = replicas[rank]
-        loss_fn = DataParallelLoss(replica, World(), strategy="single")
+    def work(rank: int) -> float:
+        loss_fn = DataParallelLoss(replicas[rank], World(), strategy="single")
         loss_fn.world = ThreadWorld(rank, 2, values=values, barrier=barrier)
-        loss = loss_fn(source, target, **options)
+        loss = loss_fn(*arguments, **options)
         loss.backward()
-        return loss.item(), replica.linear.weight.grad
+        return loss.item()
 
     with ThreadPoolExecutor(2) as pool:
-        losses, gradients = zip(*pool.map(work, (0, 1)), strict=True)
+        losses = list(pool.map(work, (0, 1)))
     assert losses == pytest.approx([loss.item()] * 2, abs=1e-12)
-    torch.testing.assert_close(sum(gradients) / 2, model.linear.weight.grad, rtol=0, atol=1e-12)
+    for weight, *local in zip(*(model.parameters() for model in (model, *replicas)), strict=True):
+        gradients = [torch.zeros_like(weight) if x.grad is None else x.grad for x in (weight, *local)]
+        torch.testing.assert_close((gradients[1] + gradients[2]) / 2, gradients[0], rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of this process only."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_fsdp_on_one_process_equals_the_plain_model_and_resumes(tmp_path: Path) -> None:
+    plain, sharded = Run("hybrid"), Run("hybrid", "fsdp")
+    losses = plain.train(4)
+    assert max(differences(sharded.train(2), losses[:2])) < 1e-6
+    save_sharded(tmp_path, **sharded.parts(), step=2)
+    with pytest.raises(ValueError, match="model must not be sharded: use save_sharded"):
+        save_checkpoint(tmp_path / "file", **sharded.parts(), step=2)
+    for strategy in ("single", "fsdp"):
+        resumed = Run("hybrid", strategy)
+        read_sharded(tmp_path).restore(**resumed.parts())
+        assert max(differences(resumed.train(2), losses[2:])) < 1e-6
+    assert gather_weights(resumed.model).keys() == plain.model.state_dict().keys()
+
+
+@slow
+@strategies
+@pytest.mark.parametrize("name", ["images", "streams", "segments"])
+def test_two_processes_have_the_losses_of_one_for_every_kind_of_model(folder: Path, strategy: str, name: str) -> None:
+    make, arguments, options = LOSSES[name]
+    model = make()
+    want = train_on_losses(model, model.loss, arguments, options)
+    for rank in (0, 1):
+        assert max(differences(results(folder, rank)["models"][strategy, name], want)) < 1e-9
 
 
 def test_loss_rejects_tensors_of_different_batch_sizes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,23 @@ def test_generated_text_equals_that_of_the_plain_model(folder: Path) -> None:
 def test_dropout_is_equal_on_all_ranks(folder: Path) -> None:
     first, second = (torch.load(folder / f"{rank}.pt")["dropout"] for rank in (0, 1))
     assert first == second
+
+
+@pytest.mark.parametrize("make", [language_model, image_model])
+def test_mesh_of_one_process_equals_the_plain_model(make: Any) -> None:
+    torch.manual_seed(0)
+    plain = make()
+    parallel = deepcopy(plain)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallelize_module(parallel, init_device_mesh("cpu", (1,)), tensor_parallel_plan(parallel, 1))
+        assert loss_of(parallel.eval(), 0).item() == pytest.approx(loss_of(plain.eval(), 0).item(), abs=1e-6)
+        for want in (plain.state_dict(), make().state_dict()):
+            scatter_weights(parallel, want)
+            for name, weight in gather_weights(parallel).items():
+                assert torch.equal(weight, want[name]), name
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_rows_of_each_process_are_contiguous() -> None:
