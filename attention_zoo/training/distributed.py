@@ -273,7 +273,8 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict[str, Any](get_model_state_dict(model, options=options))
 
 
 def scatter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

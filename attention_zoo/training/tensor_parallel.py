@@ -83,8 +83,8 @@ def _heads_parallel() -> ParallelStyle:
             rows = rows_by_process(block.to_qkv.sizes, device_mesh.size())
 
             def restore_order(projections: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-                for name, parameter in projections.named_parameters():
-                    state[prefix + name] = parameter.detach().full_tensor()[rows.argsort()]  # type: ignore[operator]
+                for name, _parameter in projections.named_parameters():
+                    state[prefix + name] = state[prefix + name].full_tensor()[rows.argsort()]
 
             def group_by_process(projections: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
                 for name, _parameter in projections.named_parameters():

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -55,18 +55,23 @@ class ShardedCheckpoint(Checkpoint):
         model.load_state_dict(self._to_load(model, "model")["model"])
 
     def _to_load(self, model: nn.Module, *fields: str) -> dict[str, Any]:
-        from torch.distributed.checkpoint import load
-
-        from attention_zoo.training.checkpoint.metadata import SafeReader
+        from attention_zoo.training.checkpoint.shards import read_tensors
 
         if read_run(self.path)["files"] != self.contents["files"]:
             raise ValueError(f"{self.path} must be read again: it was overwritten since step {self.step} was read")
-        weights, contents, place = model.state_dict(), dict(self.contents), self.path / self.contents["place"]
+        weights, contents = model.state_dict(), dict(self.contents)
+
+        def allocate(meta: Tensor, like: Tensor) -> Tensor:
+            """An uninitialized tensor, sharded like the parameter if it has the shape of the parameter."""
+            same = meta.shape == like.shape
+            return torch.empty_like(like, dtype=meta.dtype) if same else torch.empty(meta.shape, dtype=meta.dtype)
+
         for field in fields or ("model", "optimizer"):
-            contents[field] = {name: _allocate(weights[name], values) for name, values in contents[field].items()}
-        _call(
-            ValueError, f"{place} must be readable", load, tensors_by_name(contents), storage_reader=SafeReader(place)
-        )
+            contents[field] = {
+                name: tree_map_only(Tensor, partial(allocate, like=weights[name]), values)
+                for name, values in self.contents[field].items()
+            }
+        read_tensors(self.path / contents["place"], tensors_by_name(contents))
         return contents
 
 
@@ -94,7 +99,7 @@ def save_sharded(
         ValueError: the optimizer is not that of the model.
         OSError: a rank could not write; raised on all ranks.
     """
-    from torch.distributed.checkpoint import FileSystemWriter, save
+    from attention_zoo.training.checkpoint.shards import write_tensors
 
     world, folder = World.current(), Path(path)
     contents = TrainingState(model, optimizer, schedule, generator).to_save(step, extra)
@@ -103,7 +108,7 @@ def save_sharded(
     meta = {field: contents[field] for field in ("model", "optimizer")}
     contents |= tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), meta)
     place: Path = world.once(lambda: _empty_place(folder))
-    _call(OSError, f"{place} could not be written", save, tensors, storage_writer=FileSystemWriter(place))
+    write_tensors(place, tensors)
 
     def finish() -> None:
         files = {file.name: _digest(file) for file in place.iterdir() if SHARD.fullmatch(file.name)}
@@ -160,29 +165,6 @@ def _empty_place(folder: Path) -> Path:
         if SHARD.fullmatch(file.name):
             file.unlink()
     return place
-
-
-def _allocate(like: Tensor, values: Any) -> Any:
-    """Uninitialized tensors for the values of a parameter; those of its shape are sharded like it."""
-
-    def allocate(meta: Tensor) -> Tensor:
-        same = meta.shape == like.shape
-        return torch.empty_like(like, dtype=meta.dtype) if same else torch.empty(meta.shape, dtype=meta.dtype)
-
-    return tree_map_only(Tensor, allocate, values)
-
-
-def _call(kind: type[Exception], message: str, function: Callable[..., Any], *args: Any, **options: Any) -> None:
-    """Call a function of torch.distributed.checkpoint; its errors are raised as `kind`."""
-    from torch.distributed.checkpoint import CheckpointException
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            function(*args, **options)
-    except CheckpointException as error:  # a BaseException, whose message contains the traceback of every rank
-        causes = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
-        raise kind(f"{message}: {causes}") from error
 
 
 def _digest(path: Path) -> str | None:

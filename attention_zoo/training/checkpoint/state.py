@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class TrainingState:
         index = {name: k for k, name in enumerate(chain(*groups))}
         state = {}
         for name, values in contents["optimizer"].items():
-            state[index[name]] = tree_map_only(Tensor, lambda value, like=weights[name]: spread(value, like), values)
+            state[index[name]] = tree_map_only(Tensor, partial(spread, like=weights[name]), values)
         settings = zip(deepcopy(contents["groups"]), groups, strict=True)
         param_groups = [{**group, "params": [index[name] for name in names]} for group, names in settings]
         self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})

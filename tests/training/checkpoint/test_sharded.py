@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from attention_zoo import LanguageModel
 from attention_zoo.training import read_checkpoint, read_sharded, save_checkpoint, save_sharded
-from attention_zoo.training.checkpoint.metadata import MetadataUnpickler
+from attention_zoo.training.checkpoint.shards import MetadataUnpickler
 from tests.training.checkpoint.runs import make_parts, train
 
 
