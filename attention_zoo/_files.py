@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -31,12 +30,6 @@ def write_all_aside(writes: Mapping[Path, Callable[[str], object]]) -> None:
         for aside in asides.values():
             Path(aside).unlink(missing_ok=True)
         raise
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove temporary files of writers of `path` that were killed. No other process may be writing `path`."""
-    for aside in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        aside.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from attention_zoo._files import remove_leftovers, write_all_aside, write_aside
+from attention_zoo._files import write_all_aside, write_aside
 
 
 def fail_halfway(path: str) -> None:
@@ -40,10 +40,3 @@ def test_a_written_file_has_the_permissions_of_a_new_file(tmp_path: Path) -> Non
     write_aside(tmp_path / "aside", lambda path: Path(path).write_text("new"))
     assert (tmp_path / "aside").read_text() == "new"
     assert stat.S_IMODE((tmp_path / "aside").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
-
-
-def test_leftovers_of_killed_writers_are_removed_and_other_files_kept(tmp_path: Path) -> None:
-    for name in (".model[1].pt.abc", ".model1.pt.abc", "model[1].pt"):
-        (tmp_path / name).touch()
-    remove_leftovers(tmp_path / "model[1].pt")
-    assert sorted(os.listdir(tmp_path)) == [".model1.pt.abc", "model[1].pt"]

@@ -141,29 +141,29 @@ def test_logits_of_any_dtype_may_be_sampled(dtype: torch.dtype) -> None:
 
 def test_a_row_stops_at_its_eos_and_is_filled_with_it() -> None:
     model = Script([1, 2, 0, 5, 6], [3, 4, 5, 6, 7], [0, 1, 2, 3, 4])
-    got = generate(model, ids(3, 2), 5, temperature=0, eos=0)
+    got = generate(model, ids(3, 2), 5, temperature=0, eos_token_id=0)
     assert got.tolist() == [[1, 2, 0, 0, 0], [3, 4, 5, 6, 7], [0, 0, 0, 0, 0]]
     assert model.calls == 5
 
 
 def test_nothing_is_computed_after_every_row_has_ended() -> None:
     model = Script([1, 0, 5, 6, 7, 8], [3, 4, 0, 6, 7, 8])
-    got = generate(model, ids(2, 2), 6, temperature=0, eos=0)
+    got = generate(model, ids(2, 2), 6, temperature=0, eos_token_id=0)
     assert got.tolist() == [[1, 0, 0, 0, 0, 0], [3, 4, 0, 0, 0, 0]]
     assert model.calls == 3
-    assert len(list(generate_stream(model, ids(2, 2), 6, temperature=0, eos=0))) == 3
+    assert len(list(generate_stream(model, ids(2, 2), 6, temperature=0, eos_token_id=0))) == 3
 
 
 def test_an_eos_in_the_prompt_does_not_end_a_row() -> None:
     model = Script([1, 2, 3])
-    assert generate(model, torch.zeros(1, 4, dtype=torch.int64), 3, temperature=0, eos=0).tolist() == [[1, 2, 3]]
+    assert generate(model, torch.zeros(1, 4, dtype=torch.int64), 3, temperature=0, eos_token_id=0).tolist() == [[1, 2, 3]]
 
 
 def test_rows_that_have_ended_leave_the_others_alone() -> None:
     model, prompt = build(), ids(4, 5)
     whole = greedy(model, prompt, 20)
     eos = int(whole[0, 2])
-    got = generate(model, prompt, 20, temperature=0, eos=eos)
+    got = generate(model, prompt, 20, temperature=0, eos_token_id=eos)
     for row, want in zip(got.tolist(), whole.tolist(), strict=True):
         end = want.index(eos) if eos in want else len(want)
         assert row == want[:end] + [eos] * (len(want) - end)
@@ -194,14 +194,14 @@ def test_no_new_tokens_asked_for_are_none() -> None:
 def test_the_prompt_and_its_mask_stay_as_they_were() -> None:
     prompt, mask = ids(2, 5), torch.tensor([[False, True, True, True, True], [True] * 5])
     before = prompt.clone(), mask.clone()
-    generate(build(), prompt, 9, mask=mask, eos=3)
+    generate(build(), prompt, 9, mask=mask, eos_token_id=3)
     assert torch.equal(prompt, before[0])
     assert torch.equal(mask, before[1])
 
 
 def test_new_tokens_fed_back_leave_those_already_given_alone() -> None:
     tokens, copies = [], []
-    for token in generate_stream(build(), ids(2, 5), 12, eos=3):
+    for token in generate_stream(build(), ids(2, 5), 12, eos_token_id=3):
         tokens.append(token)
         copies.append(token.clone())
     assert all(map(torch.equal, tokens, copies))
@@ -345,10 +345,10 @@ class Untouchable(nn.Module):
 RIGHT_PADDED = torch.tensor([[True] * 4 + [False], [True] * 5])
 HOLES = torch.tensor([[True, False, True, True, True], [True] * 5])
 BAD = {
-    "too long": ({"length": 5}, ValueError, "length must leave prompt and new tokens within max_seq_len=8, got .* 5"),
-    "a prompt too long": ({"prompt": torch.zeros(1, 9).long(), "length": 1}, ValueError, "within max_seq_len=8"),
-    "a negative length": ({"length": -1}, ValueError, "length must be at least 0, got length=-1"),
-    "a broken length": ({"length": 2.5}, TypeError, "length must be an int, got length=2.5"),
+    "too long": ({"max_new_tokens": 5}, ValueError, "max_new_tokens must leave prompt and new tokens within max_seq_len=8, got .* 5"),
+    "a prompt too long": ({"prompt": torch.zeros(1, 9).long(), "max_new_tokens": 1}, ValueError, "within max_seq_len=8"),
+    "a negative length": ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be at least 0, got max_new_tokens=-1"),
+    "a broken length": ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens must be an int, got max_new_tokens=2.5"),
     "a float prompt": ({"prompt": torch.zeros(2, 5)}, TypeError, "prompt must be an int64 or int32 tensor .*float32"),
     "a list": ({"prompt": [1, 2]}, TypeError, "prompt must be an int64 or int32 tensor of ids, got list"),
     "too large an id": ({"prompt": torch.full((2, 5), 17)}, ValueError, "prompt must lie in 0 .* = 16, got .*17"),
@@ -374,7 +374,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_arguments_that_do_not_fit_are_named_at_the_call_before_any_work(case: str, how) -> None:
     changes, error, message = BAD[case]
-    arguments = {"prompt": torch.zeros(2, 5, dtype=torch.int64), "length": 3, **changes}
+    arguments = {"prompt": torch.zeros(2, 5, dtype=torch.int64), "max_new_tokens": 3, **changes}
     with pytest.raises(error, match=message):
         how(Untouchable(), **arguments)
 
@@ -419,8 +419,8 @@ def test_a_stream_is_an_iterator() -> None:
 
 def test_an_eos_outside_the_vocabulary_is_refused_before_any_work() -> None:
     model = LanguageModel(num_tokens=7, dim=16, depth=1, heads=2)
-    with pytest.raises(ValueError, match=r"eos must lie in 0 \.\.\. num_tokens - 1 = 6, got eos=7"):
-        generate(model, torch.zeros(1, 2, dtype=torch.int64), 3, eos=7)
+    with pytest.raises(ValueError, match=r"eos_token_id must lie in 0 \.\.\. num_tokens - 1 = 6, got eos_token_id=7"):
+        generate(model, torch.zeros(1, 2, dtype=torch.int64), 3, eos_token_id=7)
 
 
 def test_sampled_tokens_are_ordinary_tensors_that_a_training_step_may_use() -> None:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attention_zoo import Stack
 from attention_zoo.layers.reversible import run_forward
+from attention_zoo.models.stack import BlockInputs
 from attention_zoo.testing.subject import seeded
 from tests.formulas import relative_error
 
@@ -23,7 +24,7 @@ def stack(depth: int = 3, dim: int = 16, **options: Any) -> Stack:
 
 
 def plain(model: Stack, x: Tensor) -> Tensor:
-    inputs = {"mask": None, "context": None, "context_mask": None}
+    inputs = BlockInputs()
     subs = [sub for layer in model.layers for sub in layer.sublayers]
     first, second = run_forward([lambda x, sub=sub: sub.delta(x, inputs) for sub in subs], x, x)
     return model.norm((first + second) / 2)

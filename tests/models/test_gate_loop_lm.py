@@ -31,7 +31,7 @@ def test_steps_over_any_split_equal_the_whole_with_padding_too(kind: str) -> Non
     mask = torch.ones(2, 70, dtype=torch.bool)
     mask[1, :23] = False
     with torch.no_grad():
-        whole = model(tokens, mask)
+        whole = model(tokens, mask=mask)
         for split in ([70], [1] * 70, [23, 40, 7]):
             state, outs = None, []
             for part, seen in zip(tokens.split(split, 1), mask.split(split, 1), strict=True):

@@ -110,7 +110,7 @@ def test_a_padded_row_gets_the_logits_of_its_tokens_alone(side: str, hybrid: str
     lengths = (11, 4, 1)
     mask = torch.stack([torch.arange(11) < length for length in lengths])
     mask = mask.flip(1) if side == "left" else mask
-    got = model(tokens, mask)
+    got = model(tokens, mask=mask)
     for row, real in enumerate(mask):
         want = model(tokens[row, real][None])[0]
         # other positions at the same distances: rotary's angles are of float32
@@ -125,7 +125,7 @@ def test_steps_equal_the_full_pass(splits: list[int], hybrid: str, positions: st
     model, tokens = build(positions=positions, **HYBRIDS[hybrid]).double(), ids(2, 11)
     mask = torch.ones(2, 11, dtype=torch.bool)
     mask[0, :2] = False
-    want = model(tokens, mask)
+    want = model(tokens, mask=mask)
     outs, state, start = [], None, 0
     for count in splits:
         part = slice(start, start + count)
@@ -148,9 +148,9 @@ def test_an_old_state_may_be_continued_or_reordered_after_newer_steps(positions:
         _, newer = model.step(ids(3, 1), newer)
     index = torch.tensor([2, 0, 0, 1])
     got, _ = model.step(tokens[index, 5:], old.reorder(index))
-    torch.testing.assert_close(got, model(tokens[index], mask[index])[:, 5:], atol=1e-12, rtol=0)
+    torch.testing.assert_close(got, model(tokens[index], mask=mask[index])[:, 5:], atol=1e-12, rtol=0)
     again, _ = model.step(tokens[:, 5:], old)
-    torch.testing.assert_close(again, model(tokens, mask)[:, 5:], atol=1e-12, rtol=0)
+    torch.testing.assert_close(again, model(tokens, mask=mask)[:, 5:], atol=1e-12, rtol=0)
 
 
 def surprises(logits: Tensor, targets: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def test_the_loss_is_the_mean_surprise_of_real_tokens(masked: bool) -> None:
         mask = torch.stack([torch.arange(8) >= 8 - length for length in (8, 3, 2)])
         rows = [row[real] for row, real in zip(tokens, mask, strict=True)]
     want = torch.cat([surprises(model(row[None, :-1])[0], row[1:]) for row in rows]).mean()
-    assert relative_error(model.loss(tokens, mask), want) < 1e-12
+    assert relative_error(model.loss(tokens, mask=mask), want) < 1e-12
 
 
 def test_what_stands_in_the_padding_changes_neither_loss_nor_gradients() -> None:
@@ -177,7 +177,7 @@ def test_what_stands_in_the_padding_changes_neither_loss_nor_gradients() -> None
     results = []
     for filler in (0, 9):
         model.zero_grad()
-        loss = model.loss(tokens.masked_fill(~mask, filler), mask)
+        loss = model.loss(tokens.masked_fill(~mask, filler), mask=mask)
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     assert all(map(torch.equal, *results))
@@ -207,11 +207,11 @@ def test_half_precision_models_come_close_to_float64(positions: str | None) -> N
     nn.init.normal_(model.token_embedding.weight)  # of the size that the norms expect, so that little is amplified
     wide = copy.deepcopy(model).bfloat16().double()
     model = model.bfloat16()
-    logits = model(tokens, mask)
+    logits = model(tokens, mask=mask)
     assert logits.dtype == torch.bfloat16
-    assert relative_error(logits[mask], wide(tokens, mask)[mask]) < 3e-2
-    model.loss(tokens, mask).backward()
-    wide.loss(tokens, mask).backward()
+    assert relative_error(logits[mask], wide(tokens, mask=mask)[mask]) < 3e-2
+    model.loss(tokens, mask=mask).backward()
+    wide.loss(tokens, mask=mask).backward()
     grads = [torch.cat([p.grad.double().flatten() for p in m.parameters()]) for m in (model, wide)]
     assert relative_error(*grads) < 5e-2
 

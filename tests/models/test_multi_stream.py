@@ -38,7 +38,7 @@ def test_steps_over_any_split_equal_the_whole_pass_padded_on_the_left_too(change
     model, tokens = small(**changes), torch.randint(0, 31, (3, 70))
     mask = torch.arange(70) >= torch.tensor([[0], [9], [66]])
     with torch.no_grad():
-        whole = model(tokens, mask)
+        whole = model(tokens, mask=mask)
         for splits in ([70], [1, 66, 3], [64, 1, 5]):
             state, outs, start = None, [], 0
             for size in splits:
@@ -82,7 +82,7 @@ def test_padding_does_not_count_in_the_loss() -> None:
     model, tokens = small(), torch.randint(0, 31, (1, 9))
     padded = torch.cat((torch.randint(0, 31, (1, 4)), tokens), dim=1)
     mask = torch.arange(13)[None] >= 4
-    torch.testing.assert_close(model.loss(padded, mask), model.loss(tokens), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.loss(padded, mask=mask), model.loss(tokens), rtol=1e-5, atol=1e-6)
 
 
 def test_the_diversity_loss_is_added_with_its_weight_and_reaches_queries_and_keys() -> None:
@@ -133,7 +133,7 @@ def test_a_bidirectional_model_learns_to_fill_in_hidden_tokens() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: small(separate_embeddings=True, tie_embeddings=True), "tie_embeddings needs one token table"),
+        (lambda: small(separate_embeddings=True, tie_embeddings=True), "tie_embeddings needs separate_embeddings=False"),
         (lambda: small(streams=0), "streams must be at least 1, got streams=0"),
         (lambda: small()(torch.zeros(1, 81, dtype=torch.int64)), "max_seq_len=80, got a sequence of 81"),
         (lambda: small(causal=False).loss(torch.zeros(1, 3, dtype=torch.int64)), "loss needs causal=True"),

@@ -327,7 +327,7 @@ BAD_INPUTS = {
         r"mask must be \(b, n\) = \(2, 3\), got shape \(2, 4\)",
     ),
     "mask dtype": ({"mask": torch.ones(2, 3)}, TypeError, r"mask must be a boolean tensor.*got dtype torch.float32"),
-    "a context nobody reads": ({"context": X}, ValueError, r"context must be read by a block of the stack"),
+    "a context nobody reads": ({"context": X}, ValueError, r"context must be None for a stack without"),
     "a mask of no context": ({"context_mask": X.bool()[..., 0]}, ValueError, r"context_mask must come with a context"),
 }
 

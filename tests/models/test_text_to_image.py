@@ -16,7 +16,6 @@ from attention_zoo import (
     generate_image_tokens,
     generate_images,
     generate_text,
-    write_and_draw,
 )
 from attention_zoo.testing.subject import seeded
 from tests.formulas import relative_error
