@@ -48,7 +48,7 @@ def mask_tokens(
 
 
 def masked_token_loss(
-    model: Callable[[Tensor, Tensor | None], Tensor],
+    model: Callable[..., Tensor],
     tokens: Tensor,
     mask_token: int,
     *,
