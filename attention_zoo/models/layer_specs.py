@@ -1,4 +1,4 @@
-"""Layer specs: the forms in which a user names the blocks and feedforwards of a stack, and the modules they stand for."""
+"""Layer specs: how a user names the blocks and feedforwards of a stack, and how they are built."""
 
 from __future__ import annotations
 
@@ -46,6 +46,25 @@ def parse_layers(attention: AttentionSpec) -> list[list[Any]]:
         if not (isinstance(spec, str) or callable(spec) or is_named(spec)):
             raise TypeError(f"attention must be made of names, (name, options) and callables, got {spec!r}")
     return layers
+
+
+def cycle_layers(attention: AttentionSpec, depth: int) -> list[list[Any]]:
+    """The block specs of each of `depth` layers. Errors as in `parse_layers`."""
+    cycle = parse_layers(attention)
+    return [cycle[layer % len(cycle)] for layer in range(depth)]
+
+
+def check_shared(shared: Mapping[str, Any], attention: AttentionSpec, depth: int) -> None:
+    """Check that every shared argument is taken by a block of the stack.
+
+    Raises:
+        ValueError: an argument that no block's constructor has.
+    """
+    layers = cycle_layers(attention, depth)
+    for name in sorted(shared):
+        if not takes_part(layers, name):
+            name = "attn_dropout" if name == "dropout" else name
+            raise ValueError(f"{name} must be taken by at least one block, but none of {attention!r} has it")
 
 
 def make_block(spec: Any, dim: int, *, causal: bool, shared: Mapping[str, Any]) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,11 +22,11 @@ from attention_zoo.layers.token_shift import TokenShift
 from attention_zoo.models.layer_specs import (
     AttentionSpec,
     FeedForwardSpec,
+    check_shared,
+    cycle_layers,
     first_with_same_id,
     make_block,
     make_feedforward,
-    parse_layers,
-    takes_part,
 )
 from attention_zoo.ops import TextImageLayout
 
@@ -209,40 +209,32 @@ class Stack(nn.Module):
         self.shifts = token_shift is not None
         shared = {"heads": heads, "dim_head": dim_head, "dropout": attn_dropout or None, **shared}
         shared = {name: part for name, part in shared.items() if part is not None}
-        cycle = parse_layers(attention)
-        specs = [cycle[layer % len(cycle)] for layer in range(depth)]
-        for name in sorted(shared):
-            if not takes_part(specs, name):
-                name = "attn_dropout" if name == "dropout" else name
-                raise ValueError(f"{name} must be taken by at least one block, but none of {attention!r} has it")
+        specs = cycle_layers(attention, depth)
+        check_shared(shared, attention, depth)
         attn_from = first_with_same_id("shared_attn_ids", shared_attn_ids, specs)
         ff_from = first_with_same_id("shared_ff_ids", shared_ff_ids, [feedforward] * depth)
 
-        def prepare(block: nn.Module, connection: Residual) -> nn.Module:
-            connection.initialize(block)
-            return block if token_shift is None else TokenShift(block, dim, layout=token_shift)
-
-        layers: list[list[Sublayer]] = []
+        self.layers = nn.ModuleList()
+        blocks: dict[tuple[str, int, int], nn.Module] = {}  # by the layer and place where the weights first occur
         for layer in range(depth):
-            scale = layer_scale_start(layer) if layer_scale else None
-            make_residual = partial(RESIDUALS[residual], dim, norm=norm, depth=depth, scale=scale)
-            sublayers = []
-            for place, spec in enumerate(specs[layer]):
-                connection = make_residual()
-                if attn_from[layer] < layer:
-                    block = layers[attn_from[layer]][place].block
-                else:
-                    block = prepare(make_block(spec, dim, causal=causal, shared=shared), connection)
-                sublayers.append(Sublayer(block, connection, tokenwise=False))
+            makers: dict[tuple[str, int, int], Callable[[], nn.Module]] = {
+                ("attention", attn_from[layer], place): partial(make_block, spec, dim, causal=causal, shared=shared)
+                for place, spec in enumerate(specs[layer])
+            }
             if feedforward is not None:
-                connection = make_residual()
-                if ff_from[layer] < layer:
-                    block = layers[ff_from[layer]][-1].block
-                else:
-                    block = prepare(make_feedforward(feedforward, dim, mult=ff_mult, dropout=ff_dropout), connection)
-                sublayers.append(Sublayer(block, connection, tokenwise=token_shift is None))
-            layers.append(sublayers)
-        self.layers = nn.ModuleList(Layer(sublayers) for sublayers in layers)
+                make_ff = partial(make_feedforward, feedforward, dim, mult=ff_mult, dropout=ff_dropout)
+                makers["feedforward", ff_from[layer], 0] = make_ff
+            scale = layer_scale_start(layer) if layer_scale else None
+            sublayers = []
+            for key, make in makers.items():
+                connection = RESIDUALS[residual](dim, norm=norm, depth=depth, scale=scale)
+                if key not in blocks:
+                    block = make()
+                    connection.initialize(block)
+                    blocks[key] = block if token_shift is None else TokenShift(block, dim, layout=token_shift)
+                tokenwise = key[0] == "feedforward" and token_shift is None
+                sublayers.append(Sublayer(blocks[key], connection, tokenwise=tokenwise))
+            self.layers.append(Layer(sublayers))
         self.norm = make_norm(norm, dim) if RESIDUALS[residual].final_norm else nn.Identity()
         self.takes_context = any("context" in sublayer.takes for sublayer in self.sublayers())
         if reversible and self.takes_context:
@@ -316,7 +308,7 @@ class Stack(nn.Module):
 
     def sublayers(self) -> list[Sublayer]:
         """All sub-layers, in the order in which they run."""
-        return [sub for layer in self.layers for sub in layer.sublayers]  # type: ignore[misc,union-attr]
+        return [sub for layer in self.layers for sub in layer.sublayers]  # type: ignore[union-attr]
 
     @property
     def fsdp_wrap_classes(self) -> tuple[type[nn.Module], ...]:

@@ -30,8 +30,8 @@ BOS = 0
 class TextToImageTransformer(SavedModel):
     """p(text, image) over the sequence: a start token, text_len text tokens, height x width image tokens.
 
-    Text id 0 is padding. At position i it becomes the id num_text_tokens + i, so that every position has its own padding
-    embedding. Image ids follow the text ids: token = num_text_ids + image id.
+    Text id 0 is padding. At position i it becomes the id num_text_tokens + i, so that every position has its own
+    embedding of padding. Image ids follow the text ids: token = num_text_ids + image id.
 
     Args:
         num_text_tokens: text ids, 0 (padding) included.
