@@ -80,7 +80,7 @@ def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
 
 def read_newest(folder: Path) -> Checkpoint:
     """The checkpoint that was written last: by one process or by several, as many as there are now or not."""
-    one, several = folder / CHECKPOINT, folder / SHARDS / "last.json"
+    one, several = folder / CHECKPOINT, folder / SHARDS / "run.pt"
     if several.exists() and not (one.exists() and one.stat().st_mtime > several.stat().st_mtime):
         return training.read_sharded(folder / SHARDS)
     return training.read_checkpoint(one)

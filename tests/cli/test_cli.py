@@ -21,7 +21,7 @@ from attention_zoo.cli._bench.decode import Decoding
 from attention_zoo.cli._bench.measure import Setup, compare, describe_machine, peak_bytes, seconds, threads
 from attention_zoo.cli._bench.recurrence import tree_mixing
 from attention_zoo.cli._table import format_number, format_row
-from attention_zoo.ops.gate_loop.channel import channel_gate_loop
+from attention_zoo.ops.gate_loop import channel_gate_loop
 
 CPU = torch.device("cpu")
 TINY = Setup(dim=16, heads=2, dim_head=8, depth=1, runs=2, device=CPU, dtype=torch.float32)

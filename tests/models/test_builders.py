@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import LanguageModel, cosine_sim_lm
-from tests.formulas import attend_one_by_one, relative_error, unit_slices, what_is_seen
+from tests.formulas import allowed_pairs, attend_one_by_one, relative_error, unit_slices
 
 
 def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
@@ -32,7 +32,7 @@ def transformer(
         scale = q.shape[-1] ** -0.5
         if cosine_sim:
             q, k, scale = unit_slices(q, 2, 1e-12), unit_slices(k, 2, 1e-12), 3.0
-        seen = what_is_seen((*q.shape[:3], q.shape[2]), mask=None, causal=True)
+        seen = allowed_pairs((*q.shape[:3], q.shape[2]), mask=None, causal=True)
         return linear(attend_one_by_one(q, k, v, seen, None, scale).transpose(1, 2).flatten(2), f"{name}.to_out")
 
     def feedforward(x: Tensor, name: str) -> Tensor:

@@ -84,6 +84,7 @@ def test_exported_step_runs_at_other_lengths_and_returns_a_state(name: str) -> N
             assert new.length == n + 1
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_training_compiled_by_inductor_has_the_losses_of_eager_at_every_length() -> None:
     def train(compiling: bool) -> list[float]:

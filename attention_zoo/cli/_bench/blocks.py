@@ -17,7 +17,6 @@ from attention_zoo.attention import (
     BlockSparseAttention,
     CrossAttention,
     GateLoopAttention,
-    PatternAttention,
     SelfAttention,
     TalkingHeadsAttention,
 )
@@ -126,11 +125,11 @@ def mixing(block: nn.Module, length: int, setup: Setup) -> Mixing:
             return block.attend(q, k, v, None)
 
         seen = None
-        if isinstance(block, PatternAttention) and not isinstance(block, BlockSparseAttention):
+        if block.pattern is not None and not isinstance(block, BlockSparseAttention):
             seen = block.pattern().mask(0, length, setup.device)
         return Mixing(mix, head_inputs(length, setup), block.causal, seen=seen)
     if isinstance(block, TalkingHeadsAttention):
-        return Mixing(lambda q, k, v: block.talk(q, k, v, None), head_inputs(length, setup), block.causal)
+        return Mixing(lambda q, k, v: block.attend(q, k, v, None), head_inputs(length, setup), block.causal)
     if isinstance(block, CrossAttention):
         return Mixing(softmax_attention, head_inputs(length, setup), causal=False)
     if isinstance(block, GateLoopAttention):

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from attention_zoo.cli._bench.measure import Setup, compare
-from attention_zoo.ops.gate_loop.channel import channel_gate_loop
+from attention_zoo.ops.gate_loop import HAS_NUMBA, channel_gate_loop, linear_recurrence
 from attention_zoo.ops.gate_loop.gates import unit_gate
-from attention_zoo.ops.gate_loop.recurrence import HAS_NUMBA, linear_recurrence
 
 SIZES = ((4, 1024), (1, 4096))  # rows and tokens
 
