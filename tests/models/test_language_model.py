@@ -343,7 +343,7 @@ def test_loss_of_one_token_raises() -> None:
 def test_state_of_another_batch_raises(positions: str | None, batch: int) -> None:
     model = build(positions=positions)
     _, state = model.step(ids(3, 4))
-    with pytest.raises(ValueError, match=r"state must come from this (block|model) and batch"):
+    with pytest.raises(ValueError, match=r"state must come from this (layer|model) and batch"):
         model.step(ids(batch, 1), state)
 
 
@@ -353,7 +353,7 @@ def test_state_of_another_model_raises() -> None:
         build().step(ids(3, 1), state.stack)
     with pytest.raises(TypeError, match="state must be a StackState of 3 blocks, got one of 2 blocks"):
         build(depth=3).step(ids(3, 1), state)
-    with pytest.raises(ValueError, match="state must come from this block and batch"):
+    with pytest.raises(ValueError, match="state must come from this layer and batch"):
         build(heads=3).step(ids(3, 1), state)
     with pytest.raises(ValueError, match=r"state must come from this model and batch: counts of .* got none"):
         build(positions="learned").step(ids(3, 1), state)
