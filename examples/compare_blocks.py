@@ -1,15 +1,16 @@
-"""The arena: one small model after the other, equal but for its blocks, on real text and on three tasks.
+"""Compare attention layers: small models that differ only in their attention, on text and on three synthetic tasks.
 
-All have the same number of parameters, to one percent (the feedforwards give and take), read the same tokens in the
-same order, and are trained alike. The tasks are those where papers claim that blocks differ: associative recall (look
-up the value of a key), selective copying (find the tokens among noise), and recall across segments (through a memory).
+All models have the same number of parameters within 1 % (by the width of the feedforwards), the same training data in
+the same order, and the same hyperparameters. The tasks are ones where the literature reports differences: associative
+recall (look up the value of a key), selective copying (find tokens in noise), and recall across segments (through a
+memory).
 
-    python examples/compare_blocks.py --quick     # one seed and few steps: about five minutes on two cores
+    python examples/compare_blocks.py --quick     # one seed, few steps: about five minutes on two cores
     python examples/compare_blocks.py             # three seeds: more than an hour
     python examples/compare_blocks.py --blocks full,gate_loop --tasks text
 
-Every trained model leaves one file in the folder `cells`, so an interrupted run goes on when it is called again, and
-processes with other --blocks may share the folder. Blocks that know images have an example of their own.
+Each trained model writes one file to the folder `cells`. An interrupted run continues with the missing models when
+started again, and several processes with different --blocks may share the folder. Image layers have their own example.
 
 Needs: pip install attention-zoo[examples]
 """
@@ -27,6 +28,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,13 +39,13 @@ from attention_zoo import BLOCKS, LanguageModel, MemoryLanguageModel, training
 from attention_zoo.cli._bench.measure import peak_bytes
 
 CPU = torch.device("cpu")
-Results = dict[str, dict[str, list[dict[str, Any]]]]  # the cells of an entrant and a task, one per seed
-IGNORED = -100  # a target that cross entropy leaves out
+Results = dict[str, dict[str, list[dict[str, Any]]]]  # results of a model and a task, one per seed
+IGNORED = -100  # target ignored by the cross entropy
 
 
-# What competes: blocks, cycled over the layers. Positions are rotary where a block takes them; a recurrence needs none.
-Entrant = tuple[str, ...]
-ENTRANTS: dict[str, Entrant] = {
+# The models: attention layers, cycled over the depth. Positions are rotary where a layer supports them.
+Layers = tuple[str, ...]
+MODELS: dict[str, Layers] = {
     "full": ("full",),
     "cosine_sim": ("cosine_sim",),
     "talking_heads": ("talking_heads",),
@@ -56,7 +58,7 @@ ENTRANTS: dict[str, Entrant] = {
 
 
 class Size(NamedTuple):
-    """A model's size and how it is trained."""
+    """Model size and training hyperparameters."""
 
     dim: int
     depth: int
@@ -65,7 +67,7 @@ class Size(NamedTuple):
     lr: float
 
 
-SLOW = ("relative_gate",)  # takes six times as long, and competes only when it is named
+SLOW = ("relative_gate",)  # six times slower, included only if named in --blocks
 
 FULL = {
     "text": Size(dim=128, depth=4, batch=8, steps=600, lr=3e-3),
@@ -80,33 +82,34 @@ QUICK = {
     "recall across segments": Size(dim=64, depth=2, batch=32, steps=250, lr=2e-3),
 }
 HEADS = 4
-SEQ_LEN = 256  # bytes of text seen at once
+SEQ_LEN = 256  # bytes per text sequence
 
 
-# The tasks: each draws (b, n) inputs and targets, IGNORED where nothing is asked.
+# The tasks: each returns random inputs and targets, both (b, n); targets without a question are IGNORED.
 
 PAIRS, KEYS, VALUES = 8, 16, 16
-COPIED, NOISY, SYMBOLS = 8, 40, 16  # tokens to copy, tokens that they hide among, what they may be
-SEGMENT, DISTANCE = 8, 4  # tokens of a segment, segments between pair and question
+COPIED, NOISY, SYMBOLS = 8, 40, 16  # tokens to copy, length of the noise with them, size of their vocabulary
+SEGMENT, DISTANCE = 8, 4  # tokens per segment, segments between pair and question
 
 
 def associative_recall(batch: int) -> tuple[Tensor, Tensor]:
-    """Pairs of a key and a value, then the same keys in another order: each asks for its value."""
+    """Key/value pairs, then the same keys in another order; the targets are their values."""
     keys = torch.rand(batch, KEYS).argsort(dim=1)[:, :PAIRS]
     values = KEYS + torch.randint(VALUES, (batch, PAIRS))
     order = torch.rand(batch, PAIRS).argsort(dim=1)
     asked, answers = keys.gather(1, order), values.gather(1, order)
-    pairs = torch.stack((torch.cat((keys, asked), 1), torch.cat((values, answers), 1)), dim=-1)
+    pairs = rearrange([torch.cat((keys, asked), 1), torch.cat((values, answers), 1)], "kv b p -> b (p kv)")
     targets = torch.full((batch, 4 * PAIRS), IGNORED)
     targets[:, 2 * PAIRS :: 2] = answers
-    return pairs.flatten(1), targets
+    return pairs, targets
 
 
 def selective_copying(batch: int) -> tuple[Tensor, Tensor]:
-    """A few symbols somewhere in noise (token 0), then as many slots (the last token) for them, in their order."""
+    """Symbols at random positions in noise (token 0), then one slot (the last token) per symbol; the targets are the
+    symbols in order."""
     symbols = 1 + torch.randint(SYMBOLS, (batch, COPIED))
-    places = torch.rand(batch, NOISY).argsort(dim=1)[:, :COPIED].sort(dim=1).values
-    noise = torch.zeros(batch, NOISY, dtype=torch.long).scatter(1, places, symbols)
+    positions = torch.rand(batch, NOISY).argsort(dim=1)[:, :COPIED].sort(dim=1).values
+    noise = torch.zeros(batch, NOISY, dtype=torch.long).scatter(1, positions, symbols)
     inputs = torch.cat((noise, torch.full((batch, COPIED), SYMBOLS + 1)), dim=1)
     targets = torch.full_like(inputs, IGNORED)
     targets[:, NOISY:] = symbols
@@ -114,11 +117,11 @@ def selective_copying(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def recall_across_segments(batch: int, distance: int) -> tuple[Tensor, Tensor]:
-    """Two pairs in the first segment of noise, one of their keys at the end of the last: (k + 1) SEGMENT tokens."""
+    """Two key/value pairs in the first of distance + 1 segments of noise, one of the keys at the end of the last."""
     keys = torch.rand(batch, 8).argsort(dim=1)[:, :2]
     values = 8 + torch.randint(16, (batch, 2))
     inputs = 24 + torch.randint(8, (batch, (distance + 1) * SEGMENT))
-    inputs[:, :4] = torch.stack((keys, values), dim=-1).flatten(1)
+    inputs[:, :4] = rearrange([keys, values], "kv b p -> b (p kv)")
     inputs[:, -1] = keys[:, 0]
     targets = torch.full_like(inputs, IGNORED)
     targets[:, -1] = values[:, 0]
@@ -131,33 +134,33 @@ TASKS = {
 }
 
 
-def build(entrant: Entrant, size: Size, num_tokens: int, *, memory: bool = False) -> nn.Module:
-    """The entrant's model, its feedforwards so wide that it has as many parameters as one of full attention."""
+def build(layers: Layers, size: Size, num_tokens: int, *, memory: bool = False) -> nn.Module:
+    """A model whose feedforward width gives it as many parameters as the model with full attention."""
 
-    def make(blocks: Entrant, ff_mult: float) -> nn.Module:
-        takes = {name: inspect.signature(BLOCKS[name]).parameters for name in blocks}
+    def make(layers: Layers, ff_mult: float) -> nn.Module:
+        parameters = {name: inspect.signature(BLOCKS[name]).parameters for name in layers}
         heads = {"heads": HEADS, "dim_head": size.dim // HEADS}  # not for recurrences, which have a head per channel
-        attention = [(name, heads) if "dim_head" in takes[name] else name for name in blocks]
+        attention = [(name, heads) if "dim_head" in parameters[name] else name for name in layers]
         common = {"num_tokens": num_tokens, "dim": size.dim, "depth": size.depth, "ff_mult": ff_mult}
         if memory:
             slots = {"memory_slots": 8, "memory_heads": HEADS, "segment_len": SEGMENT}
             return MemoryLanguageModel(attention=attention, **common, **slots)
         return LanguageModel(attention=attention, max_seq_len=SEQ_LEN, **common)
 
-    def count(blocks: Entrant, ff_mult: float) -> int:
+    def count(layers: Layers, ff_mult: float) -> int:
         with torch.device("meta"):
-            return sum(weight.numel() for weight in make(blocks, ff_mult).parameters())
+            return sum(weight.numel() for weight in make(layers, ff_mult).parameters())
 
-    want, narrow = count(("full",), 4), count(entrant, 1)
-    ff_mult = 1 + (want - narrow) / (count(entrant, 2) - narrow)
-    got = count(entrant, ff_mult)
+    want, narrow = count(("full",), 4), count(layers, 1)
+    ff_mult = 1 + (want - narrow) / (count(layers, 2) - narrow)
+    got = count(layers, ff_mult)
     if abs(got - want) > 0.01 * want:
-        raise ValueError(f"parameters must be equal to 1 %, got {got:,} and {want:,} for {entrant}")
-    return make(entrant, ff_mult)
+        raise ValueError(f"parameter counts must agree within 1 %, got {got:,} and {want:,} for {layers}")
+    return make(layers, ff_mult)
 
 
 def train(model: nn.Module, size: Size, backward: Callable[[], float], name: str) -> list[float]:
-    """Take size.steps steps; `backward` leaves gradients and returns the loss. Returns all losses."""
+    """Train for size.steps steps. `backward` computes gradients and returns the loss. Returns all losses."""
     groups = [
         {"params": [weight for weight in model.parameters() if weight.ndim > 1], "weight_decay": 0.1},
         {"params": [weight for weight in model.parameters() if weight.ndim <= 1], "weight_decay": 0.0},
@@ -179,33 +182,33 @@ def train(model: nn.Module, size: Size, backward: Callable[[], float], name: str
     return losses
 
 
-def read_text(entrant: Entrant, size: Size, text: training.Text, seed: int, name: str) -> dict[str, Any]:
-    """Train on text. The score is bits per byte of unseen text."""
-    seen, unseen = training.as_tokens(text.training), training.as_tokens(text.validation)
+def learn_text(layers: Layers, size: Size, text: training.Text, seed: int, name: str) -> dict[str, Any]:
+    """Train on text. The score is bits per byte of validation text."""
+    train_text, validation_text = training.as_tokens(text.training), training.as_tokens(text.validation)
     generator = torch.Generator().manual_seed(seed)
-    model = build(entrant, size, 256)
+    model = build(layers, size, 256)
 
     def backward() -> float:
-        loss = model.loss(training.random_batch(seen, size.batch, SEQ_LEN + 1, generator=generator))
+        loss = model.loss(training.random_batch(train_text, size.batch, SEQ_LEN + 1, generator=generator))
         loss.backward()
         return loss.item() / math.log(2)
 
     curve = train(model, size, backward, name)
     model.eval()
-    pieces = training.windows(unseen, SEQ_LEN + 1, at_most=128).split(size.batch)
+    batches = training.windows(validation_text, SEQ_LEN + 1, at_most=128).split(size.batch)
     with torch.no_grad():
-        score = mean(model.loss(tokens).item() / math.log(2) for tokens in pieces)
+        score = mean(model.loss(tokens).item() / math.log(2) for tokens in batches)
     return {"score": score, "curve": curve, "parameters": sum(weight.numel() for weight in model.parameters())}
 
 
-def solve(entrant: Entrant, size: Size, task: str, name: str) -> dict[str, Any]:
-    """Train on a task. The score is the share of right answers to new questions."""
+def solve(layers: Layers, size: Size, task: str, name: str) -> dict[str, Any]:
+    """Train on a task. The score is the accuracy on new samples."""
     draw, num_tokens = TASKS[task]
-    model = build(entrant, size, num_tokens)
+    model = build(layers, size, num_tokens)
 
     def backward() -> float:
         inputs, targets = draw(size.batch)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        loss = F.cross_entropy(rearrange(model(inputs), "b n v -> (b n) v"), targets.flatten(), ignore_index=IGNORED)
         loss.backward()
         return loss.item()
 
@@ -213,27 +216,27 @@ def solve(entrant: Entrant, size: Size, task: str, name: str) -> dict[str, Any]:
     model.eval()
     inputs, targets = draw(512)
     with torch.no_grad():
-        right = (model(inputs).argmax(-1) == targets)[targets != IGNORED]
-    return {"score": float(right.float().mean()), "curve": curve}
+        correct = (model(inputs).argmax(-1) == targets)[targets != IGNORED]
+    return {"score": float(correct.float().mean()), "curve": curve}
 
 
-def remember(entrant: Entrant, size: Size, name: str) -> dict[str, Any]:
-    """Train a model with a memory by memory replay. The score is the share of right answers DISTANCE segments later."""
-    model = build(entrant, size, 32, memory=True)
+def recall(layers: Layers, size: Size, name: str) -> dict[str, Any]:
+    """Train a model with memory by memory replay. The score is the accuracy DISTANCE segments later."""
+    model = build(layers, size, 32, memory=True)
 
-    def answer(output: Any, targets: Tensor) -> Tensor:
+    def answer_loss(output: Any, targets: Tensor) -> Tensor:
         return F.cross_entropy(output.logits[:, -1], targets)
 
     step = 0
 
     def backward() -> float:
         nonlocal step
-        step += 1  # near questions come first: what the memory holds is learned before how long it holds it
+        step += 1  # curriculum: the distance grows during training
         longest = min(DISTANCE, 3 * (DISTANCE + 1) * step // (2 * size.steps))
         inputs, targets = recall_across_segments(size.batch, longest)
         segments = inputs.split(SEGMENT, dim=1)
-        asked = [None] * longest + [targets[:, -1]]
-        return float(training.memory_replay(model, segments, asked, loss=answer).loss)
+        answers = [None] * longest + [targets[:, -1]]
+        return float(training.memory_replay(model, segments, answers, loss=answer_loss).loss)
 
     curve = train(model, size, backward, name)
     model.eval()
@@ -246,9 +249,9 @@ def remember(entrant: Entrant, size: Size, name: str) -> dict[str, Any]:
 
 
 def measure(names: Sequence[str], size: Size, rounds: int = 7) -> dict[str, tuple[float, float]]:
-    """Tokens per second and peak MiB of a training step on text; the models take turns, so that all have one day."""
+    """Tokens per second and peak MiB of a training step on text, with the models timed in turn."""
     tokens = torch.randint(256, (size.batch, SEQ_LEN + 1))
-    models = {name: build(ENTRANTS[name], size, 256) for name in names}
+    models = {name: build(MODELS[name], size, 256) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds + 1):
         for name, model in models.items():
@@ -263,14 +266,14 @@ def measure(names: Sequence[str], size: Size, rounds: int = 7) -> dict[str, tupl
 
 
 def spread(scores: Sequence[float], percent: bool) -> str:
-    """Mean, and standard deviation over the seeds."""
+    """Mean and standard deviation over the seeds."""
     factor, digits = (100, 1) if percent else (1, 3)
     text = f"{factor * mean(scores):.{digits}f}"
     return text if len(scores) < 2 else f"{text} ± {factor * stdev(scores):.{digits}f}"
 
 
 def table(results: Results, speed: dict[str, tuple[float, float]]) -> str:
-    """The results as Markdown, the best on text first."""
+    """A Markdown table, best model on the first task first."""
     tasks = list(next(iter(results.values())))
     heads = {"text": "bits per byte"}
     lines = [
@@ -286,7 +289,7 @@ def table(results: Results, speed: dict[str, tuple[float, float]]) -> str:
 
 
 def plot(results: Results, sizes: dict[str, Size], path: Path) -> None:
-    """Draw the loss on text against tokens read, and the answers to the tasks."""
+    """Plot the training loss on text, and the accuracy on the tasks."""
     tasks = [task for task in next(iter(results.values())) if task != "text"]
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -300,20 +303,22 @@ def plot(results: Results, sizes: dict[str, Size], path: Path) -> None:
             left.plot(tokens, bits.mean(0), color=color, label=name)
             left.fill_between(tokens, bits.amin(0), bits.amax(0), color=color, alpha=0.15, linewidth=0)
         scores = [[100 * cell["score"] for cell in found[task]] for task in tasks]
-        places = [place + (k - len(results) / 2 + 0.5) * 0.8 / len(results) for place in range(len(tasks))]
-        errors = [stdev(some) if len(some) > 1 else 0.0 for some in scores]
-        right.bar(places, [mean(some) for some in scores], 0.8 / len(results), yerr=errors, color=color, label=name)
-    left.set(xlabel="millions of bytes read", ylabel="bits per byte, training", yscale="log", title="text")
+        positions = [task + (k - len(results) / 2 + 0.5) * 0.8 / len(results) for task in range(len(tasks))]
+        errors = [stdev(values) if len(values) > 1 else 0.0 for values in scores]
+        right.bar(
+            positions, [mean(values) for values in scores], 0.8 / len(results), yerr=errors, color=color, label=name
+        )
+    left.set(xlabel="millions of training bytes", ylabel="bits per byte, training", yscale="log", title="text")
     left.yaxis.set_major_formatter("{x:.1f}")
     left.yaxis.set_minor_formatter("{x:.1f}")
-    right.set(ylabel="right answers in %", ylim=(0, 103), title="tasks: mean and standard deviation over seeds")
+    right.set(ylabel="accuracy in %", ylim=(0, 103), title="tasks: mean and standard deviation over seeds")
     right.set_xticks(range(len(tasks)), tasks)
     left.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def run(options: argparse.Namespace, sizes: dict[str, Size]) -> Results:
-    """Train every cell that has no file yet. Returns all, by entrant and task."""
+    """Train every model that has no result file yet. Returns all results by model and task."""
     text = training.read_text(options.data)
     folder = options.out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
@@ -321,42 +326,46 @@ def run(options: argparse.Namespace, sizes: dict[str, Size]) -> Results:
     cells = [(seed, task, name) for seed in range(options.seeds) for task in sizes for name in options.blocks]
     for seed, task, name in tqdm(cells, desc="all", unit="model", dynamic_ncols=True):
         path = folder / f"{name} - {task} - {seed}.json".replace(" ", "_")
-        label, size, entrant = f"{name}, {task}, seed {seed}", sizes[task], ENTRANTS[name]
-        told = {"blocks": list(entrant), "size": size._asdict(), "source": text.source if task == "text" else None}
+        label, size, layers = f"{name}, {task}, seed {seed}", sizes[task], MODELS[name]
+        config = {"blocks": list(layers), "size": size._asdict(), "source": text.source if task == "text" else None}
         cell = json.loads(path.read_text()) if path.exists() else None
-        if cell is None or cell["told"] != told:
+        if cell is None or cell["config"] != config:
             torch.manual_seed(seed)
             if task == "text":
-                cell = read_text(entrant, size, text, seed, label)
+                cell = learn_text(layers, size, text, seed, label)
             elif task == "recall across segments":
-                cell = remember(entrant, size, label)
+                cell = recall(layers, size, label)
             else:
-                cell = solve(entrant, size, task, label)
-            beside = path.with_suffix(".new")  # a file is there whole or not at all
-            beside.write_text(json.dumps({**cell, "told": told}))
-            beside.replace(path)
+                cell = solve(layers, size, task, label)
+            temporary = path.with_suffix(".new")  # renamed, so that an interrupted run leaves no partial file
+            temporary.write_text(json.dumps({**cell, "config": config}))
+            temporary.replace(path)
             tqdm.write(f"{label}: {cell['score']:.3f}")
         results[name][task].append(cell)
     return results
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="smaller models, fewer steps, one seed")
-    add("--blocks", default=",".join(name for name in ENTRANTS if name not in SLOW), help="who competes (%(default)s)")
-    add("--tasks", default=",".join(FULL), help="at what, of: %(default)s")
-    add("--seeds", type=int, help="runs of each, seeds 0, 1, ... (3, quick 1)")
-    add("--steps", type=int, help="steps of training, in place of each task's own number")
-    add("--data", help="a text file, or a folder of them (the sources of Python's standard library)")
-    add("--out", type=Path, help="folder of the results (runs/compare_blocks, or runs/compare_blocks_quick)")
+    add(
+        "--blocks",
+        default=",".join(name for name in MODELS if name not in SLOW),
+        help="models to compare (%(default)s)",
+    )
+    add("--tasks", default=",".join(FULL), help="tasks (%(default)s)")
+    add("--seeds", type=int, help="number of runs per model, with seeds 0, 1, ... (3; with --quick 1)")
+    add("--steps", type=int, help="training steps of every task (default: set per task)")
+    add("--data", help="text file, or folder of text files (Python's standard library)")
+    add("--out", type=Path, help="output folder (runs/compare_blocks; with --quick runs/compare_blocks_quick)")
     options = parser.parse_args()
-    for name, known in (("blocks", ENTRANTS), ("tasks", FULL)):
+    for name, known in (("blocks", MODELS), ("tasks", FULL)):
         chosen = getattr(options, name).split(",")
-        unknown = [one for one in chosen if one not in known]
+        unknown = [item for item in chosen if item not in known]
         if unknown:
-            parser.error(f"--{name} must be of {', '.join(known)}, got {unknown[0]!r}")
+            parser.error(f"--{name} must be among {', '.join(known)}, got {unknown[0]!r}")
         setattr(options, name, chosen)
     options.seeds = (1 if options.quick else 3) if options.seeds is None else options.seeds
     if options.seeds < 1 or (options.steps is not None and options.steps < 1):
@@ -366,7 +375,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train them all, print the table, draw the picture."""
+    """Train all models, print the table, save the plot."""
     options = parse_options()
     known = QUICK if options.quick else FULL
     sizes = {task: known[task] for task in options.tasks}
@@ -375,7 +384,7 @@ def main() -> None:
     try:
         results = run(options, sizes)
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. The same command goes on with the models that are missing.") from None
+        raise SystemExit("\nStopped. The same command continues with the missing models.") from None
     lines = table(results, measure(options.blocks, known["text"]))
     (options.out / "compare_blocks.md").write_text(lines + "\n")
     plot(results, sizes, options.out / "compare_blocks.png")

@@ -1,6 +1,6 @@
-"""A transformer put together by hand, and the contract kit run on a block of one's own.
+"""Build a classifier from a `Stack` with a user-defined attention layer, and run the contract checks on that layer.
 
-Run it with `python examples/compose_by_hand.py`.
+python examples/compose_by_hand.py
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from attention_zoo.testing import check_block
 
 
 class MovingAverage(nn.Module):
-    """A block of one's own: every token becomes the average of itself and the real tokens up to `span` before it."""
+    """Causal moving average: the mean of a token and of the valid tokens among the `span` tokens before it."""
 
     def __init__(self, dim: int, span: int = 3) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class MovingAverage(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Four layers: own block, cosine-sim, full attention with grouped heads, own block; then the mean of the tokens."""
+    """Four layers (moving average, cosine-sim, grouped-query attention, moving average), then the mean over tokens."""
 
     def __init__(self, num_tokens: int, classes: int, dim: int = 64) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Classifier(nn.Module):
             feedforward="swiglu",
             heads=4,
             dim_head=16,
-            rotary=Rotary(),  # goes to the blocks that have an argument of this name
+            rotary=Rotary(),  # passed to the layers that have this argument
         )
         self.to_logits = nn.Linear(dim, classes)
 
@@ -59,7 +59,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Classifier(num_tokens=16, classes=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(1, steps + 1):  # which token stands right after the first 0?
+    for step in range(1, steps + 1):  # the class is the token after the first 0
         tokens = torch.randint(0, 16, (64, 24))
         tokens[:, 12] = 0
         first = (tokens == 0).int().argmax(dim=1).clamp(max=22)
@@ -70,9 +70,9 @@ def main() -> None:
         if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
 
-    print("\nDoes the block keep the contract?")
+    print("\nContract checks of MovingAverage:")
     print(check_block(lambda: MovingAverage(32), dim=32, causal=True, lengths=(1, 2, 7, 65)))
-    print("What fails is what to write next: here, errors that name a bad argument.")
+    print("The failed check is what remains to be written: errors for invalid arguments.")
 
 
 if __name__ == "__main__":

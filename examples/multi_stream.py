@@ -1,6 +1,6 @@
-"""Train one stream and two streams of equal parameters to fill in hidden bytes, and look at how their heads talk.
+"""Masked-token training with one and with two feature streams, and a plot of their mixed attention heads.
 
-Run it with `python examples/multi_stream.py`; about five minutes on two CPU cores.
+python examples/multi_stream.py     # about five minutes on two CPU cores
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from attention_zoo import MultiStreamTransformer, training
 
-MASK = 256  # the token after the 256 bytes stands for a hidden one
+MASK = 256  # id of the mask token, after the 256 bytes
 SENTENCE = b"for index, name in enumerate(names): print(index, name)"
 
 
 def build(streams: int, options: argparse.Namespace) -> MultiStreamTransformer:
-    """A model that sees both ways; streams share all weights but the vector that tells them apart and the mixes."""
+    """A bidirectional model. Streams share all weights except an embedding per stream and the head mixes."""
     return MultiStreamTransformer(
         num_tokens=257,
         dim=options.dim,
@@ -36,7 +36,7 @@ def build(streams: int, options: argparse.Namespace) -> MultiStreamTransformer:
 
 
 def train(model: MultiStreamTransformer, text: Tensor, options: argparse.Namespace, name: str) -> None:
-    """Hide bytes of random pieces of text, more than evaluation does, and learn to tell them."""
+    """Train to predict masked bytes of random sequences."""
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = max(1, options.steps // 20)
@@ -58,32 +58,33 @@ def train(model: MultiStreamTransformer, text: Tensor, options: argparse.Namespa
 
 @torch.no_grad()
 def evaluate(model: MultiStreamTransformer, text: Tensor, options: argparse.Namespace) -> float:
-    """Bits per hidden byte of unseen text, 15 % of it hidden, the same bytes for every model."""
+    """Bits per masked byte of validation text, with 15 % masked, the same bytes for every model."""
     generator = torch.Generator().manual_seed(1)
     model.eval()
-    pieces = training.windows(text, options.seq_len, at_most=16 * options.batch).split(options.batch)
-    losses = [training.masked_token_loss(model, tokens, MASK, generator=generator).item() for tokens in pieces]
+    batches = training.windows(text, options.seq_len, at_most=16 * options.batch).split(options.batch)
+    losses = [training.masked_token_loss(model, tokens, MASK, generator=generator).item() for tokens in batches]
     return sum(losses) / len(losses) / math.log(2)
 
 
-def bigram_bits(seen: Tensor, unseen: Tensor) -> float:
-    """Bits per byte of unseen text for a table of which byte follows which."""
-    counts = torch.bincount(seen[:-1].long() * 256 + seen[1:].long(), minlength=256**2).view(256, 256) + 0.1
-    chances = counts / counts.sum(1, keepdim=True)
-    return float(-chances[unseen[:-1].long(), unseen[1:].long()].log2().mean())
+def bigram_bits(train_text: Tensor, validation_text: Tensor) -> float:
+    """Bits per byte of a bigram model."""
+    pairs = train_text[:-1].long() * 256 + train_text[1:].long()
+    counts = torch.bincount(pairs, minlength=256**2).view(256, 256) + 0.1
+    probabilities = counts / counts.sum(1, keepdim=True)
+    return float(-probabilities[validation_text[:-1].long(), validation_text[1:].long()].log2().mean())
 
 
 @torch.no_grad()
 def draw(model: MultiStreamTransformer, options: argparse.Namespace, path: Path) -> None:
-    """Each head's map in the middle layer for one line of code: the softmax alone, and after the heads have talked."""
+    """Plot the attention maps of the middle layer for one line of code, before and after the heads are mixed."""
     tokens = torch.tensor([list(SENTENCE[: options.seq_len])])
-    taken: list[Tensor] = []
+    inputs: list[Tensor] = []
     layer = model.stack.layers[options.depth // 2].sublayers[0]
-    hook = layer.block.register_forward_pre_hook(lambda block, args: taken.append(block.unfold(args[0])))
+    hook = layer.block.register_forward_pre_hook(lambda block, args: inputs.append(block.unfold(args[0])))
     model(tokens)
     hook.remove()
     block = layer.block.block
-    maps = {"softmax": block.attention_map(taken[0], mixed=False)[0], "mixed": block.attention_map(taken[0])[0]}
+    maps = {"softmax": block.attention_map(inputs[0], mixed=False)[0], "mixed": block.attention_map(inputs[0])[0]}
     heads = maps["softmax"].shape[0]
     figure = Figure(figsize=(1.6 * heads, 4.2), layout="constrained")
     for (name, rows), axes in zip(maps.items(), figure.subplots(2, heads), strict=True):
@@ -93,46 +94,46 @@ def draw(model: MultiStreamTransformer, options: argparse.Namespace, path: Path)
             axis.set(xticks=[], yticks=[], title=f"stream {head // block.heads}, head {head % block.heads}")
             axis.title.set_fontsize(8)
         axes[0].set_ylabel(name)
-    figure.suptitle(f"layer {options.depth // 2}: who reads whom in {SENTENCE[:24].decode()!r} ...", fontsize=10)
+    figure.suptitle(f"layer {options.depth // 2}: attention maps of {SENTENCE[:24].decode()!r} ...", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Train both models, print their scores, save the picture."""
+    """Train both models, print their scores, save the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=2000, help="steps of training of each model (%(default)s)")
-    add("--dim", type=int, default=96, help="features (%(default)s)")
-    add("--depth", type=int, default=3, help="layers (%(default)s)")
-    add("--heads", type=int, default=4, help="heads of each stream (%(default)s)")
-    add("--seq-len", type=int, default=128, help="bytes seen at once (%(default)s)")
-    add("--batch", type=int, default=16, help="pieces of text in a step (%(default)s)")
-    add("--lr", type=float, default=3e-3, help="the highest learning rate (%(default)s)")
-    add("--hidden", type=float, default=0.3, help="the part of the bytes that is hidden in training (%(default)s)")
-    add("--seed", type=int, default=0, help="start of all randomness (%(default)s)")
-    add("--data", help="a text file, or a folder of them (the sources of Python's standard library)")
-    add("--out", type=Path, default=Path("runs/multi_stream"), help="folder of the picture (%(default)s)")
+    add("--steps", type=int, default=2000, help="training steps of each model (%(default)s)")
+    add("--dim", type=int, default=96, help="number of features (%(default)s)")
+    add("--depth", type=int, default=3, help="number of layers (%(default)s)")
+    add("--heads", type=int, default=4, help="number of heads per stream (%(default)s)")
+    add("--seq-len", type=int, default=128, help="bytes per sequence (%(default)s)")
+    add("--batch", type=int, default=16, help="sequences per training step (%(default)s)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
+    add("--hidden", type=float, default=0.3, help="fraction of masked bytes in training (%(default)s)")
+    add("--seed", type=int, default=0, help="random seed (%(default)s)")
+    add("--data", help="text file, or folder of text files (Python's standard library)")
+    add("--out", type=Path, default=Path("runs/multi_stream"), help="output folder (%(default)s)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     text = training.read_text(options.data)
-    seen, unseen = training.as_tokens(text.training), training.as_tokens(text.validation)
-    entropy, bigrams = training.unigram_entropy(text.validation), bigram_bits(seen, unseen)
-    print(f"bits per byte of unseen text: {entropy:.3f} by byte frequencies, {bigrams:.3f} by the byte before")
+    train_text, validation_text = training.as_tokens(text.training), training.as_tokens(text.validation)
+    entropy, bigrams = training.unigram_entropy(text.validation), bigram_bits(train_text, validation_text)
+    print(f"bits per byte of validation text: byte frequencies {entropy:.3f}, bigrams {bigrams:.3f}")
     for streams in (1, 2):
         torch.manual_seed(options.seed)
         model = build(streams, options)
         name = f"{streams} stream" + "s" * (streams > 1)
-        train(model, seen, options, name)
-        bits = evaluate(model, unseen, options)
+        train(model, train_text, options, name)
+        bits = evaluate(model, validation_text, options)
         count = sum(weight.numel() for weight in model.parameters())
-        line = f"{name}: {count:,} parameters, {bits:.3f} bits per hidden byte of unseen text"
+        line = f"{name}: {count:,} parameters, {bits:.3f} bits per masked byte of validation text"
         if streams > 1:
-            tokens = training.windows(unseen, options.seq_len, at_most=options.batch)
+            tokens = training.windows(validation_text, options.seq_len, at_most=options.batch)
             with torch.no_grad():
                 line += f", diversity loss {model.diversity(tokens).item():.3f} over {options.depth} layers"
         print(line)
     draw(model, options, options.out / "heads.png")
-    print(f"The maps of its heads are in {options.out / 'heads.png'}.")
+    print(f"The attention maps are in {options.out / 'heads.png'}.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Recall over segments: pairs of a key and a value are shown once, and one is asked for k segments later.
+"""Recall across segments with Memformer: key/value pairs are shown once, and a value is asked for k segments later.
 
-The model reads one short segment at a time, so the answer can only come through its memory. It learns by memory replay,
-on distances that grow as it masters them; a model whose memory is wiped after every segment learns beside it.
+The model processes one short segment at a time, so that only its memory carries the answer. It is trained by memory
+replay, and the distance grows with its accuracy. The baseline is a model whose memory is reset after every segment.
 
     python examples/recall_across_segments.py                   # about two minutes on two cores
-    python examples/recall_across_segments.py --distance 2      # a shorter way to remember
+    python examples/recall_across_segments.py --distance 2      # shorter distance
 
 Needs: pip install attention-zoo[examples]
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -23,33 +24,37 @@ from tqdm import tqdm
 
 from attention_zoo import Memformer, training
 
-KEYS, VALUES, FILLERS = 8, 16, 8  # the vocabulary, in this order
+KEYS, VALUES, FILLERS = 8, 16, 8  # sizes of the vocabulary: keys, values, noise, in this order
 PAIRS = 2
-SEGMENT = 8  # tokens
-MASTERED = 0.97  # accuracy at which the distance grows
+SEGMENT = 8  # tokens per segment
+MASTERED = 0.97  # accuracy from which the distance grows
 
 
 class Task(NamedTuple):
-    """segments: k + 1 tensors (b, SEGMENT), the pairs in the first. question: (b, 2), a key and its value."""
+    """A batch of tasks.
+
+    segments: k + 1 tensors (b, SEGMENT), with the pairs in the first.
+    question: (b, 2), a key and its value.
+    """
 
     segments: list[Tensor]
     question: Tensor
 
 
 def draw(batch: int, distance: int, device: str) -> Task:
-    """Random pairs in the first of distance + 1 segments of noise, and the question of one of them."""
+    """Random pairs in the first of distance + 1 segments of noise, and a question about one of them."""
     keys = torch.rand(batch, KEYS).argsort(dim=1)[:, :PAIRS]
     values = KEYS + torch.randint(VALUES, (batch, PAIRS))
     segments = [KEYS + VALUES + torch.randint(FILLERS, (batch, SEGMENT)) for _ in range(distance + 1)]
-    start = torch.randint(SEGMENT - 2 * PAIRS + 1, (batch, 1))  # where in the segment they stand
-    segments[0].scatter_(1, start + torch.arange(2 * PAIRS), torch.stack((keys, values), dim=-1).flatten(1))
-    question = torch.stack((keys[:, 0], values[:, 0]), dim=-1)  # keys come in random order, so the first will do
+    start = torch.randint(SEGMENT - 2 * PAIRS + 1, (batch, 1))  # position of the pairs
+    segments[0].scatter_(1, start + torch.arange(2 * PAIRS), rearrange([keys, values], "kv b p -> b (p kv)"))
+    question = torch.stack((keys[:, 0], values[:, 0]), dim=-1)  # the order of the keys is random
     return Task([segment.to(device) for segment in segments], question.to(device))
 
 
 @torch.no_grad()
 def accuracy(model: Memformer, distance: int, *, remember: bool, count: int = 1024) -> float:
-    """How often the value asked for is the most likely one."""
+    """Fraction of tasks whose value is the most likely prediction."""
     device = str(model.memory.weight.device)
     task = draw(count, distance, device)
     model.eval()
@@ -62,7 +67,7 @@ def accuracy(model: Memformer, distance: int, *, remember: bool, count: int = 10
 
 
 def train(options: argparse.Namespace, *, remember: bool) -> Memformer:
-    """Train a model; the distance goes up by one whenever the present one is mastered."""
+    """Train a model, with memory on distances that grow by one at an accuracy of MASTERED."""
     torch.manual_seed(options.seed)
     model = Memformer(
         dim=options.dim,
@@ -100,12 +105,12 @@ def train(options: argparse.Namespace, *, remember: bool) -> Memformer:
 
 
 def plot(found: dict[str, list[float]], path: Path) -> None:
-    """Draw accuracy against distance."""
+    """Plot accuracy against distance."""
     axes = Figure(figsize=(8, 5), layout="constrained").subplots()
     for (name, scores), marker in zip(found.items(), "os", strict=True):
         axes.plot(range(len(scores)), [100 * score for score in scores], marker=marker, label=name)
     axes.axhline(100 / VALUES, color="gray", linestyle="--", label=f"chance: {100 / VALUES:.1f} %")
-    axes.set(xlabel="segments between pair and question", ylabel="right answers in %", ylim=(0, 103))
+    axes.set(xlabel="segments between pair and question", ylabel="accuracy in %", ylim=(0, 103))
     axes.set_xticks(range(len(next(iter(found.values())))))
     axes.set_title(f"Recall across segments of {SEGMENT} tokens")
     axes.legend()
@@ -113,28 +118,28 @@ def plot(found: dict[str, list[float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Train both models, say how well they remember, and draw it."""
+    """Train both models, print and plot their accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--distance", type=int, default=4, help="segments from the pair to the question in training (%(default)s)")
-    add("--dim", type=int, default=64, help="features (%(default)s)")
-    add("--batch", type=int, default=64, help="tasks in a step (%(default)s)")
-    add("--lr", type=float, default=2e-3, help="the highest learning rate (%(default)s)")
-    add("--steps", type=int, default=1500, help="steps of training (%(default)s)")
-    add("--seed", type=int, default=0, help="start of all randomness (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train (%(default)s)")
-    add("--out", type=Path, default=Path("runs/recall"), help="folder of the results (%(default)s)")
+    add("--distance", type=int, default=4, help="maximum distance in training, in segments (%(default)s)")
+    add("--dim", type=int, default=64, help="number of features (%(default)s)")
+    add("--batch", type=int, default=64, help="tasks per training step (%(default)s)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")
+    add("--steps", type=int, default=1500, help="training steps (%(default)s)")
+    add("--seed", type=int, default=0, help="random seed (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device (%(default)s)")
+    add("--out", type=Path, default=Path("runs/recall"), help="output folder (%(default)s)")
     options = parser.parse_args()
     if options.distance < 1 or options.steps < 1:
         parser.error(f"--distance and --steps must be at least 1, got {options.distance} and {options.steps}")
     model = train(options, remember=True)
-    forgetful = train(options, remember=False)
+    baseline = train(options, remember=False)
     distances = range(2 * options.distance + 1)
     found = {
         "memory": [accuracy(model, k, remember=True) for k in distances],
-        "no memory": [accuracy(forgetful, k, remember=False) for k in distances],
+        "no memory": [accuracy(baseline, k, remember=False) for k in distances],
     }
-    print(f"right answers by distance in segments (trained up to {options.distance}; chance {1 / VALUES:.1%})")
+    print(f"accuracy by distance in segments (trained up to {options.distance}; chance {1 / VALUES:.1%})")
     print("   k   memory   no memory")
     for k in distances:
         print(f"{k:4}   {found['memory'][k]:6.1%}   {found['no memory'][k]:9.1%}")

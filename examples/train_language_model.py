@@ -1,10 +1,10 @@
-"""Train a language model on the bytes of real text, with any blocks of the zoo, and let it write.
+"""Train a byte-level language model with any of the attention layers, and generate text with it.
 
     python examples/train_language_model.py                                # Python's own sources, about five minutes
-    python examples/train_language_model.py --attention full,cosine_sim    # blocks, cycled over the layers
+    python examples/train_language_model.py --attention full,cosine_sim    # layers, cycled over the depth
     python examples/train_language_model.py --data my_texts --out runs/mine
-    python examples/train_language_model.py --resume --out runs/mine       # goes on exactly where Ctrl-C stopped it
-    torchrun --nproc-per-node 2 examples/train_language_model.py --strategy ddp    # or fsdp: the same losses
+    python examples/train_language_model.py --resume --out runs/mine       # continue after Ctrl-C, with the same result
+    torchrun --nproc-per-node 2 examples/train_language_model.py --strategy ddp    # or fsdp, with the same losses
 
 Needs: pip install attention-zoo[examples]
 """
@@ -31,32 +31,41 @@ from tqdm import tqdm
 from attention_zoo import BLOCKS, LanguageModel, generate_stream, training
 
 CHECKPOINT = "checkpoint.pt"
-SHARDS = "checkpoint"  # the folder that takes its place where several processes train
-FREE = ("resume", "device", "strategy", "out", "card")  # options that a resumed run may change
-SAMPLE = 600  # bytes to write at the end
+SHARDS = "checkpoint"  # folder of the checkpoint of several processes
+FREE = ("resume", "device", "strategy", "out", "card")  # options that may differ in a resumed run
+SAMPLE = 600  # bytes of text generated after training, prompt included
 Checkpoint = training.Checkpoint | training.ShardedCheckpoint
 
 
 def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
-    """The command line, and the checkpoint to go on from, whose options are then the defaults."""
+    """Parse the command line. Returns the options and the checkpoint to resume, whose options are the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--attention", default="full", help=f"blocks, cycled over the layers, of {', '.join(BLOCKS)} (%(default)s)")
-    add("--dim", type=int, default=128, help="features (%(default)s)")
-    add("--depth", type=int, default=4, help="layers (%(default)s)")
-    add("--heads", type=int, default=4, help="heads, each of dim / heads features (%(default)s)")
-    add("--seq-len", type=int, default=256, help="bytes that the model sees at once (%(default)s)")
-    add("--batch", type=int, default=8, help="pieces of text in a step (%(default)s)")
-    add("--lr", type=float, default=3e-3, help="the highest learning rate (%(default)s)")
-    add("--steps", type=int, default=2600, help="steps of training (%(default)s)")
-    add("--seed", type=int, default=0, help="start of all randomness (%(default)s)")
-    add("--data", help="a text file, or a folder of them (the sources of Python's standard library)")
-    add("--prompt", default="def ", help="what the sample goes on from (%(default)r)")
-    add("--strategy", default="single", choices=training.STRATEGIES, help="for torchrun's processes (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train (%(default)s)")
-    add("--out", type=Path, default=Path("runs/language_model"), help="folder of the results (%(default)s)")
-    add("--card", action="store_true", help="write a model card too, for the Hugging Face hub (needs the extra hub)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, with the options saved there")
+    add(
+        "--attention",
+        default="full",
+        help=f"attention layers, cycled over the depth: {', '.join(BLOCKS)} (%(default)s)",
+    )
+    add("--dim", type=int, default=128, help="number of features (%(default)s)")
+    add("--depth", type=int, default=4, help="number of layers (%(default)s)")
+    add("--heads", type=int, default=4, help="number of heads, of dim / heads features each (%(default)s)")
+    add("--seq-len", type=int, default=256, help="bytes per sequence (%(default)s)")
+    add("--batch", type=int, default=8, help="sequences per training step (%(default)s)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
+    add("--steps", type=int, default=2600, help="training steps (%(default)s)")
+    add("--seed", type=int, default=0, help="random seed (%(default)s)")
+    add("--data", help="text file, or folder of text files (Python's standard library)")
+    add("--prompt", default="def ", help="prompt of the generated text (%(default)r)")
+    add(
+        "--strategy",
+        default="single",
+        choices=training.STRATEGIES,
+        help="parallelism of torchrun's processes (%(default)s)",
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device (%(default)s)")
+    add("--out", type=Path, default=Path("runs/language_model"), help="output folder (%(default)s)")
+    add("--card", action="store_true", help="also write a model card for the Hugging Face hub (needs the extra `hub`)")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out, with its options")
     options, checkpoint = parser.parse_args(), None
     try:
         if options.resume:
@@ -66,7 +75,7 @@ def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
             options = parser.parse_args()
             for name in saved:
                 if getattr(options, name) != saved[name]:
-                    raise ValueError(f"--{name} must be {saved[name]!r} as in the run to resume, or be left out")
+                    raise ValueError(f"--{name} must be omitted or {saved[name]!r}, as in the run to resume")
         if options.heads < 1 or options.dim % options.heads:
             raise ValueError(f"--heads must divide --dim, got {options.heads} and {options.dim}")
         if options.card and find_spec("huggingface_hub") is None:
@@ -79,15 +88,15 @@ def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
 
 
 def read_newest(folder: Path) -> Checkpoint:
-    """The checkpoint that was written last: by one process or by several, as many as there are now or not."""
-    one, several = folder / CHECKPOINT, folder / SHARDS / "last.json"
+    """The most recent checkpoint, of one process or of several; their number need not be the current one."""
+    one, several = folder / CHECKPOINT, folder / SHARDS / "run.pt"
     if several.exists() and not (one.exists() and one.stat().st_mtime > several.stat().st_mtime):
         return training.read_sharded(folder / SHARDS)
     return training.read_checkpoint(one)
 
 
 class Run:
-    """A model in training, and all that changes with every step."""
+    """Model, optimizer and everything else that changes during training."""
 
     def __init__(self, options: argparse.Namespace, checkpoint: Checkpoint | None, world: training.World) -> None:
         torch.manual_seed(options.seed)
@@ -103,7 +112,7 @@ class Run:
         weights = list(self.model.parameters())
         groups = [
             {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": 0.1},
-            {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},  # gains and biases
+            {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},  # norms and biases
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
@@ -115,20 +124,20 @@ class Run:
             self.step, self.curves = checkpoint.step, checkpoint.extra["curves"]
 
     def block(self, name: str) -> Any:
-        """A block by name, its heads as asked for; one whose heads have no size of their own keeps its defaults."""
-        takes = inspect.signature(BLOCKS[name]).parameters if name in BLOCKS else ()
+        """An attention layer with the given number of heads, if their size can be chosen."""
+        parameters = inspect.signature(BLOCKS[name]).parameters if name in BLOCKS else ()
         heads = {"heads": self.options.heads, "dim_head": self.options.dim // self.options.heads}
-        return (name, heads) if "dim_head" in takes else name
+        return (name, heads) if "dim_head" in parameters else name
 
     def rate(self, step: int) -> float:
-        """The learning rate as a part of --lr: up along a line, then down along a cosine to a twentieth."""
+        """Learning rate relative to --lr: linear warm-up, then cosine decay to 5 %."""
         warmup = max(1, self.options.steps // 20)
         if step < warmup:
             return (step + 1) / warmup
         return 0.05 + 0.475 * (1 + math.cos(math.pi * (step - warmup) / (self.options.steps - warmup)))
 
     def learn(self, text: Tensor) -> float:
-        """Take one step on random pieces of text, of which every process reads its part. Returns the loss in nats."""
+        """Take one step on random sequences, sharded over the processes. Returns the loss in nats."""
         tokens = training.random_batch(text, self.options.batch, self.options.seq_len + 1, generator=self.generator)
         loss = self.loss(tokens.to(self.world.device))
         self.optimizer.zero_grad()
@@ -142,16 +151,16 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, text: Tensor) -> float:
-        """Bits per byte of unseen text, over pieces that are spread evenly over it."""
+        """Bits per byte of validation text, over sequences spread evenly over it."""
         self.model.eval()
         windows = training.windows(text, self.options.seq_len + 1, at_most=256)
-        pieces = windows.tensor_split(max(1, len(windows) // self.options.batch))
-        losses = [self.loss(tokens.to(self.world.device)) * len(tokens) for tokens in pieces]
+        batches = windows.tensor_split(max(1, len(windows) // self.options.batch))
+        losses = [self.loss(tokens.to(self.world.device)) * len(tokens) for tokens in batches]
         self.model.train()
-        return float(sum(losses)) / sum(map(len, pieces)) / math.log(2)
+        return float(sum(losses)) / sum(map(len, batches)) / math.log(2)
 
     def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds the state of."""
+        """The objects whose state a checkpoint holds."""
         return {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -160,7 +169,7 @@ class Run:
         }
 
     def save(self) -> None:
-        """Write the checkpoint to go on from."""
+        """Write a checkpoint."""
         options = {name: value for name, value in vars(self.options).items() if name not in FREE}
         extra = {"options": options, "curves": self.curves}
         alone = self.options.strategy == "single"
@@ -169,118 +178,122 @@ class Run:
 
 
 def train(run: Run, text: training.Text) -> bool:
-    """Take the steps that are left, until Ctrl-C. Returns whether all were taken."""
+    """Train for the remaining steps, or until Ctrl-C. Returns whether training is complete."""
     options = run.options
-    seen, unseen = training.as_tokens(text.training), training.as_tokens(text.validation)
-    shown = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "disable": not run.world.first}
-    bar = tqdm(total=options.steps, initial=run.step, **shown)
+    train_text, validation_text = training.as_tokens(text.training), training.as_tokens(text.validation)
+    style = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "disable": not run.world.first}
+    bar = tqdm(total=options.steps, initial=run.step, **style)
     with training.StopRequest() as stop, bar:
         while run.step < options.steps and not run.world.any(stop.made):
-            loss = run.learn(seen)
+            loss = run.learn(train_text)
             speed = (bar.format_dict.get("rate") or 0) * options.batch * options.seq_len
             bar.set_postfix_str(f"loss {loss:.3f}, {loss / math.log(2):.2f} bits/byte, {speed:,.0f} tokens/s", False)
             bar.update()
             if run.step % max(1, options.steps // 6) == 0 or run.step == options.steps:
-                bits = run.evaluate(unseen)
+                bits = run.evaluate(validation_text)
                 run.curves["validation"].append((run.step, bits))
-                bar.write(f"step {run.step}: {bits:.3f} bits per byte of unseen text")
+                bar.write(f"step {run.step}: {bits:.3f} bits per byte of validation text")
                 run.save()
         run.save()
     return run.step == options.steps
 
 
-def write(model: LanguageModel, prompt: str, seed: int) -> None:
-    """Print a sample as it comes."""
+def print_sample(model: LanguageModel, prompt: str, seed: int) -> None:
+    """Generate text and print it token by token."""
     device = model.token_embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in several bytes
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may consist of several bytes
     text = torch.tensor([list(prompt.encode())], device=device)
     print(prompt, end="")
     while text.shape[1] < SAMPLE:
-        seen = text[:, -max(1, model.max_seq_len // 2) :]  # half of what the model can see is old, half new
+        context = text[
+            :, -max(1, model.max_seq_len // 2) :
+        ]  # half of the model's positions for context, half for new text
         for token in generate_stream(
-            model, seen, model.max_seq_len - seen.shape[1] + 1, temperature=0.8, generator=generator
+            model, context, model.max_seq_len - context.shape[1] + 1, temperature=0.8, generator=generator
         ):
             text = torch.cat((text, token[:, None]), dim=1)
             print(decoder.decode(bytes([int(token)])), end="", flush=True)
     print()
 
 
-def plot(run: Run, yardsticks: dict[str, float], path: Path) -> None:
-    """Draw bits per byte against steps."""
+def plot(run: Run, baselines: dict[str, float], path: Path) -> None:
+    """Plot bits per byte against steps."""
     axes = Figure(figsize=(8, 5), layout="constrained").subplots()
     steps, bits = torch.tensor(run.curves["training"]).T
     axes.plot(steps, bits, color="tab:blue", alpha=0.2)
     width = max(1, len(steps) // 50)
     smooth = bits.unfold(0, width, 1).mean(-1)
     axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training, mean of {width} steps")
-    axes.plot(*torch.tensor(run.curves["validation"]).T, "o-", color="tab:orange", label="validation, unseen text")
-    for (name, yardstick), style in zip(yardsticks.items(), ("--", ":"), strict=True):
-        axes.axhline(yardstick, color="gray", linestyle=style, label=f"{name}: {yardstick:.2f}")
+    axes.plot(*torch.tensor(run.curves["validation"]).T, "o-", color="tab:orange", label="validation")
+    for (name, value), style in zip(baselines.items(), ("--", ":"), strict=True):
+        axes.axhline(value, color="gray", linestyle=style, label=f"{name}: {value:.2f}")
     axes.set(xlabel="steps", ylabel="bits per byte", ylim=(0, None), title=f"attention: {run.options.attention}")
     axes.legend()
     axes.figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Say what will be trained, train it, keep it, let it write."""
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold characters that the terminal has not
+    """Train a model, save it and print a sample."""
+    sys.stdout.reconfigure(errors="replace")  # a sample may contain characters that the terminal does not support
     options, checkpoint = parse_options()
     with training.join_world(options.device) as world:
-        if not world.first:  # one process speaks for all
+        if not world.first:  # only the first process prints
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         try:
             text = training.read_text(options.data)
             run = Run(options, checkpoint, world)
-            before = run.evaluate(training.as_tokens(text.validation))  # text and blocks that do not fit show here
+            before = run.evaluate(training.as_tokens(text.validation))  # also checks that text and layers fit
         except (ValueError, TypeError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
-        known = yardsticks(text)
-        describe(run, text, {"model": before, **known})
+        baselines = baseline_bits(text)
+        describe(run, text, {"model": before, **baselines})
         try:
             if not train(run, text):
-                print(f"Stopped after step {run.step}. Go on with: python {sys.argv[0]} --resume --out {options.out}")
+                print(
+                    f"Stopped after step {run.step}. Continue with: python {sys.argv[0]} --resume --out {options.out}"
+                )
                 return
             weights = training.gather_weights(run.model)
             if world.first:
-                finish(run, weights, text, known)
-        except OSError as error:  # a full disk, say
-            sys.exit(f"error: {error}. What was saved before is whole.")
+                finish(run, weights, text, baselines)
+        except OSError as error:  # e.g. a full disk
+            sys.exit(f"error: {error}. The previous checkpoint is intact.")
 
 
 def describe(run: Run, text: training.Text, bits: dict[str, float]) -> None:
-    """Print what is trained on what, and the yardsticks."""
+    """Print sizes of data and model, and bits per byte before training and of the baselines."""
     print(f"text: {text.source}")
-    print(f"  to train on: {text.training_files} files, {len(text.training):,} bytes")
-    print(f"  unseen: {text.validation_files} files, {len(text.validation):,} bytes")
+    print(f"  training: {text.training_files} files, {len(text.training):,} bytes")
+    print(f"  validation: {text.validation_files} files, {len(text.validation):,} bytes")
     where = f"{run.world.size} x {run.world.device.type}" if run.world.size > 1 else run.world.device
     print(f"model: {sum(weight.numel() for weight in run.model.parameters()):,} parameters on {where}")
-    print("bits per byte of unseen text: " + ", ".join(f"{name} {value:.3f}" for name, value in bits.items()))
+    print("bits per byte of validation text: " + ", ".join(f"{name} {value:.3f}" for name, value in bits.items()))
 
 
-def yardsticks(text: training.Text) -> dict[str, float]:
-    """Bits per byte that need no model."""
-    unseen = text.validation
-    return {"byte frequencies": training.unigram_entropy(unseen), "gzip": training.gzip_bits_per_byte(unseen)}
+def baseline_bits(text: training.Text) -> dict[str, float]:
+    """Bits per byte of validation text of baselines without a model."""
+    data = text.validation
+    return {"byte frequencies": training.unigram_entropy(data), "gzip": training.gzip_bits_per_byte(data)}
 
 
-def finish(run: Run, weights: dict[str, Tensor], text: training.Text, known: dict[str, float]) -> None:
-    """Keep the model in one piece, draw its losses, let it write."""
+def finish(run: Run, weights: dict[str, Tensor], text: training.Text, baselines: dict[str, float]) -> None:
+    """Save the unsharded model, plot its losses and print a sample."""
     out, model = run.options.out, LanguageModel(**run.model.arguments).to(run.world.device)
     model.load_state_dict(weights)
     if run.options.card:
-        score = f"{run.curves['validation'][-1][1]:.3f} bits per byte of unseen text"
-        others = ", ".join(f"{name} need {value:.3f}" for name, value in known.items())
+        score = f"{run.curves['validation'][-1][1]:.3f} bits per byte of validation text"
+        others = ", ".join(f"{name} need {value:.3f}" for name, value in baselines.items())
         data = f"{len(text.training):,} bytes of {text.source}"
         program = "python" if run.world.size == 1 else f"torchrun --nproc-per-node {run.world.size}"
-        (out / "README.md").unlink(missing_ok=True)  # the card of an earlier run
+        (out / "README.md").unlink(missing_ok=True)  # of an earlier run
         model.save_pretrained(out, data=data, score=f"{score}; {others}", command=f"{program} {' '.join(sys.argv)}")
     else:
         model.save(out)
-    plot(run, known, out / "loss.png")
-    print(f"The model, its checkpoint and loss.png are in {out}. It writes:\n")
+    plot(run, baselines, out / "loss.png")
+    print(f"The model, its checkpoint and loss.png are in {out}. A sample:\n")
     with suppress(KeyboardInterrupt):
-        write(model, run.options.prompt, run.options.seed)
+        print_sample(model, run.options.prompt, run.options.seed)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A language model of the zoo in a training loop of Hugging Face Accelerate, which knows nothing of the zoo.
+"""Train a language model with Hugging Face Accelerate.
 
     python examples/train_with_accelerate.py                                      # one process, about a minute
-    torchrun --nproc-per-node 2 examples/train_with_accelerate.py --cpu           # two, each with batches of its own
+    torchrun --nproc-per-node 2 examples/train_with_accelerate.py --cpu           # two processes, data parallel
 
-The model is an nn.Module with logits for an output, so any trainer takes it as it is.
+The model is an ordinary nn.Module that returns logits, and needs no adapter.
 
 Needs: pip install attention-zoo[examples]
 """
@@ -25,53 +25,53 @@ from attention_zoo.ops import next_token_loss
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--attention", default="gate_loop,full", help="blocks, cycled over the layers (%(default)s)")
-    add("--dim", type=int, default=128, help="features (%(default)s)")
-    add("--depth", type=int, default=4, help="layers (%(default)s)")
-    add("--seq-len", type=int, default=256, help="bytes that the model sees at once (%(default)s)")
-    add("--batch", type=int, default=8, help="pieces of text in a step of one process (%(default)s)")
-    add("--steps", type=int, default=400, help="steps of training (%(default)s)")
-    add("--data", help="a text file, or a folder of them (the sources of Python's standard library)")
+    add("--attention", default="gate_loop,full", help="attention layers, cycled over the depth (%(default)s)")
+    add("--dim", type=int, default=128, help="number of features (%(default)s)")
+    add("--depth", type=int, default=4, help="number of layers (%(default)s)")
+    add("--seq-len", type=int, default=256, help="bytes per sequence (%(default)s)")
+    add("--batch", type=int, default=8, help="sequences per training step and process (%(default)s)")
+    add("--steps", type=int, default=400, help="training steps (%(default)s)")
+    add("--data", help="text file, or folder of text files (Python's standard library)")
     add("--cpu", action="store_true", help="do not use a GPU")
-    add("--out", type=Path, default=Path("runs/with_accelerate"), help="folder of the model (%(default)s)")
+    add("--out", type=Path, default=Path("runs/with_accelerate"), help="output folder (%(default)s)")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Train, and say how well unseen text is predicted before and after."""
+    """Train, and print bits per byte of validation text before and after."""
     options = parse_options()
     accelerator = Accelerator(cpu=options.cpu)
     set_seed(0)
     text = training.read_text(options.data)
     length = options.seq_len + 1
-    seen = TensorDataset(training.windows(training.as_tokens(text.training), length))
-    unseen = TensorDataset(training.windows(training.as_tokens(text.validation), length, at_most=256))
+    train_set = TensorDataset(training.windows(training.as_tokens(text.training), length))
+    validation_set = TensorDataset(training.windows(training.as_tokens(text.validation), length, at_most=256))
     attention = [name if "gate_loop" in name else (name, {"dim_head": 32}) for name in options.attention.split(",")]
     model = LanguageModel(num_tokens=256, dim=options.dim, depth=options.depth, attention=attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
-    model, optimizer, schedule, batches, tests = accelerator.prepare(
+    model, optimizer, schedule, batches, validation_batches = accelerator.prepare(
         model,
         optimizer,
         schedule,
-        DataLoader(seen, batch_size=options.batch, shuffle=True, drop_last=True),
-        DataLoader(unseen, batch_size=options.batch),
+        DataLoader(train_set, batch_size=options.batch, shuffle=True, drop_last=True),
+        DataLoader(validation_set, batch_size=options.batch),
     )
 
     @torch.no_grad()
     def bits_per_byte() -> float:
         model.eval()
         losses = []
-        for (tokens,) in tests:
+        for (tokens,) in validation_batches:
             loss = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
-            losses.append(accelerator.gather_for_metrics(loss.mean(1)))  # of all processes, each piece once
+            losses.append(accelerator.gather_for_metrics(loss.mean(1)))  # of all processes, without duplicates
         model.train()
         return float(torch.cat(losses).mean()) / math.log(2)
 
-    accelerator.print(f"before: {bits_per_byte():.3f} bits per byte of unseen text")
+    accelerator.print(f"before: {bits_per_byte():.3f} bits per byte of validation text")
     step = 0
     while step < options.steps:
         for (tokens,) in batches:
@@ -86,7 +86,7 @@ def main() -> None:
                 break
             if step % 50 == 0:
                 accelerator.print(f"step {step}: {loss.item() / math.log(2):.3f} bits per byte")
-    accelerator.print(f"after: {bits_per_byte():.3f} bits per byte of unseen text")
+    accelerator.print(f"after: {bits_per_byte():.3f} bits per byte of validation text")
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save(options.out)
         print(f"The model is in {options.out}: LanguageModel.load({str(options.out)!r})")

@@ -1,4 +1,8 @@
-"""The command line: one file is one command, and COMMANDS names them all."""
+"""Command line: `attention-zoo COMMAND` or `python -m attention_zoo COMMAND`.
+
+Each command is a module with `add_arguments(parser)` and `run(args)`, which returns the exit status. Its docstring is
+its help text.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from types import ModuleType
 
 import attention_zoo.cli.bench as bench
 import attention_zoo.cli.check as check
@@ -15,18 +19,9 @@ import attention_zoo.cli.convert as convert
 import attention_zoo.cli.gallery as gallery
 import attention_zoo.cli.list as listing
 
+__all__ = ["COMMANDS", "main"]
 
-class Command(Protocol):
-    """What the module of a command has; the first line of its docstring is its help."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-
-    def run(self, args: argparse.Namespace) -> int:
-        """Do it, and return the exit status."""
-
-
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, ModuleType] = {
     "list": listing,
     "bench": bench,
     "check": check,
@@ -39,27 +34,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the arguments after the program's name; None takes those of the process.
+        argv: arguments after the program name. None: those of the process.
 
     Returns:
-        The exit status: the command's own, or 2 where an argument does not fit, which one line on stderr then says.
+        Exit status: that of the command, or 2 if an argument is invalid, with one line on stderr.
     """
-    parser = argparse.ArgumentParser(prog="attention-zoo", description="Interchangeable attention blocks for PyTorch.")
+    parser = argparse.ArgumentParser(prog="attention-zoo", description="Interchangeable attention layers for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         doc = inspect.getdoc(command) or ""
-        command.add_arguments(commands.add_parser(name, help=doc.partition("\n")[0], description=doc))
+        raw = argparse.RawDescriptionHelpFormatter
+        command.add_arguments(
+            commands.add_parser(name, help=doc.partition("\n")[0], description=doc, formatter_class=raw)
+        )
     args = parser.parse_args(argv)
     try:
-        status = COMMANDS[args.command].run(args)
+        status: int = COMMANDS[args.command].run(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever reads, `head` say, has seen enough; nor may the flush at exit fail on it
+    except BrokenPipeError:  # the reader, e.g. `head`, has closed the pipe; the flush at exit must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, ImportError, OSError) as error:  # what users can put right; anything else shows where it broke
+    except (ValueError, ImportError, OSError) as error:  # errors of the user; others keep their traceback
         print(f"attention-zoo {args.command}: {error}", file=sys.stderr)
         return 2
-
-
-__all__ = ["COMMANDS", "Command", "main"]

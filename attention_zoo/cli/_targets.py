@@ -1,4 +1,4 @@
-"""Blocks named on the command line: one of the zoo by its name, or a user's own as `module:Class`."""
+"""Attention layers named on the command line: a name in BLOCKS, or `module:Class`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from attention_zoo._checks import check_choice
 from attention_zoo.attention import BLOCKS
-from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.ops import TextImageLayout
 
 Make = Callable[..., nn.Module]
 
 
 def find_block(name: str) -> Make:
-    """What makes the block that `name` stands for; a module is looked for in the present folder too.
+    """The class or function called `name`. Modules are searched in the current directory as well.
 
     Raises:
-        ValueError: no such block, class or function.
+        ValueError: unknown name, class or function.
         ImportError: the module cannot be imported.
     """
     if ":" not in name:
@@ -38,46 +39,65 @@ def find_block(name: str) -> Make:
         raise
     except Exception as error:
         raise ImportError(f"{module_name} must import, but raised {type(error).__name__}: {error}") from error
-    make = getattr(module, attribute, None)
+    make: Make | None = getattr(module, attribute, None)
     if not callable(make):
         known = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, nn.Module)]
         raise ValueError(f"{name} must be a class or function, but {module_name} has none; its modules are {known}")
-    found: Make = make
-    return found
+    return make
 
 
-def read_arguments(text: str | None) -> dict[str, Any]:
-    """The arguments of a constructor, from a JSON object.
+def read_arguments(source: str | Path | None) -> dict[str, Any]:
+    """Constructor arguments by name.
+
+    Args:
+        source: a JSON object, or a file that holds one. None: no arguments.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `source` is not a JSON object.
     """
     try:
-        found = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
+        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source or "{}"
+        arguments = json.loads(text)
+        if not isinstance(arguments, dict):
+            raise ValueError(f"a value of type {type(arguments).__name__}")
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError included
         raise ValueError(
-            f"--arguments must be a JSON object such as '{{\"heads\": 4}}', got {text!r}: {error}"
+            f"--arguments must be a JSON object such as '{{\"heads\": 4}}', got {str(source)!r}: {error}"
         ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"--arguments must be a JSON object, got {text!r}")
-    return found
+    return arguments
+
+
+def accepted(make: Make, **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that `make` has a parameter for."""
+    parameters = inspect.signature(make).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def make_block(make: Make, name: str, dim: int, arguments: Mapping[str, Any]) -> nn.Module:
-    """A fresh block for features of size `dim`; a `layout` among the arguments is an object of its three sizes.
+    """A new layer with `dim` features.
+
+    Args:
+        make: result of `find_block(name)`.
+        name: name of the layer in error messages.
+        dim: number of features.
+        arguments: other constructor arguments; `layout` may be a mapping with the sizes of a `TextImageLayout`.
 
     Raises:
-        ValueError: the constructor does not take the arguments, or gives no module.
+        ValueError: the constructor rejects the arguments, or the result is not a module.
     """
     given = {"dim": dim, **arguments}
     if isinstance(given.get("layout"), Mapping):
         given["layout"] = TextImageLayout(**given["layout"])
-    first = next(iter(inspect.signature(make).parameters), None)
-    try:
-        named = first in (None, "dim") or first in given
-        block = make(**given) if named else make(given.pop("dim"), **given)  # it calls its features something else
+    first = next(iter(inspect.signature(make).parameters), "dim")
+    try:  # a constructor may have another name for its number of features
+        block = make(**given) if first in given else make(given.pop("dim"), **given)
     except TypeError as error:
         raise ValueError(f"--arguments must fit {name}, got {error}") from error
     if not isinstance(block, nn.Module):
         raise ValueError(f"{name} must give an nn.Module, got {type(block).__name__}")
     return block
+
+
+def reads_context(block: nn.Module) -> bool:
+    """Whether `forward` takes a context sequence."""
+    return "context" in inspect.signature(block.forward).parameters

@@ -1,6 +1,6 @@
-"""Hold a block, the zoo's or your own, to the contract: one line a check, exit status 1 where one fails.
+"""Check that an attention layer satisfies the contract: one line per check, exit status 1 if a check fails.
 
-In a test file it is one line:
+The same in a test:
 
     check_block(lambda: MyAttention(64), dim=64, causal=True).raise_for_failures()
 """
@@ -8,7 +8,6 @@ In a test file it is one line:
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Mapping
 from functools import partial
 
@@ -16,27 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice, check_positive
-from attention_zoo.cli._table import fit_columns, format_row
-from attention_zoo.cli._targets import find_block, make_block, read_arguments
+from attention_zoo.cli._table import print_rows
+from attention_zoo.cli._targets import find_block, make_block, read_arguments, reads_context
 from attention_zoo.testing import CHECKS, Subject, run_check
 from attention_zoo.testing.report import FAILED
 
 LENGTHS = [1, 2, 7, 64, 65, 131]
+COLUMNS = {"check": f"<{max(map(len, CHECKS))}", "outcome": f"<{len('not applicable')}", "what": "<4"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to check and how."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("block", metavar="BLOCK", help="module:Class, or a block's name")
-    parser.add_argument("--arguments", metavar="JSON", help="of the constructor beside dim, as in '{\"heads\": 4}'")
-    parser.add_argument("--dim", type=int, default=32, help="features of the input (32)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help="tokens (1 ... 131)")
-    parser.add_argument("--bidirectional", action="store_true", help="the block does not promise to hide the future")
-    parser.add_argument("--checks", nargs="+", metavar="CHECK", default=list(CHECKS), help="which checks (all)")
+    """Declare the options."""
+    add = parser.add_argument
+    add("block", metavar="BLOCK", help="layer name, or module:Class")
+    add("--arguments", metavar="JSON", help="constructor arguments other than dim, e.g. '{\"heads\": 4}'")
+    add("--dim", type=int, default=32, help="number of input features (default: 32)")
+    add("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help="numbers of tokens (default: 1 ... 131)")
+    add("--bidirectional", action="store_true", help="do not require causality")
+    add("--checks", nargs="+", metavar="CHECK", default=list(CHECKS), help="checks to run (default: all)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, and print each line as soon as it is known."""
+    """Run the checks and print each outcome as soon as it is known."""
     check_positive(dim=args.dim)
     for length in args.lengths:
         check_positive(lengths=length)
@@ -46,31 +46,28 @@ def run(args: argparse.Namespace) -> int:
     dim = arguments.get("dim", args.dim)
     build = partial(make_block, find_block(args.block), args.block, dim, arguments)
     block = build()
+    streams = getattr(block, "streams", 1)
     subject = Subject(
         build,
         dim=dim,
         causal=not args.bidirectional and bool(getattr(block, "causal", True)),
         lengths=tuple(args.lengths),
-        inputs=partial(_context, block) if "context" in inspect.signature(block.forward).parameters else None,
-        streams=streams if (streams := getattr(block, "streams", 1)) > 1 else None,
+        inputs=partial(_context, block) if reads_context(block) else None,
+        streams=streams if streams > 1 else None,
         shift_invariant=getattr(block, "layout", None) is None,
         gradient_is_exact=getattr(block, "gradient_fraction", 1.0) == 1.0,
     )
-    layout = fit_columns([("check", "outcome"), *((name, "not applicable") for name in CHECKS)])
-    print(format_row(("check", "outcome", "what"), (*layout, "<4")))
-    failed = 0
-    for name in args.checks:
-        outcome = run_check(name, subject)
-        failed += outcome.status == FAILED
-        print(format_row((name, outcome.status, outcome.message), (*layout, "<4")), flush=True)
+    outcomes = (run_check(name, subject) for name in args.checks)
+    printed = print_rows(COLUMNS, outcomes, lambda outcome: (outcome.check, outcome.status, outcome.message))
+    failed = sum(outcome.status == FAILED for outcome in printed)
     if failed:
         print(f"\n{args.block} fails {failed} of {len(args.checks)} checks.")
     return int(failed > 0)
 
 
 def _context(block: nn.Module, batch: int, length: int) -> Mapping[str, Tensor]:
-    """Another sequence for a block that reads one."""
+    """A context of five tokens."""
     features = getattr(block, "context_dim", getattr(block, "dim", None))
     if not isinstance(features, int):
-        raise ValueError("the block must say how many features its context has, in an attribute context_dim or dim")
+        raise ValueError("a layer with a context must have an int attribute `context_dim` or `dim`")
     return {"context": torch.randn(batch, 5, features)}

@@ -1,44 +1,32 @@
-"""Turn an old checkpoint of another package into one that loads here, number for number.
+"""Convert a checkpoint of an upstream package to model.safetensors and config.json for `attention_zoo.interop.load`.
 
-Writes model.safetensors and config.json, which `attention_zoo.interop.load` reads, and prints what became what. Nothing
-in the old file is executed.
+Prints the new name of each weight. No code stored in the checkpoint is executed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from attention_zoo.cli._table import fit_columns, format_row
+from attention_zoo.cli._table import print_table
+from attention_zoo.cli._targets import read_arguments
 from attention_zoo.interop import PACKAGES, convert
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The packages and where things are."""
-    parser.add_argument("package", metavar="PACKAGE", help=f"one of {', '.join(PACKAGES)}")
-    parser.add_argument("cls", metavar="CLASS", help="the class whose weights they are, Transformer say")
-    parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="a file that torch.save wrote")
-    parser.add_argument("out", metavar="OUT_DIR", type=Path, help="the folder to write")
-    parser.add_argument(
-        "--arguments", type=Path, metavar="JSON", help="a file with what the class's constructor was given, by name"
-    )
+    """Declare the options."""
+    add = parser.add_argument
+    add("package", metavar="PACKAGE", help=f"one of {', '.join(PACKAGES)}")
+    add("cls", metavar="CLASS", help="class the weights belong to, e.g. Transformer")
+    add("weights", metavar="WEIGHTS", type=Path, help="file written by torch.save")
+    add("out", metavar="OUT_DIR", type=Path, help="output folder")
+    add("--arguments", type=Path, metavar="JSON", help="JSON file with the constructor arguments of the class, by name")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and say what became what."""
-    arguments = {}
-    if args.arguments is not None:
-        try:
-            arguments = json.loads(args.arguments.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"--arguments must be a JSON file, got {args.arguments}: {error}") from error
-        if not isinstance(arguments, dict):
-            raise ValueError(f"--arguments must hold an object, names and values, got {type(arguments).__name__}")
-    account = convert(args.package, args.cls, args.weights, args.out, arguments=arguments)
-    rows = [("old name", "became"), *account.items()]
-    layout = fit_columns(rows)
-    for row in rows:
-        print(format_row(row, layout))
+    """Convert the checkpoint and print the names."""
+    arguments = read_arguments(args.arguments)
+    names = convert(args.package, args.cls, args.weights, args.out, arguments=arguments)
+    print_table([("old name", "became"), *names.items()])
     print(f"\n{args.package} {args.cls} is in {args.out}. It loads with attention_zoo.interop.load({str(args.out)!r}).")
     return 0

@@ -1,4 +1,4 @@
-"""List the blocks of the zoo and what they can do."""
+"""List the attention layers and their capabilities."""
 
 from __future__ import annotations
 
@@ -9,32 +9,30 @@ from dataclasses import fields
 
 from attention_zoo.attention import BLOCKS, AttentionBlock
 from attention_zoo.attention.capabilities import Capabilities, capabilities
-from attention_zoo.cli._table import fit_columns, format_row
+from attention_zoo.cli._table import print_table
 
 SHORT = {"double_backward": "2nd deriv.", "kv_heads": "kv heads"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options."""
+    """Declare no options."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per block."""
+    """Print one row per layer."""
     columns = [field.name for field in fields(Capabilities)]
     rows = [("block", "class", *(SHORT.get(name, name) for name in columns), "what it is")]
     for name, found in capabilities().items():
-        cls = BLOCKS[name]
-        rows.append((name, cls.__name__, *(_cell(column, getattr(found, column)) for column in columns), describe(cls)))
-    layout = fit_columns(rows)
-    for row in rows:
-        print(format_row(row, layout))
-    print("\nstate: how the decoding state grows with the tokens before. 2nd deriv.: on the fast path; inside")
-    print("attention_zoo.reference() every block has them.")
+        cells = (_cell(column, getattr(found, column)) for column in columns)
+        rows.append((name, BLOCKS[name].__name__, *cells, describe(BLOCKS[name])))
+    print_table(rows)
+    print("\nstate: growth of the decoding state with the number of tokens. 2nd deriv.: of the fast implementation;")
+    print("inside attention_zoo.reference() every layer has second derivatives.")
     return 0
 
 
 def describe(cls: type[AttentionBlock]) -> str:
-    """What a block is: the first line of its file, or of its class where a file holds several blocks."""
+    """First line of the docstring of the layer's file, or of its class if the file has several layers."""
     several = sum(other.__module__ == cls.__module__ for other in BLOCKS.values()) > 1
     doc = inspect.getdoc(cls if several else sys.modules[cls.__module__]) or ""
     return doc.partition("\n")[0]

@@ -1,4 +1,4 @@
-"""The check command on the zoo's blocks and on blocks of a user's own file."""
+"""`attention-zoo check` on built-in layers and on layers of a user's file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class Past(nn.Module):
-    """The mean of the past, or with a leak of everything."""
+    """The mean of all previous tokens, or with a leak of all tokens."""
 
     def __init__(self, dim, leak=False):
         super().__init__()
@@ -47,7 +47,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own")
-def test_a_sound_block_of_one_s_own_passes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_correct_user_defined_layer_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "own_blocks:Past", "--lengths", "1", "7", *FAST]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["check", "outcome", "what"]
@@ -56,19 +56,19 @@ def test_a_sound_block_of_one_s_own_passes(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.usefixtures("own")
-def test_a_leak_is_said_with_its_size_and_ends_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_leak_is_reported_with_its_size_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "own_blocks:Past", "--arguments", '{"leak": true}', "--lengths", "1", "7", *FAST]) == 1
-    said = capsys.readouterr().out
-    assert re.search(r"causality +failed +output 0 has a gradient .*\d", said)
-    assert "own_blocks:Past fails 1 of 4 checks." in said
+    out = capsys.readouterr().out
+    assert re.search(r"causality +failed +output 0 has a gradient .*\d", out)
+    assert "own_blocks:Past fails 1 of 4 checks." in out
 
 
 @pytest.mark.parametrize("block", ["full", "cross", "gate_loop"])
-def test_a_block_of_the_zoo_is_checked_by_its_name(block: str) -> None:
+def test_built_in_layer_is_checked_by_name(block: str) -> None:
     assert main(["check", block, "--lengths", "1", "7", *FAST]) == 0
 
 
-def test_an_image_block_takes_its_layout_as_an_object() -> None:
+def test_image_layer_takes_its_layout_as_an_object() -> None:
     layout = '{"layout": {"text_len": 3, "height": 2, "width": 3}, "heads": 2, "dim_head": 8}'
     assert main(["check", "conv", "--arguments", layout, "--lengths", "1", "2", "9", *FAST]) == 0
 
@@ -88,8 +88,6 @@ def test_an_image_block_takes_its_layout_as_an_object() -> None:
         (["full", "--dim", "0"], "dim must be at least 1"),
     ],
 )
-def test_what_cannot_be_checked_is_answered_with_a_sentence(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_options_are_reported(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *options]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every example runs for a few steps, leaves what it promises, and resumes exactly."""
+"""Every example runs for a few steps and writes its files; training resumes exactly."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from attention_zoo import LanguageModel, Memformer, TextToImageTransformer
 from attention_zoo.training import read_checkpoint, read_sharded
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TIMEOUT = 300  # seconds; a busy machine may need a while to import torch
+TIMEOUT = 300  # seconds, enough for a busy machine
 TINY = ["--dim", "16", "--depth", "2", "--heads", "2", "--seq-len", "16", "--batch", "2"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example and how to run it small.
+    """An example and the options of a small run.
 
     Args:
-        script: its file.
-        options: options that make it tiny; `--data` and `--out` come on top.
-        steps: its option for the number of steps.
-        files: what it leaves in the folder of `--out`.
-        load: reads the model that it saved there.
+        script: file name.
+        options: options of a small run, other than `--data` and `--out`.
+        files: files written to the folder of `--out`.
+        load: reads the saved model.
     """
 
     script: str
@@ -58,7 +57,7 @@ def command(example: Example, folder: Path, out: str, *options: str) -> list[str
 
 
 def environment() -> dict[str, str]:
-    # One thread: the tensors are tiny. Unbuffered: a test waits for what is printed.
+    # One thread: the tensors are tiny. Unbuffered: a test waits for output.
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
 
@@ -67,7 +66,7 @@ def run(call: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @examples
-def test_an_example_trains_and_leaves_what_it_promises(example: Example, tmp_path: Path) -> None:
+def test_training_example_writes_its_files(example: Example, tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "6", *example.options]
     done = run(command(example, tmp_path, "out", *fresh))
     assert done.returncode == 0, done.stderr
@@ -78,19 +77,19 @@ def test_an_example_trains_and_leaves_what_it_promises(example: Example, tmp_pat
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.contents["model"].items())
 
 
-def test_the_card_of_a_trained_model_tells_data_score_and_command(tmp_path: Path) -> None:
+def test_model_card_states_data_score_and_command(tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "2", *TINY, "--card"]
     done = run(command(CASES[0], tmp_path, "out", *fresh))
     bits = re.findall(r"step 2: ([\d.]+) bits per byte", done.stdout)[-1]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"{bits} bits per byte of unseen text; byte frequencies need" in card
+    assert f"{bits} bits per byte of validation text; byte frequencies need" in card
     assert f"3,960 bytes of {tmp_path / 'text.txt'}" in card
     assert f"python {EXAMPLES / 'train_language_model.py'} --out" in card
     run(command(CASES[0], tmp_path, "out", *fresh, "--depth", "1"))
-    assert '"depth": 1' in (tmp_path / "out" / "README.md").read_text(), "a new model has a new card"
+    assert '"depth": 1' in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_recall_example_leaves_its_model_and_its_picture(tmp_path: Path) -> None:
+def test_recall_example_writes_model_and_plot(tmp_path: Path) -> None:
     options = ["--steps", "6", "--dim", "16", "--batch", "2", "--device", "cpu", "--out", str(tmp_path)]
     done = run([sys.executable, str(EXAMPLES / "recall_across_segments.py"), *options])
     assert done.returncode == 0, done.stderr
@@ -100,17 +99,17 @@ def test_the_recall_example_leaves_its_model_and_its_picture(tmp_path: Path) -> 
     Memformer.load(tmp_path)
 
 
-def test_the_digits_example_draws_and_is_judged(tmp_path: Path) -> None:
+def test_digits_example_generates_and_classifies(tmp_path: Path) -> None:
     options = ["--steps", "3", "--dim", "16", "--heads", "2", "--batch", "4", "--samples", "2", "--device", "cpu"]
     done = run([sys.executable, str(EXAMPLES / "draw_digits.py"), *options, "--out", str(tmp_path)])
     assert done.returncode == 0, done.stderr
-    assert "of 20 drawings as asked for" in done.stdout
+    assert "of 20 generated digits" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "digits.png", "model.safetensors"]
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert TextToImageTransformer.load(tmp_path).num_image_tokens == 17
 
 
-def test_the_arena_compares_blocks_and_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+def test_comparison_example_continues_an_interrupted_run(tmp_path: Path) -> None:
     call = command(Example("compare_blocks.py", (), (), LanguageModel.load), tmp_path, "out", "--steps", "2")
     call += [
         "--quick",
@@ -141,7 +140,7 @@ def test_the_arena_compares_blocks_and_goes_on_where_it_was_interrupted(tmp_path
     assert lost.read_text() == content
 
 
-def test_the_streams_example_scores_both_models_and_leaves_its_picture(tmp_path: Path) -> None:
+def test_streams_example_scores_both_models_and_writes_a_plot(tmp_path: Path) -> None:
     call = command(Example("multi_stream.py", (), (), LanguageModel.load), tmp_path, "out", *TINY, "--steps", "3")
     done = run([*call, "--data", str(tmp_path / "text.txt")])
     assert done.returncode == 0, done.stderr
@@ -150,7 +149,7 @@ def test_the_streams_example_scores_both_models_and_leaves_its_picture(tmp_path:
     assert (tmp_path / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_accelerate_example_trains_the_model_as_it_is(tmp_path: Path) -> None:
+def test_accelerate_example_trains_an_unmodified_model(tmp_path: Path) -> None:
     call = command(Example("train_with_accelerate.py", (), (), LanguageModel.load), tmp_path, "out", "--cpu")
     done = run([*call, "--data", str(tmp_path / "text.txt"), "--dim", "32", "--depth", "2", "--seq-len", "16"])
     assert done.returncode == 0, done.stderr
@@ -158,11 +157,11 @@ def test_the_accelerate_example_trains_the_model_as_it_is(tmp_path: Path) -> Non
         float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith(("before:", "after:"))
     )
     assert before > 7
-    assert after < 2, "one sentence again and again is easy"
+    assert after < 2  # the text repeats one sentence
     assert LanguageModel.load(tmp_path / "out").arguments["dim"] == 32
 
 
-def test_the_example_composed_by_hand_trains_and_shows_what_the_kit_finds() -> None:
+def test_composed_example_trains_and_prints_the_contract_checks() -> None:
     done = run([sys.executable, str(EXAMPLES / "compose_by_hand.py"), "--steps", "50"])
     assert done.returncode == 0, done.stderr
     assert "step 50: loss" in done.stdout
@@ -170,36 +169,38 @@ def test_the_example_composed_by_hand_trains_and_shows_what_the_kit_finds() -> N
     assert "arguments: failed" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
 @examples
-def test_an_interrupted_and_resumed_example_ends_where_an_unbroken_one_does(example: Example, tmp_path: Path) -> None:
+def test_resumed_training_equals_uninterrupted_training(example: Example, tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "300", *example.options]
-    unbroken = subprocess.Popen(
-        command(example, tmp_path, "unbroken", *fresh), env=environment(), stdout=subprocess.DEVNULL
+    uninterrupted = subprocess.Popen(
+        command(example, tmp_path, "uninterrupted", *fresh), env=environment(), stdout=subprocess.DEVNULL
     )
-    call = command(example, tmp_path, "broken", *fresh)
-    with subprocess.Popen(call, env=environment(), stdout=subprocess.PIPE, encoding="utf-8") as broken:
-        assert broken.stdout is not None
-        for line in broken.stdout:
+    call = command(example, tmp_path, "interrupted", *fresh)
+    with subprocess.Popen(call, env=environment(), stdout=subprocess.PIPE, encoding="utf-8") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
             if line.startswith("step "):
-                broken.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGINT)
                 break
-        rest = broken.stdout.read()
-    assert broken.returncode == 0, rest
+        rest = process.stdout.read()
+    assert process.returncode == 0, rest
     assert "--resume --out" in rest
-    stopped = read_checkpoint(tmp_path / "broken" / "checkpoint.pt").step
+    stopped = read_checkpoint(tmp_path / "interrupted" / "checkpoint.pt").step
     assert 0 < stopped < 300
-    done = run(command(example, tmp_path, "broken", "--resume", "--device", "cpu"))
+    done = run(command(example, tmp_path, "interrupted", "--resume", "--device", "cpu"))
     assert done.returncode == 0, done.stderr
-    assert unbroken.wait(TIMEOUT) == 0
-    want, got = (read_checkpoint(tmp_path / out / "checkpoint.pt") for out in ("unbroken", "broken"))
+    assert uninterrupted.wait(TIMEOUT) == 0
+    want, got = (read_checkpoint(tmp_path / out / "checkpoint.pt") for out in ("uninterrupted", "interrupted"))
     assert got.extra["curves"] == want.extra["curves"]
     assert all(torch.equal(tensor, got.contents["model"][name]) for name, tensor in want.contents["model"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
 @pytest.mark.parametrize("strategy", ["single", "ddp"])
-def test_a_disk_that_fills_up_is_told_in_a_sentence_and_the_checkpoint_left(tmp_path: Path, strategy: str) -> None:
+def test_full_disk_is_reported_and_leaves_the_checkpoint_intact(tmp_path: Path, strategy: str) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", *TINY, "--steps", "3", "--strategy", strategy]
     call = command(CASES[0], tmp_path, "out", *fresh)
     if strategy == "ddp":
@@ -208,12 +209,13 @@ def test_a_disk_that_fills_up_is_told_in_a_sentence_and_the_checkpoint_left(tmp_
     # no file may grow beyond 20 KiB, a tenth of a checkpoint
     done = run(["bash", "-c", 'ulimit -f 20 && exec "$@"', "bash", *call])
     assert done.returncode != 0
-    assert "What was saved before is whole." in done.stderr
+    assert "The previous checkpoint is intact." in done.stderr
     found = read_checkpoint(tmp_path / "out" / "checkpoint.pt") if strategy == "single" else None
     assert (found or read_sharded(tmp_path / "out" / "checkpoint")).step == 3
 
 
-def test_the_run_to_resume_is_the_one_that_was_saved_last(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_resume_takes_the_most_recent_checkpoint(tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", *TINY]
     assert run(command(CASES[0], tmp_path, "out", *fresh, "--steps", "9")).returncode == 0
     python, *call = command(CASES[0], tmp_path, "out", *fresh, "--steps", "3", "--strategy", "ddp")
@@ -223,13 +225,14 @@ def test_the_run_to_resume_is_the_one_that_was_saved_last(tmp_path: Path) -> Non
     assert read_checkpoint(tmp_path / "out" / "checkpoint.pt").step == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one group of processes")
-def test_two_processes_stopped_by_ctrl_c_are_gone_on_from_by_one_with_the_same_losses(tmp_path: Path) -> None:
+def test_run_of_two_processes_resumes_in_one_with_the_same_losses(tmp_path: Path) -> None:
     example = CASES[0]
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "300", *TINY]
     python, *call = command(example, tmp_path, "two", *fresh, "--strategy", "fsdp")
     call = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *call]
-    # Ctrl-C reaches every process of a terminal's group, and torchrun passes it on to its own once more
+    # Ctrl-C reaches every process of the terminal's group, and torchrun forwards it to its workers once more
     with subprocess.Popen(
         call, env=environment(), stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
     ) as two:
@@ -261,7 +264,7 @@ def test_two_processes_stopped_by_ctrl_c_are_gone_on_from_by_one_with_the_same_l
     ],
     ids=["no data", "no checkpoint", "unknown block", "no torchrun"],
 )
-def test_a_wrong_option_is_answered_with_a_sentence(
+def test_invalid_option_is_reported_without_a_traceback(
     example: Example, options: list[str], message: str, tmp_path: Path
 ) -> None:
     done = run(command(example, tmp_path, "out", "--data", str(tmp_path / "text.txt"), *options))
@@ -270,7 +273,7 @@ def test_a_wrong_option_is_answered_with_a_sentence(
     assert "Traceback" not in done.stderr
 
 
-def test_the_long_context_example_prints_both_tables(tmp_path: Path) -> None:
+def test_long_context_example_prints_both_tables(tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     data.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     sizes = ["--dim", "16", "--depth", "1", "--train-len", "16", "--long-len", "64", "--batch", "2", "--steps", "2"]

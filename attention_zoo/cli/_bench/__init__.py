@@ -1,1 +1,1 @@
-"""Measurements behind `attention-zoo bench`."""
+"""Implementation of `attention-zoo bench`."""

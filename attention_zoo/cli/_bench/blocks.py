@@ -1,11 +1,10 @@
-"""What a block costs, whole and in its mixing, beside torch's scaled_dot_product_attention (SDPA)."""
+"""Time and memory of attention layers, next to torch's scaled_dot_product_attention (SDPA)."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,55 +16,51 @@ from attention_zoo.attention import (
     BlockSparseAttention,
     CrossAttention,
     GateLoopAttention,
-    PatternAttention,
     SelfAttention,
-    TalkingHeadsAttention,
 )
-from attention_zoo.cli._bench.measure import WARM_UP, Call, Setup, compare, median_seconds, peak_bytes
-from attention_zoo.cli._targets import find_block, make_block
-from attention_zoo.ops.gate_loop import gate_loop
-from attention_zoo.ops.gate_loop.gates import unit_gate
-from attention_zoo.ops.softmax import softmax_attention
-from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.cli._bench.measure import WARM_UP, Call, compare, median_seconds, peak_bytes
+from attention_zoo.cli._bench.setup import Setup
+from attention_zoo.cli._targets import accepted, find_block, make_block, reads_context
+from attention_zoo.ops import TextImageLayout, gate_loop, softmax_attention, unit_gate
 
 PHASES = ("forward", "training")
 
 
 class Mixing(NamedTuple):
-    """The part of a block that is compared to SDPA.
+    """The part of a layer that is compared with SDPA.
 
     Attributes:
-        run: from `inputs` to an output.
-        inputs: what it is given.
-        causal: whether SDPA beside it is causal.
-        whole: it is the whole block, for want of a narrower part.
-        seen: the mask that SDPA beside it gets, (n, n) bool, where it computes the same under one.
+        run: the operation.
+        inputs: its arguments.
+        causal: whether SDPA is causal.
+        mask: the mask of SDPA, (n, n) bool, for layers with an image pattern.
+        whole: whether the operation is the whole layer.
     """
 
     run: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
     causal: bool
+    mask: Tensor | None = None
     whole: bool = False
-    seen: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What one phase of one block costs at one length: median milliseconds, and peak bytes beyond inputs and weights.
+    """Cost of one phase of a layer at one length: median milliseconds, peak bytes beyond inputs and weights.
 
     Attributes:
-        block: its name in BLOCKS.
-        length: tokens n.
-        phase: "forward", without gradients; or "training", forward and backward to inputs and weights.
-        block_ms, block_bytes: the whole block, projections included.
-        mixing_ms, mixing_bytes: what it does to queries, keys and values that are already projected.
-        sdpa_ms, sdpa_bytes: SDPA with as many heads of the same size, causal where the block is; under the block's own
-            mask where it sees a window or an axis of an image.
-        ratio: mixing over SDPA, the median over pairs timed in turn.
-        whole: the mixing is the whole block, because this block offers nothing narrower.
-        tokens_per_second: of the whole block in this phase.
-        step_ms, state_bytes: decoding the last of `length` tokens, and the state after it; None in training, and for a
-            block without step.
+        block: name of the layer.
+        length: number of tokens n.
+        phase: "forward" (without gradients) or "training" (forward and backward to inputs and weights).
+        block_ms, block_bytes: the whole layer, projections included.
+        mixing_ms, mixing_bytes: the layer without projections, from queries, keys and values to the output.
+        sdpa_ms, sdpa_bytes: SDPA with the same number and size of heads, causal if the layer is; under the same mask
+            for layers that attend to a window or an axis of an image.
+        ratio: mixing over SDPA, the median over pairs timed alternately.
+        whole: whether mixing is the whole layer, because the layer has no separate operation.
+        tokens_per_second: of the whole layer in this phase.
+        step_ms, state_bytes: decoding the last of `length` tokens, and the state after it; None in training and for
+            layers without `step`.
     """
 
     block: str
@@ -85,122 +80,110 @@ class BlockCost:
 
 
 def layout_for(length: int) -> TextImageLayout:
-    """Text and a square image of together `length` tokens: about 256 of text, or a fifth where that is less."""
+    """Text and a square image with `length` tokens in total: about 256 of text, or a fifth if that is less."""
     side = max(1, math.isqrt(length - min(256, length // 5)))
     return TextImageLayout(length - side * side, side, side)
 
 
 def build_block(name: str, length: int, setup: Setup) -> nn.Module:
-    """A block with its own defaults but for sizes and layout, of which it gets those that it has an argument for.
+    """A layer with default arguments, except for sizes and layout where its constructor has them.
 
     Args:
-        name: in BLOCKS, or `module:Class`.
-        length: tokens of the layout, for a block that knows images.
-        setup: sizes and place.
+        name: name in BLOCKS, or `module:Class`.
+        length: number of tokens of the layout.
+        setup: sizes, device and dtype.
     """
     make = find_block(name)
-    known = inspect.signature(make).parameters
-    sizes: dict[str, Any] = {"heads": setup.heads, "dim_head": setup.dim_head, "layout": layout_for(length)}
-    block = make_block(make, name, setup.dim, {key: size for key, size in sizes.items() if key in known})
-    return block.to(setup.device, setup.dtype)
+    sizes = accepted(make, heads=setup.heads, dim_head=setup.dim_head, layout=layout_for(length))
+    return make_block(make, name, setup.dim, sizes).to(setup.device, setup.dtype)
 
 
 def block_inputs(block: nn.Module, length: int, setup: Setup) -> tuple[Tensor, ...]:
-    """Random features (1, n, d) for the block's `forward`: x, and a context of the same length where it reads one."""
-    count = 1 + ("context" in inspect.signature(block.forward).parameters)
-    return tuple(_random(setup, 1, length, setup.dim) for _ in range(count))
+    """Random features (1, n, d), and a context of the same shape for a layer that takes one."""
+    return tuple(setup.randn(1, length, setup.dim) for _ in range(1 + reads_context(block)))
 
 
 def head_inputs(length: int, setup: Setup) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q, k and v, (1, h, n, e), laid out in memory as projections leave them: heads inside tokens."""
-    q, k, v = (_random(setup, 1, length, setup.heads, setup.dim_head).transpose(1, 2) for _ in range(3))
+    """Random q, k and v, (1, h, n, e), with the memory layout of projections: heads inside tokens."""
+    q, k, v = (setup.randn(1, length, setup.heads, setup.dim_head).transpose(1, 2) for _ in range(3))
     return q, k, v
 
 
 def mixing(block: nn.Module, length: int, setup: Setup) -> Mixing:
-    """What of this block is compared to SDPA. A kind of block that can run its mixing alone gets a branch here."""
+    """The part of a layer that is compared with SDPA: its operation if that can run alone, or else the whole layer."""
     if isinstance(block, SelfAttention):
 
-        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = block.prepare(q, 0), block.prepare(k, 0)  # a norm of queries and keys is part of how a block mixes
-            return block.attend(q, k, v, None)
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return block.attend(block.prepare(q, 0), block.prepare(k, 0), v, None)  # `prepare` may normalize q and k
 
-        seen = None
-        if isinstance(block, PatternAttention) and not isinstance(block, BlockSparseAttention):
-            seen = block.pattern().mask(0, length, setup.device)
-        return Mixing(mix, head_inputs(length, setup), block.causal, seen=seen)
-    if isinstance(block, TalkingHeadsAttention):
-        return Mixing(lambda q, k, v: block.talk(q, k, v, None), head_inputs(length, setup), block.causal)
+        pattern = None if isinstance(block, BlockSparseAttention) else block.pattern
+        mask = None if pattern is None else pattern().mask(0, length, setup.device)
+        return Mixing(attend, head_inputs(length, setup), block.causal, mask)
     if isinstance(block, CrossAttention):
         return Mixing(softmax_attention, head_inputs(length, setup), causal=False)
     if isinstance(block, GateLoopAttention):
-        q, k, v = (_random(setup, 1, length, block.heads, block.dim_head).transpose(1, 2) for _ in range(3))
-
-        def loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return gate_loop(q, k, v, gate).out
-
-        gate = unit_gate(_random(setup, 1, length, block.heads, 2)).transpose(1, 2)
-        return Mixing(loop, (q, k, v), causal=True)
+        gate = unit_gate(setup.randn(1, length, block.heads, 2)).transpose(1, 2)
+        heads = head_inputs(length, replace(setup, heads=block.heads, dim_head=block.dim_head))
+        return Mixing(lambda q, k, v: gate_loop(q, k, v, gate).out, heads, causal=True)
     causal = bool(getattr(block, "causal", True))
     return Mixing(block, block_inputs(block, length, setup), causal, whole=True)
 
 
 def measure_block(name: str, block: nn.Module, length: int, phase: str, setup: Setup) -> BlockCost:
-    """Time one phase of a block and of SDPA, batch 1, and take their peak memory.
+    """Measure one phase of a layer and of SDPA with batch size 1.
 
     Args:
-        name: what the block is called.
-        block: what `build_block` made of this setup.
-        length: tokens n.
+        name: name of the layer.
+        block: result of `build_block`.
+        length: number of tokens n.
         phase: one of PHASES.
-        setup: sizes, place, and the number of timed calls.
+        setup: sizes, device and number of timed calls.
     """
     device, runs = setup.device, setup.runs
     block.train(phase == "training")
     part = mixing(block, length, setup)
-    heads = head_inputs(length, setup) if part.whole else part.inputs
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        causal = part.causal and part.seen is None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=part.seen, is_causal=causal)
+        causal = part.causal and part.mask is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=part.mask, is_causal=causal)
 
-    mix_call = _call(phase, part.run, part.inputs, block)
-    sdpa_call = _call(phase, sdpa, heads)
-    mix_time, sdpa_time, ratio = compare(mix_call, sdpa_call, device, runs)
-    mix_peak, sdpa_peak = peak_bytes(mix_call, device), peak_bytes(sdpa_call, device)
-    block_time, block_peak = mix_time, mix_peak
+    mixing_call = _call(phase, part.run, part.inputs, block)
+    sdpa_call = _call(phase, sdpa, head_inputs(length, setup) if part.whole else part.inputs)
+    mixing_time, sdpa_time, ratio = compare(mixing_call, sdpa_call, device, runs)
+    mixing_peak, sdpa_peak = peak_bytes(mixing_call, device), peak_bytes(sdpa_call, device)
+    block_time, block_peak = mixing_time, mixing_peak
     if not part.whole:
         block_call = _call(phase, block, block_inputs(block, length, setup), block)
         block_time, block_peak = median_seconds(block_call, device, runs), peak_bytes(block_call, device)
-    times = (block_time * 1000, mix_time * 1000, sdpa_time * 1000, ratio)
+    times = (block_time * 1000, mixing_time * 1000, sdpa_time * 1000, ratio)
     step = measure_step(block, length, setup) if phase == "forward" else (None, None)
     speed = length / block_time
-    return BlockCost(name, length, phase, *times, block_peak, mix_peak, sdpa_peak, part.whole, speed, *step)
+    return BlockCost(name, length, phase, *times, block_peak, mixing_peak, sdpa_peak, part.whole, speed, *step)
 
 
 def measure_step(block: nn.Module, length: int, setup: Setup) -> tuple[float | None, int | None]:
-    """Milliseconds for a token decoded when about `length` came before, and the bytes of the state at the end."""
+    """Milliseconds to decode one token after about `length` tokens, and the size of the final state in bytes."""
     steps = WARM_UP + setup.runs
-    decodes = callable(getattr(block, "step", None)) and getattr(type(block), "step", None) is not AttentionBlock.step
+    step: Any = getattr(block, "step", None)
+    decodes = callable(step) and getattr(type(block), "step", None) is not AttentionBlock.step
     if not decodes or not getattr(block, "causal", True) or length <= steps:
         return None, None
-    step: Any = block.step
-    x, *others = block_inputs(block, length, setup)
+    x, *context = block_inputs(block, length, setup)
     with torch.inference_mode():
-        _, state = step(x[:, :-steps], **({"context": others[0]} if others else {}))
-        places = iter(range(length - steps, length))
+        _, state = step(x[:, :-steps], **({"context": context[0]} if context else {}))
+        positions = iter(range(length - steps, length))
 
         def decode() -> None:
             nonlocal state
-            place = next(places)
-            _, state = step(x[:, place : place + 1], state)
+            position = next(positions)
+            _, state = step(x[:, position : position + 1], state)
 
         taken = median_seconds(decode, setup.device, setup.runs)
     return taken * 1000, int(state.nbytes)
 
 
 def measure_blocks(names: Sequence[str], lengths: Sequence[int], setup: Setup) -> Iterator[BlockCost]:
-    """Measure each block at each length in both phases, one after the other."""
+    """Measure each layer at each length in both phases."""
     for name in names:
         for length in lengths:
             block = build_block(name, length, setup)
@@ -209,24 +192,11 @@ def measure_blocks(names: Sequence[str], lengths: Sequence[int], setup: Setup) -
 
 
 def _call(phase: str, run: Callable[..., Tensor], inputs: Sequence[Tensor], block: nn.Module | None = None) -> Call:
-    """A call of `run` on these inputs; in training one that also takes the gradients of inputs and weights."""
+    """A call of `run`; in training with the gradients of `inputs` and of the weights of `block`."""
     if phase == "forward":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return run(*inputs)
-
-        return forward
+        return torch.no_grad()(lambda: run(*inputs))
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     weights = [] if block is None else list(block.parameters())
-    upstream = torch.randn_like(run(*leaves))  # the gradient that the layers above would send
-
-    def training() -> object:
-        # Projections play no part in the mixing, so their weights have no gradient there.
-        return torch.autograd.grad(run(*leaves), [*leaves, *weights], upstream, allow_unused=True)
-
-    return training
-
-
-def _random(setup: Setup, *shape: int) -> Tensor:
-    return torch.randn(shape, device=setup.device, dtype=setup.dtype)
+    upstream = torch.randn_like(run(*leaves))
+    # Unused weights: those of the projections, which are not part of the mixing.
+    return lambda: torch.autograd.grad(run(*leaves), [*leaves, *weights], upstream, allow_unused=True)

@@ -1,76 +1,95 @@
-"""What the bench measured, as a Markdown table and as curves against the length."""
+"""Costs of attention layers as a printed table, a Markdown table and curves against the length."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from attention_zoo.cli._gallery.pictures import new_figure
-from attention_zoo.cli._table import format_number
+from attention_zoo.attention import BLOCKS
+from attention_zoo.cli._bench.blocks import BlockCost
+from attention_zoo.cli._figure import new_figure
+from attention_zoo.cli._table import format_number, print_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIB, MIB = 2**10, 2**20
-HEADS = (
+NAME_LAYOUT = f"<{max(map(len, BLOCKS))}"
+COLUMNS = {
+    "block": NAME_LAYOUT,
+    "length": ">6",
+    "phase": "<8",
+    "block ms": ">8",
+    "mixing ms": ">9",
+    "SDPA ms": ">7",
+    "ratio": ">6",
+    "block MiB": ">9",
+    "mixing MiB": ">10",
+    "SDPA MiB": ">8",
+    "tokens/s": ">9",
+    "step ms": ">7",
+    "state KiB": ">9",
+}
+MARKDOWN_COLUMNS = (
     "block", "tokens", "forward ms", "over SDPA", "training ms", "over SDPA", "tokens/s in training",
     "peak MiB in training", "step ms", "state KiB",
 )  # fmt: skip
 
-Rows = Sequence[Mapping[str, Any]]
+
+def print_costs(costs: Iterable[BlockCost]) -> list[BlockCost]:
+    """Print one row per cost, as soon as it is measured. Returns the costs."""
+
+    def cells(cost: BlockCost) -> Sequence[str | float]:
+        times = (cost.block_ms, cost.mixing_ms, cost.sdpa_ms)
+        peaks = (peak / MIB for peak in (cost.block_bytes, cost.mixing_bytes, cost.sdpa_bytes))
+        last = (int(cost.tokens_per_second), *_decoding(cost))
+        return (cost.block, cost.length, cost.phase, *times, _ratio(cost), *peaks, *last)
+
+    printed = print_rows(COLUMNS, costs, cells)
+    if any(cost.whole for cost in printed):
+        print("\n* the whole block, projections included, over SDPA without any")
+    return printed
 
 
-def as_markdown(rows: Rows, machine: str) -> str:
-    """One line per block and length.
+def as_markdown(costs: Sequence[BlockCost], machine: str) -> str:
+    """A Markdown table, one row per layer and length.
 
     Args:
-        rows: fields of `BlockCost`, forward and training of each block and length.
-        machine: what it was measured on.
+        costs: costs in both phases of each layer and length.
+        machine: description of the machine.
     """
-    lines = [machine, "", f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
-    for block, length in dict.fromkeys((row["block"], row["length"]) for row in rows):
-        forward, training = (_find(rows, block, length, phase) for phase in ("forward", "training"))
-        star = "*" if forward["whole"] else ""
-        cells = [
-            f"`{block}`",
-            f"{length}",
-            format_number(forward["block_ms"]),
-            f"{format_number(forward['ratio'])}{star}",
-            format_number(training["block_ms"]),
-            f"{format_number(training['ratio'])}{star}",
-            f"{training['tokens_per_second']:,.0f}",
-            format_number(training["block_bytes"] / MIB),
-            "" if forward["step_ms"] is None else format_number(forward["step_ms"]),
-            "" if forward["state_bytes"] is None else format_number(forward["state_bytes"] / KIB),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [machine, "", f"| {' | '.join(MARKDOWN_COLUMNS)} |", "|---" * len(MARKDOWN_COLUMNS) + "|"]
+    trained = {(cost.block, cost.length): cost for cost in costs if cost.phase == "training"}
+    for forward in (cost for cost in costs if cost.phase == "forward"):
+        training = trained[forward.block, forward.length]
+        cells = [f"`{forward.block}`", str(forward.length)]
+        for cost in (forward, training):
+            cells += [format_number(cost.block_ms), _ratio(cost).rstrip()]
+        speed, peak = f"{training.tokens_per_second:,.0f}", format_number(training.block_bytes / MIB)
+        lines.append(f"| {' | '.join([*cells, speed, peak, *_decoding(forward)])} |")
     notes = (
         "Over SDPA: the mixing alone, beside torch's scaled_dot_product_attention of the same shape in the same run."
     )
-    if any(row["whole"] for row in rows):
+    if any(cost.whole for cost in costs):
         notes += " *: the whole block, projections included."
     return "\n".join([*lines, "", notes]) + "\n"
 
 
-def draw_costs(rows: Rows, machine: str) -> Figure:
-    """Time and peak memory of whole blocks against the length, both axes logarithmic; SDPA alone in grey."""
+def draw_costs(costs: Sequence[BlockCost], machine: str) -> Figure:
+    """Time and peak memory of whole layers against the length on logarithmic axes, with SDPA alone in grey."""
     figure = new_figure(13, 4.8)
-    what = (
-        ("forward", "ms", "block_ms", 1),
-        ("training", "ms", "block_ms", 1),
-        ("training", "MiB", "block_bytes", MIB),
-    )
-    for axis, (phase, unit, field, scale) in zip(figure.subplots(1, 3), what, strict=True):
-        chosen = [row for row in rows if row["phase"] == phase]
-        for k, block in enumerate(dict.fromkeys(row["block"] for row in chosen)):
-            points = sorted((row["length"], row[field] / scale) for row in chosen if row["block"] == block)
+    panels = (("forward", "ms", 1), ("training", "ms", 1), ("training", "bytes", MIB))
+    for axis, (phase, field, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+        chosen = [cost for cost in costs if cost.phase == phase]
+        for k, block in enumerate(dict.fromkeys(cost.block for cost in chosen)):
+            points = sorted((c.length, getattr(c, f"block_{field}") / scale) for c in chosen if c.block == block)
             axis.plot(*zip(*points, strict=True), "osv^DPX"[k % 7] + "-", color=f"C{k % 10}", label=block, markersize=4)
-        alone = {row["length"]: row[field.replace("block", "sdpa")] / scale for row in chosen if not row["whole"]}
-        if alone:
-            axis.plot(*zip(*sorted(alone.items()), strict=True), "--", color="gray", label="SDPA alone")
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
-        axis.set_title(f"{phase}, {'peak memory' if unit == 'MiB' else 'time'}")
-        lengths = sorted({row["length"] for row in chosen})
+        sdpa = {cost.length: getattr(cost, f"sdpa_{field}") / scale for cost in chosen if not cost.whole}
+        if sdpa:
+            axis.plot(*zip(*sorted(sdpa.items()), strict=True), "--", color="gray", label="SDPA alone")
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms" if field == "ms" else "MiB")
+        axis.set_title(f"{phase}, {'time' if field == 'ms' else 'peak memory'}")
+        lengths = sorted({cost.length for cost in chosen})
         axis.set_xticks(lengths, [str(length) for length in lengths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -79,5 +98,12 @@ def draw_costs(rows: Rows, machine: str) -> Figure:
     return figure
 
 
-def _find(rows: Rows, block: str, length: int, phase: str) -> Mapping[str, Any]:
-    return next(row for row in rows if (row["block"], row["length"], row["phase"]) == (block, length, phase))
+def _ratio(cost: BlockCost) -> str:
+    return format_number(cost.ratio) + ("*" if cost.whole else " ")
+
+
+def _decoding(cost: BlockCost) -> tuple[str, str]:
+    """Time of a step and size of the state, empty where they were not measured."""
+    if cost.step_ms is None or cost.state_bytes is None:
+        return "", ""
+    return format_number(cost.step_ms), format_number(cost.state_bytes / KIB)

@@ -1,1 +1,1 @@
-"""Measurements and pages behind `attention-zoo gallery`."""
+"""Implementation of `attention-zoo gallery`."""

@@ -1,0 +1,178 @@
+"""`attention-zoo bench` in process at tiny sizes: printed table, files and errors. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_zoo.attention import BLOCKS, AttentionBlock, CosineSimAttention
+from attention_zoo.cli import main
+from attention_zoo.cli._bench.blocks import PHASES, BlockCost, build_block, measure_block, mixing
+from attention_zoo.cli._bench.setup import Setup, describe_machine
+
+CPU = torch.device("cpu")
+TINY = Setup(dim=16, heads=2, dim_head=8, runs=2, device=CPU, dtype=torch.float32)
+TINY_OPTIONS = ["--dim", "16", "--heads", "2", "--dim-head", "8", "--runs", "2"]
+
+
+class Averaging(AttentionBlock):
+    """A layer whose operation cannot run alone."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, heads=2, dim_head=8)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self.to_out(x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_json_has_every_field_of_every_layer_length_and_phase(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    file = tmp_path / "bench.json"
+    assert main(["bench", "--lengths", "4", "9", "--dtype", dtype, "--json", str(file), *TINY_OPTIONS]) == 0
+    found = json.loads(file.read_text())
+    assert found["machine"] == describe_machine(CPU) | {"threads": 1}
+    sizes = {"dim": 16, "heads": 2, "dim_head": 8, "runs": 2, "threads": 1}
+    assert found["settings"] == {"device": "cpu", "dtype": dtype, **sizes}
+    rows = found["blocks"]
+    want = [(name, length, phase) for name in BLOCKS for length in (4, 9) for phase in PHASES]
+    assert [(row["block"], row["length"], row["phase"]) for row in rows] == want
+    for row in rows:
+        assert set(row) == {field.name for field in fields(BlockCost)}
+        numbers = {name: row[name] for name in row if name.endswith(("_ms", "_bytes", "ratio"))}
+        assert all(number > 0 for name, number in numbers.items() if name not in ("step_ms", "state_bytes"))
+    printed = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}" in printed[0]
+    assert sum(line.split()[:1] == [name] for line in printed for name in BLOCKS) == len(want)
+
+
+def test_bench_measures_only_named_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "cosine_sim", "--lengths", "5", *TINY_OPTIONS]) == 0
+    out = capsys.readouterr().out
+    assert out.count("cosine_sim") == len(PHASES)
+    assert "full" not in out
+
+
+def test_unknown_layer_is_reported_with_the_closest_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "cosine_sin"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "did you mean 'cosine_sim'?" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (["--lengths", "4", "0"], "lengths"),
+        (["--runs", "0"], "runs"),
+        (["--threads", "-1"], "threads"),
+        (["--dim-head", "0"], "dim_head"),
+        (["--dtype", "float8"], "dtype"),
+        (["--device", "tpu9"], "device"),
+        (["--device", "meta"], "device"),
+        (["--device", "cuda:99"], "device"),
+        (["--json", "no/such/folder/file.json"], "json"),
+        (["--plot", "no/such/folder/file.png"], "plot"),
+    ],
+)
+def test_invalid_option_is_reported_before_any_measurement(
+    option: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *option]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"attention-zoo bench: {name} must ")
+
+
+def test_mixing_of_cosine_sim_includes_the_normalization() -> None:
+    block = CosineSimAttention(16, heads=2, dim_head=8)
+    part = mixing(block, 6, TINY)
+    q, k, v = part.inputs
+    assert torch.allclose(part.run(q, k, v), part.run(5 * q, 3 * k, v), atol=1e-6)
+    assert part.causal
+    assert not part.whole
+
+
+@pytest.mark.parametrize("name", ["full", "cross", "conv", "axial_row", "axial_col"])
+def test_mixing_equals_the_sdpa_it_is_compared_with(name: str) -> None:
+    part = mixing(build_block(name, 20, TINY), 20, TINY)
+    causal = part.causal and part.mask is None
+    want = F.scaled_dot_product_attention(*part.inputs, attn_mask=part.mask, is_causal=causal)
+    torch.testing.assert_close(part.run(*part.inputs), want)
+
+
+def test_each_layer_is_compared_with_the_right_sdpa() -> None:
+    parts = {name: mixing(build_block(name, 20, TINY), 20, TINY) for name in BLOCKS}
+    assert {name for name, part in parts.items() if part.mask is not None} == {"conv", "axial_row", "axial_col"}
+    assert {name for name, part in parts.items() if part.whole} == {"relative_gate", "simple_gate_loop"}
+    assert {name for name, part in parts.items() if not part.causal} == {"cross"}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_layer_without_a_separate_operation_is_compared_whole(phase: str) -> None:
+    cost = measure_block("averaging", Averaging(16), 6, phase, TINY)
+    assert cost.whole
+    assert cost.block_ms == cost.mixing_ms
+    assert cost.ratio > 0
+
+
+def test_ratio_of_a_whole_layer_is_marked_with_a_star(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BLOCKS, "averaging", Averaging)
+    assert main(["bench", "averaging", "full", "--lengths", "6", *TINY_OPTIONS]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("*" in line for line in lines if line.startswith("averaging"))
+    assert all("*" not in line for line in lines if line.startswith("full"))
+    assert lines[-1].startswith("* the whole block")
+
+
+def test_number_of_threads_is_restored() -> None:
+    before = torch.get_num_threads()
+    assert main(["bench", "full", "--lengths", "4", "--threads", str(before + 1), *TINY_OPTIONS]) == 0
+    assert torch.get_num_threads() == before
+
+
+def test_bench_writes_a_markdown_table_and_a_plot(tmp_path: Path) -> None:
+    table, plot = tmp_path / "bench.md", tmp_path / "bench.png"
+    options = ["--lengths", "8", "16", "--markdown", str(table), "--plot", str(plot), *TINY_OPTIONS]
+    assert main(["bench", "full", "simple_gate_loop", *options]) == 0
+    lines = table.read_text().splitlines()
+    assert lines[0].endswith("float32, dim 16, batch 1")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    assert [row[:2] for row in rows] == [
+        [f"`{block}`", length] for block in ("full", "simple_gate_loop") for length in ("8", "16")
+    ]
+    assert {len(row) for row in rows} == {10}
+    assert rows[2][3].endswith("*")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_state_size_is_that_of_the_layer(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    assert main(["bench", "full", "gate_loop", "--lengths", "8", "16", "--json", str(file), *TINY_OPTIONS]) == 0
+    rows = [row for row in json.loads(file.read_text())["blocks"] if row["phase"] == "forward"]
+    sizes = {(row["block"], row["length"]): row["state_bytes"] for row in rows}
+    assert sizes["full", 16] == 2 * sizes["full", 8] == 2 * 16 * 16 * 4
+    assert sizes["gate_loop", 16] == sizes["gate_loop", 8]
+
+
+def test_user_defined_layer_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from torch import nn\nclass Mine(nn.Linear):\n    def __init__(self, dim): super().__init__(dim, dim)\n"
+    (tmp_path / "benched_blocks.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "bench.json"
+    assert main(["bench", "benched_blocks:Mine", "--lengths", "8", "--json", str(file), *TINY_OPTIONS]) == 0
+    row = json.loads(file.read_text())["blocks"][0]
+    assert (row["block"], row["whole"], row["step_ms"]) == ("benched_blocks:Mine", True, None)

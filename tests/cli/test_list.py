@@ -1,0 +1,34 @@
+"""`attention-zoo list`."""
+
+from __future__ import annotations
+
+import pytest
+
+from attention_zoo.attention import BLOCKS
+from attention_zoo.cli import main
+
+
+@pytest.fixture
+def table(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines of the printed table, without the notes below it."""
+    assert main(["list"]) == 0
+    return capsys.readouterr().out.split("\n\n")[0].splitlines()
+
+
+def test_list_shows_every_layer_with_its_class(table: list[str]) -> None:
+    header, *lines = table
+    assert header.split()[:4] == ["block", "class", "causal", "mask"]
+    assert [line.split()[:2] for line in lines] == [[name, cls.__name__] for name, cls in BLOCKS.items()]
+
+
+def test_list_shows_growth_of_states_and_optional_causality(table: list[str]) -> None:
+    rows = {line.split()[0]: line.split()[2:6] for line in table}
+    assert rows["full"] == ["optional", "yes", "yes", "O(n)"]
+    assert rows["gate_loop"] == ["always", "yes", "yes", "O(1)"]
+
+
+def test_list_aligns_its_columns(table: list[str]) -> None:
+    header, *lines = table
+    for title in ("class", "causal", "context", "what it is"):
+        start = header.index(title)
+        assert all(line[start - 1] == " " and line[start] != " " for line in lines)
