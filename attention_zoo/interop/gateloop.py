@@ -56,10 +56,10 @@ class SwishAttention(FullAttention):
             allowed = visible(*scores.shape[-2:], mask=mask, causal=True, device=q.device)
             return scores if allowed is None else scores.masked_fill(~allowed, 0.0)
 
-    def _merge(self, out: Tensor, x: Tensor) -> Tensor:
+    def merge(self, out: Tensor, x: Tensor) -> Tensor:
         if self.to_gate is not None:
             out = out * rearrange(F.silu(self.to_gate(x)), "b n (h e) -> b h n e", h=self.heads)
-        return super()._merge(out, x)
+        return super().merge(out, x)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class LossTerm:
     """
 
     mean: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    count: Tensor
     weight: float = 1.0
 
 
