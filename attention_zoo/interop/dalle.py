@@ -22,7 +22,7 @@ from attention_zoo.models import Stack, TextToImageTransformer
 from attention_zoo.ops.sparse import TextImageLayout
 
 KINDS = {"full": "full", "axial_row": "axial_row", "axial_col": "axial_col", "conv_like": "conv", "sparse": "full"}
-GLOBAL = 256  # tokens that every token attends to in block-sparse attention, whatever the random blocks
+GLOBAL = 256  # first tokens, to which every token attends in block-sparse attention besides its random blocks
 STABLE = 0.1  # fraction of the gradient that reaches the embeddings with `stable`
 
 

@@ -88,7 +88,7 @@ class MemformerAttention(nn.Module):
             x: (b, i, d).
             context: (b, j, d), source of keys and values; None for x itself.
             mask: (b, i, j) bool.
-            query_mask, kv_mask: (b, i) and (b, j) bool; without a context, kv_mask=None stands for query_mask.
+            query_mask, kv_mask: (b, i) and (b, j) bool; without a context, kv_mask defaults to query_mask.
             attend_self: keys and values are from x followed by the context.
 
         Returns:

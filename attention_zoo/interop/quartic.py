@@ -1,8 +1,8 @@
 """Weights of quartic-transformer.
 
-Upstream, scores are scaled by e^+0.5, heads are mixed over groups of two rows whatever the number of streams, and
-masked tokens count as positions. The norm weight of the non-linear mix lies along the keys, so that it belongs to one
-sequence length unless all its entries are equal.
+Upstream, scores are scaled by e^+0.5, heads are mixed over groups of two rows for any number of streams, and
+masked tokens count as positions. The norm weight of the non-linear mix has one entry per key, so that it belongs to one
+sequence length unless all entries are equal.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _check_streams(move: Transfer, name: str, block: TalkingHeadsAttention) -> N
     if move.weights.take(source, f"{move.to}{name}").shape[1] == 2 * block.heads:
         raise ValueError(
             "num_streams must be 2, with cross-stream mixing, for weights that mix the heads of two rows, got "
-            f"{block.streams}: the package mixes rows two by two whatever the number of streams, so that each reads "
+            f"{block.streams}: the package mixes rows two by two for any number of streams, so that each reads "
             "another text of the batch"
         )
 
@@ -153,7 +153,7 @@ def _one_number(scale: Tensor) -> Tensor:
     if not torch.equal(scale, scale.flatten()[:1].expand_as(scale)):
         raise ValueError(
             f"the norm weight of the non-linear talking heads must have equal entries, got {scale.numel()} different "
-            "ones: it lies along the keys and is defined for one sequence length"
+            "ones: it has one entry per key and is defined for one sequence length"
         )
     return scale.flatten()[:1]
 

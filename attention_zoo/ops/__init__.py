@@ -14,6 +14,7 @@ from attention_zoo.ops.relative_gate import relative_gate_attention
 from attention_zoo.ops.rotary import rotate
 from attention_zoo.ops.softmax import DistanceBias, softmax_attention, softmax_attention_weights
 from attention_zoo.ops.sparse import (
+    MaskPattern,
     TextImageLayout,
     axial_attention,
     axial_mask,
@@ -22,12 +23,14 @@ from attention_zoo.ops.sparse import (
     choose_blocks,
     conv_attention,
     conv_mask,
+    pattern_attention,
 )
 from attention_zoo.ops.talking_heads import HeadMLP, stream_diversity_loss, talking_heads_attention
 
 __all__ = [
     "DistanceBias",
     "HeadMLP",
+    "MaskPattern",
     "TextImageLayout",
     "axial_attention",
     "axial_mask",
@@ -45,6 +48,7 @@ __all__ = [
     "linear_recurrence",
     "masked_cross_entropy",
     "next_token_loss",
+    "pattern_attention",
     "reference",
     "relative_gate_attention",
     "rotate",

@@ -103,22 +103,25 @@ class Subject:
             for name, value in made.items()
         }
 
+    def masks(self, length: int, *, batch: int = BATCH) -> dict[str, Tensor | None]:
+        """No mask, left padding, right padding and a mask with holes; every row has a valid token."""
+        if length == 1:
+            return {"no mask": None}
+        counts = torch.tensor([length, max(1, length // 2), 1]).repeat(batch)[:batch]
+        left = torch.arange(length) >= length - counts[:, None]
+        with seeded(3):
+            holes = torch.rand(len(counts), length) < 0.6
+        holes[:, length // 2] = True
+        masks = {"no mask": None, "left padding": left, "right padding": left.flip(1), "a mask with holes": holes}
+        return {name: None if mask is None else mask.to(self.device) for name, mask in masks.items()}
+
     def paddings(self, length: int, *, batch: int = BATCH, dtype: torch.dtype = torch.float32) -> dict[str, Padding]:
-        """No mask, left padding, right padding and a mask with holes; each row has a valid token."""
+        """The inputs for each of `masks`, by its name."""
         others = self.others(length, batch=batch, dtype=dtype)
-        masks: dict[str, Tensor] = {}
-        if length > 1:
-            counts = torch.tensor([length, max(1, length // 2), 1]).repeat(batch)[:batch]
-            left = torch.arange(length) >= length - counts[:, None]
-            with seeded(3):
-                holes = torch.rand(len(counts), length) < 0.6
-            holes[:, length // 2] = True
-            masks = {"left padding": left, "right padding": left.flip(1), "a mask with holes": holes}
-        found = {"no mask": Padding(f"n={length}, no mask", None, others)}
-        for name, mask in masks.items():
-            mask = mask.to(self.device)
-            found[name] = Padding(f"n={length}, {name}", mask, {**others, "mask": mask})
-        return found
+        return {
+            name: Padding(f"n={length}, {name}", mask, others if mask is None else {**others, "mask": mask})
+            for name, mask in self.masks(length, batch=batch).items()
+        }
 
     def step(
         self,

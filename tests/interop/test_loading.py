@@ -125,7 +125,7 @@ def test_arguments_that_cannot_be_loaded_raise_an_error_with_the_reason(
 def test_the_norm_of_non_linear_talking_heads_must_have_equal_entries() -> None:
     meta, weights = record("quartic_attention_mlp")
     scale = torch.linspace(0.5, 1.5, 19)
-    with pytest.raises(ValueError, match="equal entries, got 19 different ones: it lies along the keys"):
+    with pytest.raises(ValueError, match="equal entries, got 19 different ones: it has one entry per key"):
         build(meta, {**weights, "pre_talking_heads.fn.0.scale": scale})
 
 

@@ -193,7 +193,7 @@ class ForgetsAWeight(Base):
 class TakesAnyMask(Base):
     """Arguments are not validated."""
 
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+    def check_inputs(self, x: Tensor, mask: Tensor | None) -> None:
         """Accept everything."""
 
 
