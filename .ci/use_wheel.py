@@ -1,4 +1,4 @@
-"""Use an installed attention_zoo as a stranger would: import it, train a step, sample, check a block."""
+"""Use of an installed attention_zoo: import, a training step, saving, sampling and the contract checks."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +11,7 @@ from attention_zoo.testing import check_block
 
 package = Path(attention_zoo.__file__).parent
 assert (package / "py.typed").exists(), "py.typed is missing from the wheel"
-assert "site-packages" in package.parts, f"the wheel must be used, not a checkout, got {package}"
+assert "site-packages" in package.parts, f"attention_zoo must be imported from the wheel, got {package}"
 
 torch.manual_seed(0)
 model = LanguageModel(num_tokens=256, dim=64, depth=2, heads=2, attention=["full", "cosine_sim"])
@@ -24,4 +24,4 @@ prompt = tokens[:, :5]
 assert torch.equal(generate(model, prompt, 8, temperature=0), generate(loaded, prompt, 8, temperature=0))
 report = check_block(lambda: attention_zoo.FullAttention(32, heads=2), dim=32, causal=True, lengths=(1, 7))
 report.raise_for_failures()
-print(f"attention_zoo {attention_zoo.__version__} works from its wheel")
+print(f"attention_zoo {attention_zoo.__version__} works from the wheel")

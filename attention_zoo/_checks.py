@@ -1,4 +1,4 @@
-"""Checks of arguments that many parts share: each message names the argument, the rule and the value."""
+"""Argument checks shared by all packages. A message names the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -9,27 +9,37 @@ import torch
 from torch import Tensor
 
 
-def check_positive(**sizes: int | None) -> None:
-    """Refuse a size that is not a whole number of at least 1; None stands for "not given" and passes.
+def check_at_least(minimum: int, /, **sizes: int | None) -> None:
+    """Check that sizes are integers of at least `minimum`; None (not given) passes.
 
     Raises:
-        TypeError: it is not an int.
-        ValueError: it is below 1.
+        TypeError: a size is not an int.
+        ValueError: a size is below `minimum`.
     """
     for name, size in sizes.items():
         if size is None:
             continue
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {name}={size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {name}={size}")
+        if size < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {name}={size}")
+
+
+def check_positive(**sizes: int | None) -> None:
+    """Check that sizes are positive integers; None (not given) passes.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1.
+    """
+    check_at_least(1, **sizes)
 
 
 def check_fraction(**fractions: float) -> None:
-    """Refuse a probability outside [0, 1).
+    """Check that fractions lie in [0, 1).
 
     Raises:
-        ValueError: it is outside.
+        ValueError: a fraction is outside.
     """
     for name, fraction in fractions.items():
         if not 0.0 <= fraction < 1.0:
@@ -37,7 +47,7 @@ def check_fraction(**fractions: float) -> None:
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Refuse a name that is not among the known ones, and propose the nearest.
+    """Check that a name is one of the known ones; the message proposes the nearest.
 
     Raises:
         ValueError: `value` is not one of `known`.
@@ -50,16 +60,26 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
     raise ValueError(f"{name} must be one of {known}, got {name}={value!r}{hint}")
 
 
-def check_features(x: Tensor, dim: int, *, name: str = "x") -> None:
-    """Refuse an input of a block that is not (b, n, dim) with n >= 1.
+def check_boolean(**masks: Tensor) -> None:
+    """Check that masks are boolean tensors.
 
     Raises:
-        TypeError: it is not a floating tensor.
-        ValueError: its shape is another.
+        TypeError: a mask is not.
+    """
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"{name} must be a boolean tensor, got {_type_of(mask)}")
+
+
+def check_features(x: Tensor, dim: int, *, name: str = "x") -> None:
+    """Check that the input of a layer is (b, n, dim) with n >= 1.
+
+    Raises:
+        TypeError: `x` is not a floating point tensor.
+        ValueError: `x` has another shape, or no token.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a floating point tensor, got {got}")
+        raise TypeError(f"{name} must be a floating point tensor, got {_type_of(x)}")
     if x.ndim != 3 or x.shape[-1] != dim:
         raise ValueError(f"{name} must be (b, n, dim) with {dim=}, got shape {tuple(x.shape)}")
     if x.shape[1] == 0:
@@ -67,33 +87,30 @@ def check_features(x: Tensor, dim: int, *, name: str = "x") -> None:
 
 
 def check_padding(mask: Tensor | None, x: Tensor, *, name: str = "mask") -> None:
-    """Refuse a padding mask that is not a bool tensor (b, n) beside x (b, n, ...).
+    """Check that a padding mask is None or a boolean tensor (b, n), for x (b, n, ...).
 
     Raises:
-        TypeError: it is not boolean.
-        ValueError: its shape is another.
+        TypeError: `mask` is not a boolean tensor.
+        ValueError: `mask` has another shape.
     """
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a boolean tensor, True = a real token, got {got}")
+    check_boolean(**{name: mask})
     if mask.shape != x.shape[:2]:
         raise ValueError(f"{name} must be (b, n) = {tuple(x.shape[:2])}, got shape {tuple(mask.shape)}")
 
 
 def check_tokens(tokens: Tensor, num_tokens: int, *, name: str = "tokens") -> None:
-    """Refuse token ids that an embedding would misread.
+    """Check that token ids are integers (b, n) with n >= 1, and on the CPU that they are in range.
 
-    The range is looked at where that costs nothing: eagerly on the CPU.
+    The range is not checked on other devices, where it would wait for the device, nor in a compiled function.
 
     Raises:
-        TypeError: they are not integers.
-        ValueError: they are not (b, n) with n >= 1, or an id is out of range.
+        TypeError: `tokens` is not an int64 or int32 tensor.
+        ValueError: `tokens` has another shape, or an id is outside 0 ... num_tokens - 1.
     """
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        got = f"dtype {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"{name} must be an int64 or int32 tensor of ids, got {got}")
+        raise TypeError(f"{name} must be an int64 or int32 tensor of ids, got {_type_of(tokens)}")
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"{name} must be (b, n) with n >= 1, got shape {tuple(tokens.shape)}")
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -101,13 +118,17 @@ def check_tokens(tokens: Tensor, num_tokens: int, *, name: str = "tokens") -> No
 
 
 def check_token_range(tokens: Tensor, num_tokens: int, *, name: str = "tokens") -> None:
-    """Refuse ids outside 0 ... num_tokens - 1. Waits for the device.
+    """Check that token ids lie in 0 ... num_tokens - 1. Waits for the device.
 
     Raises:
-        ValueError: an id is out of range.
+        ValueError: an id is outside.
     """
     if not tokens.numel():
         return
     low, high = (int(end) for end in tokens.aminmax())
     if low < 0 or high >= num_tokens:
         raise ValueError(f"{name} must lie in 0 ... num_tokens - 1 = {num_tokens - 1}, got ids from {low} to {high}")
+
+
+def _type_of(value: object) -> str:
+    return f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

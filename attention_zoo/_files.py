@@ -1,8 +1,7 @@
-"""Writing files whole: a reader sees the old file or the new one, never a half."""
+"""Atomic file writing: a reader finds the old file or the new one, never a partial one."""
 
 from __future__ import annotations
 
-import glob
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -10,12 +9,12 @@ from pathlib import Path
 
 
 def write_aside(path: Path, write: Callable[[str], object]) -> None:
-    """Call `write` on a file beside `path`, then rename it there: `path` is never half-written."""
+    """Write `path` atomically: call `write` with a temporary file in the same folder, then rename it to `path`."""
     write_all_aside({path: write})
 
 
 def write_all_aside(writes: Mapping[Path, Callable[[str], object]]) -> None:
-    """`write_aside` for files that belong together: none is renamed before all are written."""
+    """`write_aside` for several files: none is renamed before all are written."""
     asides: dict[Path, str] = {}
     try:
         for path, write in writes.items():
@@ -33,13 +32,7 @@ def write_all_aside(writes: Mapping[Path, Callable[[str], object]]) -> None:
         raise
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what writers of `path` that were killed left beside it. No other may be writing it now."""
-    for aside in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        aside.unlink(missing_ok=True)
-
-
 def _umask() -> int:
-    mask = os.umask(0)  # reading it means setting it
+    mask = os.umask(0)  # the only way to read it is to set it
     os.umask(mask)
     return mask

@@ -89,7 +89,7 @@ def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
 
 def read_newest(folder: Path) -> Checkpoint:
     """The most recent checkpoint, of one process or of several; their number need not be the current one."""
-    one, several = folder / CHECKPOINT, folder / SHARDS / "last.json"
+    one, several = folder / CHECKPOINT, folder / SHARDS / "run.pt"
     if several.exists() and not (one.exists() and one.stat().st_mtime > several.stat().st_mtime):
         return training.read_sharded(folder / SHARDS)
     return training.read_checkpoint(one)

@@ -1,4 +1,4 @@
-"""One table of every block in its variants: a row here buys a block all contract tests."""
+"""Every block in its variants: each row runs all contract checks."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from attention_zoo.testing import Subject
 DIM = 32
 SMALL: dict[str, Any] = {"heads": 4, "dim_head": 8}
 LENGTHS = (1, 2, 7, 64, 65, 131)
-FEWER = (1, 7, 67)  # for variants that share their loops with a case that runs all lengths
+FEWER = (1, 7, 67)  # for variants whose loops are tested at all lengths by another case
 LAYOUT = TextImageLayout(text_len=6, height=7, width=5)
 # a prefix inside the text, one that ends at the border, one inside a row, one at its end, and all
 PREFIXES = (4, 6, 19, 21, 41)
 TALL = TextImageLayout(text_len=67, height=25, width=9)  # long enough for tiles, several of text and of narrow rows
-BY_INDEX: dict[str, Any] = {"shift_invariant": False}  # where a token stands in the image is its index
+BY_INDEX: dict[str, Any] = {"shift_invariant": False}  # the position in the image is the index
 
 
 @dataclass(frozen=True)
 class Case:
-    """A small block and what the contract kit must know of it.
+    """A small block and its settings for the contract checks.
 
     Args:
-        name: the block's name in BLOCKS, and after a colon the variant.
-        make: builds it for features of size DIM.
-        causal: whether it hides the future.
+        name: name in BLOCKS, optionally followed by a colon and the variant.
+        make: constructs it with DIM features.
+        causal: whether it is causal.
         lengths: sequence lengths to test.
         options: further fields of `Subject`, each an exception with a reason beside it.
     """
@@ -62,14 +62,14 @@ class Case:
 
 
 def context(batch: int, length: int) -> dict[str, Tensor]:
-    """A context of 11 tokens with holes, each row with at least one token to read."""
+    """A context of 11 tokens with a mask; each row has at least one valid token."""
     mask = torch.rand(batch, 11) < 0.6
     mask[:, 3] = True
     return {"context": torch.randn(batch, 11, 24), "context_mask": mask}
 
 
 def striped() -> Tensor:
-    """Every token sees itself and every third one."""
+    """Every token attends to itself and to every third token."""
     index = torch.arange(131)
     return (index[:, None] - index) % 3 == 0
 
@@ -194,7 +194,7 @@ CASES = [
     Case(
         "gate_loop: inner features, sub-norm",
         lambda: GateLoopAttention(DIM, heads=4, dim_inner=48, sub_norm=True, gradient_fraction=1.0),
-        options={"empty_is_zero": True},  # the sub-norm's bias waits for the first real token
+        options={"empty_is_zero": True},  # before the first valid token the bias of the sub-norm is masked
     ),
     Case(
         "gate_loop: real gate, no swish",

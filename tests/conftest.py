@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-# The tensors here are small: a second thread costs more than it gives.
+# The tensors are small: a second thread costs more time than it saves.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers() -> None:
-    """Start every test from one seed, so that it sees the same numbers alone and among others."""
+def fixed_seed() -> None:
+    """Seed every test, so that it gets the same numbers whether it runs alone or after others."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Slow formulas, written from the papers and not from the library: what its results are held against."""
+"""Slow formulas, written from the papers independently of the library. Tests compare its results with them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The 2-norm of the difference over the 2-norm of what is wanted, in float64."""
+    """||got - want|| / ||want|| in float64."""
     got, want = got.detach().double(), want.detach().double()
     assert got.shape == want.shape, f"shapes {tuple(got.shape)} and {tuple(want.shape)}"
     return float((got - want).norm() / want.norm().clamp(min=1e-30))
 
 
-def attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention one query at a time, over the keys it sees and no others; (b, h, i, j) bool `seen`."""
+def attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention one query at a time, over its allowed keys only; `allowed` is (b, h, i, j) bool."""
     b, h, i, _ = q.shape
     group = h // k.shape[1]
     rows = []
@@ -22,7 +22,7 @@ def attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tenso
         for head in range(h):
             keys, values = k[row, head // group], v[row, head // group]
             for query in range(i):
-                chosen = seen[row, head, query].nonzero()[:, 0]
+                chosen = allowed[row, head, query].nonzero()[:, 0]
                 if not len(chosen):
                     rows.append(values.new_zeros(values.shape[-1]))
                     continue
@@ -34,22 +34,22 @@ def attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tenso
     return torch.stack(rows).view(b, h, i, -1)
 
 
-def what_is_seen(shape: tuple[int, int, int, int], *, mask: Tensor | None, causal: bool) -> Tensor:
-    """Pairs (b, h, i, j) by the definition: key j is visible to query i iff the mask says so and j <= i + (J - I)."""
+def allowed_pairs(shape: tuple[int, int, int, int], *, mask: Tensor | None, causal: bool) -> Tensor:
+    """The allowed mask (b, h, i, j) by definition: the mask allows the pair, and key j <= query i + (J - I)."""
     queries, keys = shape[-2:]
-    seen = torch.ones(shape, dtype=torch.bool)
+    allowed = torch.ones(shape, dtype=torch.bool)
     if mask is not None:
-        seen &= mask[:, None, None, :] if mask.ndim == 2 else mask
+        allowed &= mask[:, None, None, :] if mask.ndim == 2 else mask
     if causal:
         for query in range(queries):
             for key in range(keys):
                 if key > query + (keys - queries):
-                    seen[:, :, query, key] = False
-    return seen
+                    allowed[:, :, query, key] = False
+    return allowed
 
 
 def bias_of_pairs(values: Tensor, queries: int, keys: int) -> Tensor:
-    """The (h, i, j) bias whose entry depends on the key's index minus the query's, and lies at that + i - 1."""
+    """The bias (h, i, j) of values per distance: entry (key index) - (query index) + i - 1 for each pair."""
     rows = [
         torch.stack([values[:, key - query + queries - 1] for key in range(keys)], dim=-1) for query in range(queries)
     ]

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Atomic file writing."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import pytest
 from attention_zoo._files import write_all_aside, write_aside
 
 
-def half_written(path: str) -> None:
+def fail_halfway(path: str) -> None:
     Path(path).write_text("hal")
     raise OSError("no space left")
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old")
     with pytest.raises(OSError, match="no space left"):
-        write_aside(target, half_written)
+        write_aside(target, fail_halfway)
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_files_that_belong_together_are_replaced_together(tmp_path: Path) -> None:
+def test_no_file_of_a_group_is_replaced_if_one_write_fails(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text("old")
     with pytest.raises(OSError, match="no space left"):
-        write_all_aside({first: lambda path: Path(path).write_text("new"), second: half_written})
+        write_all_aside({first: lambda path: Path(path).write_text("new"), second: fail_halfway})
     assert first.read_text() == "old"
     assert os.listdir(tmp_path) == ["first"]
 
 
-def test_a_written_file_has_the_rights_that_any_new_file_has(tmp_path: Path) -> None:
+def test_a_written_file_has_the_permissions_of_a_new_file(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.touch()
     write_aside(tmp_path / "aside", lambda path: Path(path).write_text("new"))

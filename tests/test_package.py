@@ -1,4 +1,4 @@
-"""The package as a whole: what it exports, what importing it costs, and which room may import which."""
+"""The package as a whole: its exports, the cost of importing it, and which part may import which."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.resources
+import inspect
+import json
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,7 @@ import attention_zoo
 PACKAGE = Path(attention_zoo.__file__).parent
 ROOT = PACKAGE.parent
 
-# What a room may import beside itself. A room stands above those that import it.
+# What each package or root file may import besides itself: ops <- layers <- attention <- models, and their users.
 ALLOWED = {
     "_checks": set(),
     "_files": set(),
@@ -29,14 +32,25 @@ ALLOWED = {
     "saving": {"_checks", "_files"},
     "models": {"_checks", "ops", "layers", "attention", "saving"},
     "generation": {"_checks", "ops", "layers", "models"},
-    "training": {"_checks", "_files", "ops", "layers", "attention", "models"},
+    "training": {"_checks", "_files", "ops", "layers", "attention", "models", "saving"},
     "testing": {"_checks", "ops", "layers", "attention", "models"},
     "interop": {"_checks", "_files", "ops", "layers", "attention", "models", "saving"},
     "__main__": {"cli"},
 }
 ALLOWED["cli"] = {"", *ALLOWED} - {"__main__"}
-# Everyday packages that a file may import at its top; the others cost time, or belong to an extra.
-LIGHT = {"torch", "safetensors", "attention_zoo"}
+# Packages that a file may import at its top; the others take long to import, or belong to an extra.
+LIGHT = {"torch", "safetensors", "einops", "attention_zoo"}
+# Parts of torch that take long to import.
+HEAVY_TORCH = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.onnx",
+)
+# What reference implementations may import from this package: files that fast implementations use too, and definitions.
+SHARED_FILES = {"attention_zoo.ops.masks", "attention_zoo.ops.precision"}
+DEFINITIONS = {"Bias", "DistanceBias", "HeadMLP", "HeadMix", "Pattern", "TextImageLayout"}
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -52,22 +66,39 @@ def files() -> Iterator[tuple[str, Path]]:
         yield ".".join(part for part in parts if part != "__init__"), path
 
 
-def imports(path: Path, *, top_level: bool = False) -> set[str]:
-    """The modules that a file imports, relative imports not counted (there must be none)."""
-    tree = ast.parse(path.read_text())
-    found = set()
-    for node in tree.body if top_level else ast.walk(tree):
+def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Module and name of every import below a node; the name is empty for `import module`."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
-            found.add(node.module or "")
-    return found
+            assert node.level == 0, "imports are absolute"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports anywhere."""
+    return {module for module, _ in imported(ast.parse(path.read_text()))}
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """The modules that a file imports when it is imported."""
+    return {
+        module
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module, _ in imported(node)
+    }
 
 
 def inside(modules: set[str]) -> set[str]:
-    """Those of this package, without its name."""
+    """The modules of this package, without its name."""
     return {name.partition(".")[2] for name in modules if name.split(".")[0] == "attention_zoo"}
+
+
+every_file = pytest.mark.parametrize(
+    ("name", "path"), [pytest.param(*file, id=file[0] or "__init__") for file in files()]
+)
 
 
 def test_every_exported_name_exists() -> None:
@@ -77,24 +108,24 @@ def test_every_exported_name_exists() -> None:
     assert len(attention_zoo.__all__) == len(set(attention_zoo.__all__))
 
 
-@pytest.mark.parametrize("room", ["ops", "layers", "attention", "models", "generation", "training", "testing", "cli"])
-def test_every_room_exports_what_it_says(room: str) -> None:
+@pytest.mark.parametrize("part", sorted(part for part in ALLOWED if not part.startswith("_")))
+def test_a_package_exports_the_names_in_all(part: str) -> None:
     names: dict[str, object] = {}
-    exec(f"from attention_zoo.{room} import *", names)
-    module = importlib.import_module(f"attention_zoo.{room}")
+    exec(f"from attention_zoo.{part} import *", names)
+    module = importlib.import_module(f"attention_zoo.{part}")
     assert module.__doc__
     assert set(getattr(module, "__all__", [])) <= set(names)
 
 
-def test_the_version_is_that_of_the_installed_package() -> None:
+def test_the_version_equals_that_of_the_installed_package() -> None:
     assert importlib.metadata.version("attention-zoo") == attention_zoo.__version__
 
 
-def test_the_package_says_that_it_is_typed() -> None:
+def test_the_package_has_a_py_typed_file() -> None:
     assert importlib.resources.files("attention_zoo").joinpath("py.typed").is_file()
 
 
-def test_a_wheel_holds_every_file_and_the_mark_that_it_is_typed(tmp_path: Path) -> None:
+def test_a_wheel_contains_every_file_and_py_typed(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     code = f"""
 import os, shutil, sys
@@ -114,67 +145,117 @@ print(build_meta.build_wheel("dist"))
     assert held == {f"attention_zoo/{path.relative_to(PACKAGE)}" for _, path in files()} | {"attention_zoo/py.typed"}
 
 
-def test_importing_the_package_adds_little_to_importing_torch() -> None:
+@pytest.fixture(scope="module")
+def fresh_import() -> dict[str, Any]:
+    """What `import attention_zoo` after `import torch` loads, changes, prints and warns about."""
     code = """
-import time, torch
-start = time.perf_counter()
+import json, sys, warnings, torch
+warnings.simplefilter("error")
+get = (torch.get_default_dtype, torch.get_num_threads, torch.is_grad_enabled, torch.initial_seed)
+modules, before = set(sys.modules), [str(setting()) for setting in get]
 import attention_zoo
-print(time.perf_counter() - start)
+after = [str(setting()) for setting in get]
+print(json.dumps({"modules": sorted(set(sys.modules) - modules), "before": before, "after": after}))
 """
-    # the best of a few runs: a busy machine only ever adds
-    seconds = min(float(python(code).stdout) for _ in range(3))
-    assert seconds <= 0.3
+    run = python(code)
+    *printed, report = run.stdout.splitlines()
+    return {**json.loads(report), "printed": printed, "stderr": run.stderr}
 
 
-def test_importing_the_package_loads_no_package_that_takes_long() -> None:
-    code = "import torch, sys; old = set(sys.modules); import attention_zoo; print(*(set(sys.modules) - old))"
-    loaded = {name.split(".")[0] for name in python(code).stdout.split()}
-    assert not loaded & {"einx", "einops", "rotary_embedding_torch", "tqdm", "matplotlib", "numba", "sympy", "pytest"}
+def test_importing_the_package_loads_only_light_packages(fresh_import: dict[str, Any]) -> None:
+    packages = {name.split(".")[0] for name in fresh_import["modules"]}
+    assert packages <= LIGHT | {"numpy"} | set(sys.stdlib_module_names)
+    assert not [name for name in fresh_import["modules"] if name.startswith(HEAVY_TORCH)]
 
 
-def test_the_package_prints_and_warns_nothing_when_imported() -> None:
-    run = python("import torch, warnings; warnings.simplefilter('error'); import attention_zoo")
-    assert (run.stdout, run.stderr) == ("", "")
+def test_importing_the_package_prints_and_warns_nothing(fresh_import: dict[str, Any]) -> None:
+    assert (fresh_import["printed"], fresh_import["stderr"]) == ([], "")
 
 
-def test_the_package_stands_in_no_room_but_the_known_ones() -> None:
-    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
-    assert rooms == set(ALLOWED) - {"__main__", "_checks", "_files"}
+def test_importing_the_package_does_not_change_the_settings_of_torch(fresh_import: dict[str, Any]) -> None:
+    assert fresh_import["after"] == fresh_import["before"]
 
 
-@pytest.mark.parametrize(("name", "path"), [pytest.param(*file, id=file[0] or "__init__") for file in files()])
-def test_a_room_imports_only_rooms_above_it(name: str, path: Path) -> None:
-    room = name.split(".")[0]
-    if not room:
-        return  # the shop window
+def test_every_part_of_the_package_has_a_place_in_the_import_order() -> None:
+    parts = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert parts == set(ALLOWED) - {"__main__", "_checks", "_files"}
+
+
+@every_file
+def test_a_file_imports_only_parts_that_come_before_its_own(name: str, path: Path) -> None:
+    part = name.split(".")[0]
+    if not part:
+        return  # the public API
     for module in inside(imports(path)):
         other = module.split(".")[0]
-        assert other == room or other in ALLOWED[room] or module in ALLOWED[room], f"{name} imports {module}"
+        assert other == part or other in ALLOWED[part], f"{name} imports {module}"
 
 
-def test_a_block_imports_the_contract_and_no_sibling() -> None:
+def test_an_attention_layer_imports_no_other_attention_layer() -> None:
     for name, path in files():
         if name.startswith("attention.") and name not in ("attention.base", "attention.capabilities"):
             siblings = {module for module in inside(imports(path)) if module.split(".")[0] == "attention"}
             assert siblings <= {"attention.base"}, f"{name} imports {siblings}"
 
 
-@pytest.mark.parametrize(("name", "path"), [pytest.param(*file, id=file[0] or "__init__") for file in files()])
+@every_file
 def test_a_file_imports_only_light_packages_at_its_top(name: str, path: Path) -> None:
-    outside = {module.split(".")[0] for module in imports(path, top_level=True)}
+    outside = {module.split(".")[0] for module in top_level_imports(path)}
     assert outside <= LIGHT | set(sys.stdlib_module_names), f"{name} imports {outside}"
 
 
-def test_no_file_is_a_drawer_for_odds_and_ends() -> None:
+@every_file
+def test_only_references_import_einx(name: str, path: Path) -> None:
+    if not name.endswith(".reference"):
+        assert "einx" not in imports(path), f"{name} imports einx"
+
+
+def test_a_reference_imports_no_fast_implementation() -> None:
+    for name, path in files():
+        if name.endswith(".reference"):
+            for module, what in imported(ast.parse(path.read_text())):
+                ours = module.split(".")[0] == "attention_zoo"
+                shared = module in SHARED_FILES or what in DEFINITIONS or module.endswith(".reference")
+                assert not ours or shared, f"{name} imports {what} from {module}"
+
+
+def test_every_operation_has_a_reference() -> None:
+    operations = {path.parent for path in (PACKAGE / "ops").glob("*/__init__.py")}
+    assert {path.parent for path in (PACKAGE / "ops").glob("*/reference.py")} == operations
+
+
+def test_a_reference_is_imported_only_by_its_operation_when_it_runs() -> None:
+    references = {f"attention_zoo.{name}" for name, _ in files() if name.endswith(".reference")}
+    for name, path in files():
+        for node in ast.parse(path.read_text()).body:
+            modules = {part for module, what in imported(node) for part in (module, f"{module}.{what}")}
+            found = modules & references
+            if found and f"attention_zoo.{name}" not in references:
+                assert found == {f"attention_zoo.{name}.reference"}, f"{name} imports {found}"
+                assert isinstance(node, ast.FunctionDef), f"{name} imports {found} at its top"
+
+
+@every_file
+def test_only_one_file_registers_custom_operators(name: str, path: Path) -> None:
+    if name != "ops.custom_op":
+        tree = ast.parse(path.read_text())
+        registering = {"custom_op", "triton_op", "register_fake", "register_autograd"}
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & registering
+        used |= {what for module, what in imported(tree) if module.startswith("torch.library") and what in registering}
+        assert not used, f"{name} uses {used}"
+
+
+def test_ops_exports_every_public_operation() -> None:
+    ops = importlib.import_module("attention_zoo.ops")
+    for path in sorted((PACKAGE / "ops").glob("*/__init__.py")):
+        name = path.parent.name
+        operation = importlib.import_module(f"attention_zoo.ops.{name}")  # ops.gate_loop is a function
+        for public, value in vars(operation).items():
+            own = inspect.isfunction(value) and value.__module__ == operation.__name__ and not public.startswith("_")
+            if own and "impl" in inspect.signature(value).parameters:
+                assert public in ops.__all__, f"attention_zoo.ops does not export {public} of {name}"
+                assert getattr(ops, public) is value
+
+
+def test_no_file_has_a_catch_all_name() -> None:
     assert not {path.stem for _, path in files()} & {"utils", "util", "helpers", "common", "misc"}
-
-
-def test_importing_does_not_touch_torchs_settings() -> None:
-    code = """
-import torch
-settings = lambda: (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
-old = settings()
-import attention_zoo
-assert settings() == old
-"""
-    python(code)

@@ -1,7 +1,7 @@
-"""The zoo: one file is one block, and BLOCKS names them all."""
+"""Attention layers, one per file, and BLOCKS, the registry of their names."""
 
 from attention_zoo.attention.axial import AxialAttention, AxialColumnAttention, AxialRowAttention
-from attention_zoo.attention.base import AttentionBlock, PatternAttention, SelfAttention, ValuesAndOutput
+from attention_zoo.attention.base import AttentionBlock, SelfAttention, ValuesAndOutput
 from attention_zoo.attention.block_sparse import BlockSparseAttention
 from attention_zoo.attention.capabilities import Capabilities, capabilities
 from attention_zoo.attention.conv import ConvAttention
@@ -40,7 +40,6 @@ __all__ = [
     "CrossAttention",
     "FullAttention",
     "GateLoopAttention",
-    "PatternAttention",
     "RelativeGateAttention",
     "SelfAttention",
     "SimpleGateLoop",

@@ -1,25 +1,27 @@
-"""The contract that every block of the zoo keeps, and the cached self-attention that most of them are."""
+"""The interface of every attention layer, and multi-head self-attention with a key/value cache."""
 
 from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_features, check_fraction, check_padding, check_positive
+from attention_zoo.layers.heads import merge_heads, split_heads
+from attention_zoo.layers.patterns import make_pattern
 from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
-from attention_zoo.layers.projections import Projections
+from attention_zoo.layers.projections import Projections, map_queries_and_keys
 from attention_zoo.layers.state import KeyValueState, State
-from attention_zoo.ops.softmax import DistanceBias, repeat_heads
-from attention_zoo.ops.sparse.pattern import Pattern, pattern_attention, pattern_weights
+from attention_zoo.ops.softmax import DistanceBias, repeat_heads, softmax_attention, softmax_attention_weights
+from attention_zoo.ops.sparse import Pattern, pattern_attention, pattern_weights
 
 
 class ValuesAndOutput(NamedTuple):
-    """What the operation inside a block reads and returns: `attention_map(x) @ values` equals `output`.
+    """Input and output of the operation inside a layer: `attention_map(x) @ values` equals `output`.
 
-    values: (b, h, j, e), what the weights multiply.
-    output: (b, h, i, e), the output of the operation, before any gate, norm or projection.
+    Attributes:
+        values: (b, h, j, e), the values that the weights multiply.
+        output: (b, h, i, e), the output of the operation, before any gate, norm or projection.
     """
 
     values: Tensor
@@ -27,20 +29,24 @@ class ValuesAndOutput(NamedTuple):
 
 
 class AttentionBlock(nn.Module):
-    """What a block is: features in, features out, masked, and decoded step by step where it is causal.
+    """Base class of attention layers: (b, n, d) in, (b, n, d) out.
 
-    The law: in eval mode `forward(x)` equals the concatenation of `step` over any split of x, with padding too.
-    `attention_zoo.testing.check_block` proves it and the rest of the contract for any block.
+    In eval mode a causal layer satisfies `forward(x) == cat(step over any split of x)`, with padding too.
+    `attention_zoo.testing.check_block` checks this and the rest of the contract.
 
     Args:
-        dim: features d of input and output.
-        heads: heads h.
+        dim: input and output features d.
+        heads: number of heads h.
         dim_head: features e of each head.
-        causal: hide the future from every token. A leak has to be asked for.
-        dropout: probability with which an attention weight is dropped in training.
+        causal: causal masking.
+        dropout: dropout probability of the attention weights.
 
     Attributes:
-        compiles: whether torch.compile(fullgraph=True) traces the block; a class that cannot be traced says False.
+        compiles: whether torch.compile(fullgraph=True) can trace the layer.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1, or `dropout` is outside [0, 1).
     """
 
     compiles: ClassVar[bool] = True
@@ -62,75 +68,81 @@ class AttentionBlock(nn.Module):
 
         Args:
             x: (b, n, d).
-            mask: (b, n) bool, True = a real token. Outputs at masked tokens are finite and mean nothing.
+            mask: (b, n) bool key padding mask, True = a valid token. Outputs at masked tokens are finite and
+                meaningless.
 
         Returns:
             (b, n, d).
         """
-        raise TypeError(f"{type(self).__name__} must define forward")
+        raise NotImplementedError
 
     def step(self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        """Attend from new tokens to themselves and all that came before.
+        """Decode: attend from new tokens to themselves and to all tokens of earlier steps.
 
         Args:
-            x: (b, t, d), any number t >= 1 of new tokens.
-            state: what the step before returned; None at the start. It keeps its meaning.
-            mask: (b, t) bool over the new tokens; the state remembers the earlier ones.
+            x: (b, t, d), t >= 1 new tokens.
+            state: the state returned by the previous step; None for the first. It is not modified.
+            mask: (b, t) bool padding mask of the new tokens; the state holds that of the earlier ones.
 
         Returns:
             (b, t, d) and the new state.
 
         Raises:
-            ValueError: the block is not causal.
+            ValueError: the layer is not causal, or `state` comes from another layer or batch size.
         """
-        raise TypeError(f"{type(self).__name__} must define step")
+        raise NotImplementedError
 
     def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """The effective weights (b, h, i, j) that multiply the values, before any gate, norm or projection."""
-        raise TypeError(f"{type(self).__name__} must define attention_map")
+        """Effective weights (b, h, i, j) on the values, before any gate, norm or projection."""
+        raise NotImplementedError
 
     def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
-        """The values and what the op makes of them, so that attention_map can be held against the op itself."""
-        raise TypeError(f"{type(self).__name__} must define mix")
+        """Values and output of the operation, with which `attention_map` can be compared."""
+        raise NotImplementedError
+
+    @property
+    def dropout_now(self) -> float:
+        """The dropout probability in the current mode: 0 in eval mode."""
+        return self.dropout if self.training else 0.0
+
+    def check_inputs(self, x: Tensor, mask: Tensor | None) -> None:
+        """Check the arguments of `forward`."""
+        check_features(x, self.dim)
+        check_padding(mask, x)
+
+    def check_step(self, x: Tensor, state: State | None, mask: Tensor | None, kind: type[State]) -> None:
+        """Check the arguments of `step`."""
+        self.check_inputs(x, mask)
+        if not self.causal:
+            raise ValueError(f"step needs causal=True, got causal={self.causal}")
+        if state is not None and not isinstance(state, kind):
+            raise TypeError(f"state must be a {kind.__name__} of an earlier step, got {type(state).__name__}")
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}, causal={self.causal}"
 
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        check_features(x, self.dim)
-        check_padding(mask, x)
-
-    def _check_step(self, x: Tensor, state: State | None, mask: Tensor | None, kind: type[State]) -> None:
-        self._check(x, mask)
-        if not self.causal:
-            raise ValueError(f"step needs a block built with causal=True, got causal={self.causal}")
-        if state is None:
-            return
-        if not isinstance(state, kind):
-            raise TypeError(f"state must be a {kind.__name__} of an earlier step, got {type(state).__name__}")
-
-    @property
-    def _drop(self) -> float:
-        return self.dropout if self.training else 0.0
-
 
 class SelfAttention(AttentionBlock):
-    """A block whose tokens attend to each other's keys and values, which `step` caches.
+    """Multi-head softmax self-attention: project, apply positions, attend, merge the heads.
 
-    A subclass says how a query attends, in `attend` and `weights`, for queries that stand at the end of the keys; it
-    may prepare queries and keys in `prepare`, once per token. One matrix product makes queries, keys and values, since
-    in decoding every call of one costs more than its share of the arithmetic.
+    Subclasses override `prepare` (positions and norms of queries and keys), `attend` and `weights` (the operation), or
+    `project` and `merge`. `step` caches keys and values as `prepare` returns them.
 
     Args:
         dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
-        kv_heads: heads of keys and values, each shared by heads / kv_heads query heads. None: as many as heads.
-        rotary: turns queries and keys by their position.
-        bias: adds to the scores by the distance of key and query.
-        rotate_values: `rotary` turns the values too.
-        qkv_bias, out_bias: give the projections to queries, keys and values, and the one to the output, biases.
+        kv_heads: number of key/value heads (grouped-query attention); divides `heads`. Default: `heads`.
+        scale: scale of the scores. Default: dim_head^-0.5.
+        rotary: rotary position embedding of queries and keys.
+        rotate_values: whether `rotary` is applied to the values as well.
+        bias: relative position bias, added to the scores.
+        pattern: sparse pattern (`attention_zoo.ops.sparse`), or an (N, N) bool tensor, True where query i (row) may
+            attend to key j (column), for sequences of up to N tokens.
+        qkv_bias, out_bias: whether the QKV projection and the output projection have a bias.
 
     Raises:
-        ValueError: kv_heads does not divide heads, the bias has another number of heads, rotate_values without rotary.
+        ValueError: `kv_heads` does not divide `heads`, `bias` has another number of heads, `rotate_values` without
+            `rotary`, `scale` with `pattern`, or `pattern` is not square.
+        TypeError: `pattern` is a tensor that is not boolean.
     """
 
     def __init__(
@@ -142,9 +154,11 @@ class SelfAttention(AttentionBlock):
         dim_head: int = 64,
         causal: bool = True,
         dropout: float = 0.0,
+        scale: float | None = None,
         rotary: RotaryEmbedding | None = None,
-        bias: RelativeBias | None = None,
         rotate_values: bool = False,
+        bias: RelativeBias | None = None,
+        pattern: Pattern | Tensor | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
     ) -> None:
@@ -159,99 +173,90 @@ class SelfAttention(AttentionBlock):
             bias.check_heads(heads)
         if rotate_values and rotary is None:
             raise ValueError(f"rotary must be given with {rotate_values=}, got rotary=None")
+        if pattern is not None and scale is not None:
+            raise ValueError(f"scale must be None with a pattern, got {scale=}")
+        self.scale = scale
         self.rotary = rotary
         self.rotate_values = rotate_values
         self.bias = bias
+        self.pattern = None if pattern is None else make_pattern(pattern, causal=causal)
         inner, kv_inner = heads * dim_head, self.kv_heads * dim_head
         self.to_qkv = Projections(dim, q=inner, k=kv_inner, v=kv_inner, bias=qkv_bias)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """(b, h, i, e) queries at the end of (b, kv_h, j, e) keys, mask (b, j) over the keys -> (b, h, i, e)."""
-        raise TypeError(f"{type(self).__name__} must define attend")
-
-    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        """The weights (b, h, i, j) with which `attend` sums the values."""
-        raise TypeError(f"{type(self).__name__} must define weights")
-
-    def prepare(self, qk: Tensor, start: int) -> Tensor:
-        """Queries or keys, or both along the heads: those of tokens at start, start + 1, ... as `attend` wants them."""
-        return qk if self.rotary is None else self.rotary(qk, start)
-
-    def score_bias(self, q: Tensor, k: Tensor) -> DistanceBias | None:
-        """What `bias` adds to the scores of these queries, which stand at the end of these keys."""
-        return None if self.bias is None else self.bias(q.shape[-2], k.shape[-2], q.device)
+        self.to_out = nn.Linear(inner, dim, bias=out_bias)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        self._check(x, mask)
-        q, k, v = self._project(x, start=0)
-        return self._merge(self.attend(q, k, v, mask), x)
+        self.check_inputs(x, mask)
+        q, k, v = self.project(x, start=0)
+        return self.merge(self.attend(q, k, v, mask), x)
 
     def step(
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, KeyValueState]:
-        self._check_step(x, state, mask, KeyValueState)
-        q, k, v = self._project(x, start=0 if state is None else state.length)
+        self.check_step(x, state, mask, KeyValueState)
+        q, k, v = self.project(x, start=0 if state is None else state.length)
         if isinstance(state, KeyValueState):
-            self._check_cache(state, k)
+            state.check_keys((*k.shape[:2], state.length, self.dim_head))
             state = state.append(k, v, mask)
         else:
             state = KeyValueState(k, v, mask)
-        return self._merge(self.attend(q, state.keys, state.values, state.mask), x), state
+        return self.merge(self.attend(q, state.keys, state.values, state.mask), x), state
+
+    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, h, n, e), keys and values (b, kv_h, n, e) of tokens at positions start, start + 1, ..."""
+        heads = split_heads(self.to_qkv(x), self.dim_head)  # (..., h + 2 kv_h, n, e), from one matrix product
+        qk, v = heads[..., : -self.kv_heads, :, :], heads[..., -self.kv_heads :, :, :]
+        if self.rotate_values and self.rotary is not None:
+            v = self.rotary(v, start)
+        q, k = map_queries_and_keys(lambda qk: self.prepare(qk, start), qk, self.heads)
+        return q, k, v
+
+    def prepare(self, qk: Tensor, start: int) -> Tensor:
+        """Queries or keys (..., n, e), or both concatenated along the heads, with their positions applied."""
+        return qk if self.rotary is None else self.rotary(qk, start)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The attention operation. The queries are the last i of the j tokens.
+
+        Args:
+            q: (b, h, i, e).
+            k, v: (b, kv_h, j, e).
+            mask: (b, j) bool, True = a valid key.
+
+        Returns:
+            (b, h, i, e).
+        """
+        bias = self.score_bias(q, k)
+        if self.pattern is not None:
+            pattern = self.pattern()
+            pattern.check(k.shape[-2], name="x")
+            return pattern_attention(pattern, q, k, v, mask=mask, bias=bias, dropout=self.dropout_now)
+        return softmax_attention(
+            q, k, v, mask=mask, causal=self.causal, bias=bias, scale=self.scale, dropout=self.dropout_now
+        )
+
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """The weights (b, h, i, j) by which `attend` multiplies the values."""
+        bias = self.score_bias(q, k)
+        if self.pattern is not None:
+            pattern = self.pattern()
+            pattern.check(k.shape[-2], name="x")
+            return pattern_weights(pattern, q, k, mask=mask, bias=bias)
+        return softmax_attention_weights(q, k, mask=mask, causal=self.causal, bias=bias, scale=self.scale)
+
+    def score_bias(self, q: Tensor, k: Tensor) -> DistanceBias | None:
+        """The relative position bias of these queries and keys."""
+        return None if self.bias is None else self.bias(q.shape[-2], k.shape[-2], q.device)
+
+    def merge(self, out: Tensor, x: Tensor) -> Tensor:
+        """Merge the heads (b, h, n, e) and project to (b, n, d). `x`, the input of the layer, is for gates."""
+        return self.to_out(merge_heads(out))
 
     def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        self._check(x, mask)
-        q, k, _ = self._project(x, start=0)
+        self.check_inputs(x, mask)
+        q, k, _ = self.project(x, start=0)
         return self.weights(q, k, mask)
 
     def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
-        self._check(x, mask)
-        q, k, v = self._project(x, start=0)
+        self.check_inputs(x, mask)
+        q, k, v = self.project(x, start=0)
         return ValuesAndOutput(repeat_heads(v, self.heads), self.attend(q, k, v, mask))
-
-    def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        count = self.heads + 2 * self.kv_heads
-        heads = self.to_qkv(x).view(*x.shape[:2], count, self.dim_head).transpose(1, 2)  # (b, h + 2 kv_h, n, e)
-        qk, v = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
-        if self.rotate_values and self.rotary is not None:
-            v = self.rotary(v, start)
-        if torch.compiler.is_compiling():
-            # torch 2.13 keeps parts of what was computed with the strides of the first length, for all lengths
-            return self.prepare(qk[:, : self.heads], start), self.prepare(qk[:, self.heads :], start), v
-        qk = self.prepare(qk, start)
-        return qk[:, : self.heads], qk[:, self.heads :], v
-
-    def _merge(self, out: Tensor, x: Tensor) -> Tensor:
-        projected: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
-        return projected
-
-    def _check_cache(self, state: KeyValueState, k: Tensor) -> None:
-        want = (k.shape[0], self.kv_heads, state.length, self.dim_head)
-        if state.keys.shape != want:
-            raise ValueError(
-                f"state must come from this block and batch: (b, kv_heads, n, dim_head) = {want}, "
-                f"got keys of shape {tuple(state.keys.shape)}"
-            )
-
-
-class PatternAttention(SelfAttention):
-    """Self-attention under a fixed pattern of what sees what; a subclass says under which.
-
-    Args:
-        dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
-        rotary, rotate_values, out_bias: see `SelfAttention`.
-    """
-
-    def pattern(self) -> Pattern:
-        """What sees what."""
-        raise TypeError(f"{type(self).__name__} must define pattern")
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        pattern = self.pattern()
-        pattern.check(k.shape[2], name="x")
-        return pattern_attention(pattern, q, k, v, mask=mask, dropout=self._drop)
-
-    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        pattern = self.pattern()
-        pattern.check(k.shape[2], name="x")
-        return pattern_weights(pattern, q, k, mask=mask)

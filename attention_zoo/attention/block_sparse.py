@@ -1,26 +1,23 @@
-"""Block-sparse attention: blocks of tokens see their neighbourhood, the text, and a few random blocks.
+"""Block-sparse attention: blocks of tokens attend to their neighbourhood, the text, and a few random blocks.
 
 Papers: Sparse Transformer, https://arxiv.org/abs/1904.10509; Big Bird, https://arxiv.org/abs/2007.14062
 Upstream: DALLE-pytorch, SparseAttention, over DeepSpeed's VariableSparsityConfig.
 Differs: plain torch, on any device; the global blocks are those that hold text, whatever its length; the random blocks
-are kept with the weights; masks and cached decoding.
+are saved with the weights; padding masks and cached decoding.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from attention_zoo._checks import check_positive
-from attention_zoo.attention.base import PatternAttention
+from attention_zoo.attention.base import SelfAttention
 from attention_zoo.layers.positions import RotaryEmbedding
-from attention_zoo.ops.sparse.block_sparse import BlockSparsePattern, choose_blocks
-from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.ops.sparse import BlockSparsePattern, TextImageLayout, choose_blocks
 
 
-class BlockSparseAttention(PatternAttention):
-    """out_i = sum_j softmax_j(q_i k_j / sqrt(e)) v_j over the tokens j <= i in the blocks that i's block sees.
+class BlockSparseAttention(SelfAttention):
+    """out_i = sum_j softmax_j(q_i k_j / sqrt(e)) v_j over the tokens j <= i in the blocks visible to the block of i.
 
-    Blocks, causal, with local_blocks=2, a global and a random block (g global, l local, r random):
+    Visible blocks with local_blocks=2, one global and one random block (g global, l local, r random):
 
         l
         l l
@@ -28,30 +25,22 @@ class BlockSparseAttention(PatternAttention):
         g r l l
         g . . r l
 
-    Time and reading in proportion to the visible blocks, memory O(n d); with dropout O(n^2). Blocks of 64 pay, blocks
-    of 16 do not. State: keys and values of all tokens. The pattern is a buffer, saved with the weights.
+    Time in proportion to the visible blocks, memory O(n d); O(n^2) with dropout. Blocks of 64 tokens are efficient,
+    blocks of 16 are not. State: keys and values of all tokens. The pattern is a buffer, saved with the weights.
 
     Args:
-        dim: features d of input and output.
-        layout: text tokens and size of the image; the sequence is a prefix of it.
-        block_size: tokens of a block.
-        local_blocks: neighbouring blocks that form a group, whose members see each other.
-        global_blocks: first blocks, which all see. None: those that hold text.
-        random_blocks: columns drawn for every row from all columns; causal, those after the row are lost.
-        seed: of the draw.
-        causal: hide the future from every token.
-        heads: heads h.
-        dim_head: features e of each head.
-        dropout: probability with which an attention weight is dropped in training.
-        rotary: turns queries and keys by their position.
-        rotate_values: `rotary` turns the values too, as in old checkpoints.
-        out_bias: give the output projection a bias.
+        dim, heads, dim_head, causal, dropout, rotary, rotate_values, out_bias: see `SelfAttention`.
+        layout: number of text tokens and size of the image; the sequence is a prefix of it.
+        block_size: tokens per block.
+        local_blocks: number of neighbouring blocks that form a group and attend to each other.
+        global_blocks: number of first blocks that all blocks attend to. Default: the blocks that hold text.
+        random_blocks: number of random columns per row of blocks, drawn from all columns; with causal masking those
+            after the row have no effect.
+        seed: seed of the random blocks.
 
     Raises:
-        ValueError: a number below its smallest.
+        ValueError: a number is below its minimum.
     """
-
-    blocks: Tensor
 
     def __init__(
         self,
@@ -71,19 +60,7 @@ class BlockSparseAttention(PatternAttention):
         rotate_values: bool = False,
         out_bias: bool = False,
     ) -> None:
-        super().__init__(
-            dim,
-            heads=heads,
-            dim_head=dim_head,
-            causal=causal,
-            dropout=dropout,
-            rotary=rotary,
-            rotate_values=rotate_values,
-            out_bias=out_bias,
-        )
         check_positive(block_size=block_size)
-        self.layout = layout
-        self.block_size = block_size
         blocks = choose_blocks(
             -(-layout.length // block_size),
             local_blocks=local_blocks,
@@ -92,10 +69,15 @@ class BlockSparseAttention(PatternAttention):
             causal=causal,
             seed=seed,
         )
-        self.register_buffer("blocks", blocks)
-
-    def pattern(self) -> BlockSparsePattern:
-        return BlockSparsePattern(self.blocks, self.block_size, self.causal, self.layout.length)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.layout}, block_size={self.block_size}"
+        super().__init__(
+            dim,
+            heads=heads,
+            dim_head=dim_head,
+            causal=causal,
+            dropout=dropout,
+            rotary=rotary,
+            rotate_values=rotate_values,
+            pattern=BlockSparsePattern(blocks, block_size, causal, layout.length),
+            out_bias=out_bias,
+        )
+        self.layout = layout

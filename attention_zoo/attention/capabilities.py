@@ -1,4 +1,4 @@
-"""What each block can do, found from its class: its arguments, its methods, and a tiny instance of it at work."""
+"""What each attention layer supports, read from its signature and from a small instance."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from torch import nn
 from attention_zoo.attention.base import AttentionBlock
 from attention_zoo.ops.sparse.image_layout import TextImageLayout
 
-DIM = 16  # features of the tiny instances
+DIM = 16  # features of the small instances
 LAYOUT = TextImageLayout(text_len=4, height=3, width=4)
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a block can do.
+    """What an attention layer supports.
 
     Attributes:
-        causal: "always", or "optional" where causal=False is possible.
-        mask: takes a padding mask.
-        step: decodes step by step.
-        state: how the size of its decoding state grows with the tokens n before: "n", or "1" where it does not; "" for
-            a block without step.
-        map: has an attention map.
-        compile: traces under torch.compile(fullgraph=True), with gradients.
-        double_backward: has second derivatives on its fast path; inside `reference()` every block has them.
-        context: reads another sequence.
-        image: its pattern is that of text and an image.
-        streams: its heads may talk across streams.
-        rotary, bias: takes rotary positions, a relative bias.
-        kv_heads: heads of keys and values may be fewer.
-        dropout: drops attention weights.
+        causal: "always", or "optional" if causal=False is possible.
+        mask: padding masks.
+        step: step-by-step decoding.
+        state: growth of the decoding state with the number n of tokens: "n", "1" (constant), or "" without `step`.
+        map: attention maps.
+        compile: torch.compile(fullgraph=True), with gradients.
+        double_backward: second derivatives of the fast path; inside `reference()` every layer has them.
+        context: takes a context, another sequence.
+        image: takes a layout of text and image.
+        streams: heads can be mixed across streams.
+        rotary, bias: rotary position embedding, relative position bias.
+        kv_heads: grouped key/value heads.
+        dropout: dropout of the attention weights.
     """
 
     causal: str
@@ -55,10 +54,10 @@ class Capabilities:
 
 
 def capabilities(blocks: Mapping[str, type[AttentionBlock]] | None = None) -> dict[str, Capabilities]:
-    """What blocks can do, by name.
+    """What attention layers support, by name.
 
     Args:
-        blocks: classes by name. None: all of the zoo.
+        blocks: classes by name. Default: BLOCKS.
     """
     from attention_zoo.attention import BLOCKS  # which imports this file
 
@@ -66,7 +65,7 @@ def capabilities(blocks: Mapping[str, type[AttentionBlock]] | None = None) -> di
 
 
 def capabilities_of(cls: type[AttentionBlock]) -> Capabilities:
-    """What one block can do."""
+    """What one attention layer supports."""
     takes = inspect.signature(cls).parameters
     reads = inspect.signature(cls.forward).parameters
     block = _tiny(cls)
@@ -75,7 +74,7 @@ def capabilities_of(cls: type[AttentionBlock]) -> Capabilities:
         causal="optional" if "causal" in takes else "always",
         mask="mask" in reads,
         step=step,
-        state=_state_law(block) if step else "",
+        state=_state_growth(block) if step else "",
         map=cls.attention_map is not AttentionBlock.attention_map,
         compile=cls.compiles,
         double_backward=_has_second_derivative(block),
@@ -93,17 +92,17 @@ def _tiny(cls: type[AttentionBlock]) -> AttentionBlock:
     takes = inspect.signature(cls).parameters
     sizes: dict[str, Any] = {"heads": 2, "dim_head": 8, "layout": LAYOUT}
     if "dim_head" not in takes:
-        del sizes["heads"]  # a head per channel, or heads that divide what the block itself knows
+        del sizes["heads"]  # one head per channel by default
     with torch.random.fork_rng(devices=[]):
         return cls(DIM, **{name: size for name, size in sizes.items() if name in takes}).eval()
 
 
 def _others(block: nn.Module) -> dict[str, Any]:
-    """The block's arguments beside x."""
+    """Arguments of `forward` other than x."""
     return {"context": torch.ones(1, 3, DIM)} if "context" in inspect.signature(block.forward).parameters else {}
 
 
-def _state_law(block: AttentionBlock) -> str:
+def _state_growth(block: AttentionBlock) -> str:
     with torch.no_grad():
         sizes = [block.step(torch.zeros(1, n, DIM), **_others(block))[1].nbytes for n in (4, 8)]
     return "1" if sizes[0] == sizes[1] else "n"

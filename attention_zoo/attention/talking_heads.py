@@ -1,9 +1,10 @@
-"""Talking heads over one or many streams: the maps of all heads are mixed before the softmax and after it.
+"""Talking-heads attention: the attention maps of all heads are mixed before and after the softmax.
 
-Paper: Talking-Heads Attention, https://arxiv.org/abs/2003.02436; Multi-Stream Transformers,
+Papers: Talking-Heads Attention, https://arxiv.org/abs/2003.02436; Multi-Stream Transformers,
     https://arxiv.org/abs/2107.10342
 Upstream: quartic-transformer, Attention.
-Differs: scale e^-0.5; any number of streams, never mixed across batch rows; causal decoding; memory linear in n.
+Differs: the scale is dim_head^-0.5 and not dim_head^0.5; any number of streams, never mixed across batch rows; causal
+decoding; memory linear in the sequence length. From the first paper: an output gate, as upstream.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice, check_features, check_padding, check_positive
-from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
+from attention_zoo.attention.base import SelfAttention
 from attention_zoo.layers.positions import RotaryEmbedding
-from attention_zoo.layers.state import KeyValueState, State
 from attention_zoo.ops.talking_heads import (
     HeadMix,
     HeadMLP,
@@ -27,10 +27,10 @@ MIXES = ("linear", "mlp")
 
 
 class HeadMixer(nn.Module):
-    """The weights of one mix of head maps: the identity at the start if linear, no change if an MLP.
+    """Parameters of one mix of attention maps across heads; initialised so that the maps do not change.
 
     Args:
-        heads: head maps C.
+        heads: number of maps.
         kind: "linear" or "mlp".
     """
 
@@ -46,29 +46,25 @@ class HeadMixer(nn.Module):
             nn.init.normal_(self.w1, std=heads**-0.5)
 
     def forward(self) -> HeadMix:
-        """The mix as `talking_heads_attention` takes it."""
+        """The mix as an argument of `talking_heads_attention`."""
         return self.weight if self.kind == "linear" else HeadMLP(self.norm, self.w1, self.w2)
 
 
-class TalkingHeadsAttention(AttentionBlock):
-    """out = post_softmax(softmax(pre_softmax(q k^T / sqrt(e)))) v, gated per head and token by sigmoid(x Wg + bg), then projected.
+class TalkingHeadsAttention(SelfAttention):
+    """out = post_softmax(softmax(pre_softmax(q k^T / sqrt(e)))) v, times sigmoid(x Wg + bg) per head and token.
 
-    `pre_softmax` and `post_softmax` mix the maps of the C = streams * heads heads of one batch row, at every pair of query and key.
-    Time O(n^2 (d + C^2)), memory O(n d). State: keys and values of all tokens of all streams.
+    `pre_softmax` and `post_softmax` mix the maps of all s h heads of one batch row at every pair of query and key. An
+    output projection follows. Time O(n^2 (d + (s h)^2)), memory O(n d). State: keys and values of all tokens of all
+    streams.
 
     Args:
-        dim: features d of input and output.
-        heads: heads h of each stream.
-        dim_head: features e of each head.
-        streams: streams s; their heads talk to each other. The input is (b, n, d), or (b, s, n, d) with s streams.
+        dim, heads, dim_head, scale, rotary, causal, dropout: see `SelfAttention`; `heads` is the number of heads h of
+            each stream. Dropout comes before the mix after the softmax.
+        streams: number of streams s whose heads are mixed. The input is (b, n, d), or (b, s, n, d) with s streams.
         pre_softmax, post_softmax: the mixes before and after the softmax: "linear", "mlp" or None.
-        scale: multiplies the scores; e^-0.5 where None.
-        rotary: turns queries and keys by their position, the same in all streams.
-        causal: hide the future from every token.
-        dropout: probability with which an attention weight is dropped in training, before the mix after the softmax.
 
     Raises:
-        ValueError: an unknown mix, a size below 1.
+        ValueError: an unknown mix, or a size below 1.
     """
 
     def __init__(
@@ -85,72 +81,24 @@ class TalkingHeadsAttention(AttentionBlock):
         causal: bool = True,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(dim, heads=heads, dim_head=dim_head, causal=causal, dropout=dropout)
+        super().__init__(
+            dim, heads=heads, dim_head=dim_head, causal=causal, dropout=dropout, scale=scale, rotary=rotary
+        )
         check_positive(streams=streams)
-        if rotary is not None:
-            rotary.prepare(dim_head)
         for name, kind in (("pre_softmax", pre_softmax), ("post_softmax", post_softmax)):
             if kind is not None:
                 check_choice(name, kind, MIXES)
         self.streams = streams
-        self.scale = scale
-        self.rotary = rotary
-        inner = heads * dim_head
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_k = nn.Linear(dim, inner, bias=False)
-        self.to_v = nn.Linear(dim, inner, bias=False)
         self.to_gate = nn.Linear(dim, heads)
-        self.to_out = nn.Linear(inner, dim, bias=False)
         self.pre_softmax = None if pre_softmax is None else HeadMixer(streams * heads, pre_softmax)
         self.post_softmax = None if post_softmax is None else HeadMixer(streams * heads, post_softmax)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Attend over a whole sequence.
+    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (b, s h, n, e)."""
+        q, k, v = super().project(x, start)
+        return (q, k, v) if x.ndim == 3 else (q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2))
 
-        Args:
-            x: (b, n, d), or (b, s, n, d) with `streams=s`.
-            mask: (b, n) bool over the tokens, the same for all streams of a row.
-
-        Returns:
-            The shape of x.
-        """
-        self._check(x, mask)
-        q, k, v = self._project(x)
-        return self._merge(self.talk(q, k, v, mask), x)
-
-    def step(
-        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None
-    ) -> tuple[Tensor, KeyValueState]:
-        self._check_step(x, state, mask, KeyValueState)
-        q, k, v = self._project(x, 0 if state is None else state.length)
-        if isinstance(state, KeyValueState):
-            want = (*k.shape[:2], state.length, self.dim_head)
-            if state.keys.shape != want:
-                raise ValueError(f"state must hold keys of shape {want}, got {tuple(state.keys.shape)}")
-            state = state.append(k, v, mask)
-        else:
-            state = KeyValueState(k, v, mask)
-        return self._merge(self.talk(q, state.keys, state.values, state.mask), x), state
-
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, mixed: bool = True) -> Tensor:
-        """The weights (b, s h, i, j) that multiply the values; `mixed=False` for the softmax before the last mix."""
-        self._check(x, mask)
-        q, k, _ = self._project(x)
-        weights = talking_heads_weights(q, k, _mix(self.pre_softmax), mask=mask, causal=self.causal, scale=self.scale)
-        return mix_heads(weights, _mix(self.post_softmax)) if mixed else weights
-
-    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
-        self._check(x, mask)
-        q, k, v = self._project(x)
-        return ValuesAndOutput(v, self.talk(q, k, v, mask))
-
-    def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, HeadMix]:
-        """Queries and keys (b, s h, n, e), and the mix before the softmax: what the diversity loss compares."""
-        q, k, _ = self._project(x)
-        return q, k, _mix(self.pre_softmax)
-
-    def talk(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """(b, s h, i, e) queries at the end of (b, s h, j, e) keys, mask (b, j) over the keys -> (b, s h, i, e)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return talking_heads_attention(
             q,
             k,
@@ -160,41 +108,41 @@ class TalkingHeadsAttention(AttentionBlock):
             causal=self.causal,
             mask=mask,
             scale=self.scale,
-            dropout=self._drop,
+            dropout=self.dropout_now,
         )
 
-    def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        b, n = x.shape[0], x.shape[-2]
-        q, k, v = (
-            to(x)
-            .view(b, self.streams, n, self.heads, self.dim_head)
-            .transpose(2, 3)
-            .reshape(b, self.streams * self.heads, n, self.dim_head)  # (b, s h, n, e)
-            for to in (self.to_q, self.to_k, self.to_v)
-        )
-        if self.rotary is not None:
-            q, k = self.rotary(q, start), self.rotary(k, start)
-        return q, k, v
+    def softmax_weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """The softmax (b, s h, i, j) before the last mix."""
+        return talking_heads_weights(q, k, _mix(self.pre_softmax), mask=mask, causal=self.causal, scale=self.scale)
 
-    def _merge(self, out: Tensor, x: Tensor) -> Tensor:
-        gate = self.to_gate(x).sigmoid()  # (..., n, h)
-        heads = out.view(x.shape[0], self.streams, self.heads, x.shape[-2], self.dim_head).transpose(2, 3)
-        projected: Tensor = self.to_out((heads.reshape(*gate.shape, self.dim_head) * gate[..., None]).flatten(-2))
-        return projected
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        return mix_heads(self.softmax_weights(q, k, mask), _mix(self.post_softmax))
 
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+    def merge(self, out: Tensor, x: Tensor) -> Tensor:
+        gate = self.to_gate(x).sigmoid()  # (b, n, h), or (b, s, n, h)
+        heads = out.view(x.shape[0], self.streams, self.heads, *out.shape[2:]).transpose(2, 3)  # (b, s, n, h, e)
+        return self.to_out((heads.reshape(*gate.shape, self.dim_head) * gate[..., None]).flatten(-2))
+
+    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, mixed: bool = True) -> Tensor:
+        """The weights (b, s h, i, j) on the values; with `mixed=False` the softmax before the last mix."""
+        self.check_inputs(x, mask)
+        q, k, _ = self.project(x, start=0)
+        return self.weights(q, k, mask) if mixed else self.softmax_weights(q, k, mask)
+
+    def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, HeadMix]:
+        """Queries and keys (b, s h, n, e) and the mix before the softmax, the inputs of the stream diversity loss."""
+        q, k, _ = self.project(x, start=0)
+        return q, k, _mix(self.pre_softmax)
+
+    def check_inputs(self, x: Tensor, mask: Tensor | None) -> None:
         if self.streams == 1 and (not isinstance(x, Tensor) or x.ndim != 4):
             check_features(x, self.dim)
             check_padding(mask, x)
             return
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating point tensor, got {got}")
-        if x.ndim != 4 or x.shape[1] != self.streams or x.shape[-1] != self.dim:
-            want = f"(b, streams, n, dim) with streams={self.streams}, dim={self.dim}"
-            raise ValueError(f"x must be {want}, got shape {tuple(x.shape)}")
-        if x.shape[2] == 0:
-            raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.streams:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be (b, streams, n, dim) with streams={self.streams}, dim={self.dim}, got {got}")
+        check_features(x[:, 0], self.dim)
         check_padding(mask, x[:, 0])
 
     def extra_repr(self) -> str:

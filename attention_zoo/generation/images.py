@@ -1,69 +1,21 @@
-"""Drawing images from text, writing text, and both, with any model that holds text and image in one sequence.
+"""Generation of images and text with a `TextToImageTransformer`.
 
 Paper: classifier-free guidance, https://arxiv.org/abs/2207.12598
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attention_zoo.generation.sampling import Sampler, evaluating, progress_bar
-
-
-class Layout(Protocol):
-    """How long the parts of a sequence are."""
-
-    @property
-    def text_len(self) -> int:
-        """Tokens before the image, the start token included."""
-
-    @property
-    def image_len(self) -> int:
-        """Tokens of the image."""
-
-    @property
-    def length(self) -> int:
-        """All of them."""
-
-
-class TextImageModel(Protocol):
-    """What can write and draw.
-
-    Attributes:
-        num_text_tokens: text ids, without those of padding.
-        num_text_ids: text ids and those of padding; image ids come after them.
-        num_image_tokens: image ids.
-    """
-
-    num_text_tokens: int
-    num_text_ids: int
-    num_image_tokens: int
-
-    @property
-    def layout(self) -> Layout:
-        """Lengths of text and image."""
-
-    def tokens(self, text: Tensor, image: Tensor | None = None) -> Tensor:
-        """Text and the beginning of an image as the one sequence that `step` takes."""
-
-    def step(self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Logits (b, t, text and image ids) after each new token, and the new state."""
-
-
-class Tokenizer(Protocol):
-    """What turns ids (b, height * width) into images."""
-
-    num_tokens: int
-
-    def decode(self, ids: Tensor) -> Tensor:
-        """(b, height * width) int -> (b, ...)."""
+from attention_zoo.generation.decoding import generate
+from attention_zoo.models import ImageTokenizer, TextToImageTransformer
 
 
 def generate_image_tokens(
-    model: TextImageModel,
+    model: TextToImageTransformer,
     text: Tensor,
     *,
     prime: Tensor | None = None,
@@ -75,43 +27,52 @@ def generate_image_tokens(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Draw one image per row of text.
+    """Sample the tokens of one image per row of text.
 
     Args:
-        model: such as `TextToImageTransformer`; its training mode is put back at the end.
+        model: decodes in eval mode; its training mode is restored afterwards.
         text: (b, text_len) int, 0 = padding.
-        prime: (b, m) int, the first tokens of each image, fewer than it has.
-        guidance: logits are null + guidance * (with text - null), null being what the model predicts without any text;
-            1 leaves null out. Train with `null_prob` above 0 to use it.
-        temperature, top_k, top_p, min_p, generator: see `generate`; they act on image ids alone.
-        progress: show a progress bar (needs tqdm, from the extra `examples`).
+        prime: (b, m) int, the first tokens of each image, fewer than height * width.
+        guidance: scale of classifier-free guidance: logits are null + guidance * (with text - null), where null are the
+            logits for a text of padding. 1: no guidance. Train with `null_prob` above 0 to use it.
+        temperature, top_k, top_p, min_p, generator: see `Sampler`; applied to image ids only.
+        progress: see `generate`.
 
     Returns:
-        (b, height * width) int, the prime included.
+        (b, height * width) int, `prime` included.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; nothing has been computed then.
+        ValueError, TypeError: an argument is invalid; checked before decoding.
     """
-    sampler = Sampler(temperature, top_k, top_p, min_p, generator)
     length = model.layout.image_len
     if prime is not None and prime.ndim == 2 and prime.shape[1] >= length:
         raise ValueError(f"prime must hold fewer than the image's {length} tokens, got shape {tuple(prime.shape)}")
     prompt = model.tokens(text, text.new_zeros(len(text), 0) if prime is None else prime)
-    if guidance != 1.0:
-        prompt = torch.cat((prompt, model.tokens(torch.zeros_like(text), prime)))
-    drawn = _sample(model, prompt, model.layout.length - prompt.shape[1], sampler, guidance, progress)
-    return drawn if prime is None else torch.cat((prime.long(), drawn), dim=1)
+    null_prompt = None if guidance == 1.0 else model.tokens(torch.zeros_like(text), prime)
+    tokens = generate(
+        _OneModality(model, slice(model.num_text_ids, None), guidance, null_prompt),
+        prompt,
+        model.layout.length - prompt.shape[1],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        generator=generator,
+        progress=progress,
+    )
+    return tokens if prime is None else torch.cat((prime.long(), tokens), dim=1)
 
 
-def generate_images(model: TextImageModel, tokenizer: Tokenizer, text: Tensor, **options: Any) -> Tensor:
-    """`generate_image_tokens`, decoded.
+def generate_images(model: TextToImageTransformer, tokenizer: ImageTokenizer, text: Tensor, **options: Any) -> Tensor:
+    """Sample one image per row of text: `generate_image_tokens`, decoded by `tokenizer`.
 
     Args:
+        model, text: see `generate_image_tokens`.
         tokenizer: any object with `num_tokens` and `decode(ids) -> images`.
-        options: those of `generate_image_tokens`.
+        options: keyword arguments of `generate_image_tokens`.
 
     Raises:
-        ValueError: the tokenizer has another number of ids than the model; and as `generate_image_tokens`.
+        ValueError: the tokenizer does not have the model's number of image ids; see also `generate_image_tokens`.
     """
     if tokenizer.num_tokens != model.num_image_tokens:
         raise ValueError(
@@ -121,7 +82,7 @@ def generate_images(model: TextImageModel, tokenizer: Tokenizer, text: Tensor, *
 
 
 def generate_text(
-    model: TextImageModel,
+    model: TextToImageTransformer,
     text: Tensor,
     *,
     temperature: float = 1.0,
@@ -131,41 +92,58 @@ def generate_text(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Go on with each row of text up to the model's text_len.
+    """Complete each row of text to the model's text_len.
 
     Args:
-        text: (b, t) int with t <= text_len; (b, 0) starts from nothing.
         model, temperature, top_k, top_p, min_p, generator, progress: see `generate_image_tokens`.
+        text: (b, t) int with t <= text_len; (b, 0) for text without a prompt.
 
     Returns:
         (b, text_len) int, 0 = padding.
     """
-    sampler = Sampler(temperature, top_k, top_p, min_p, generator)
     prompt = model.tokens(text)
-    written = _sample(model, prompt, model.layout.text_len - prompt.shape[1], sampler, 1.0, progress)
-    whole = torch.cat((text.long(), written), dim=1)
-    return torch.where(whole < model.num_text_tokens, whole, 0)
+    new = generate(
+        _OneModality(model, slice(0, model.num_text_ids)),
+        prompt,
+        model.layout.text_len - prompt.shape[1],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        generator=generator,
+        progress=progress,
+    )
+    completed = torch.cat((text.long(), new), dim=1)
+    return torch.where(completed < model.num_text_tokens, completed, 0)  # ids above are padding
 
 
-def _sample(
-    model: TextImageModel, prompt: Tensor, length: int, sampler: Sampler, guidance: float, progress: bool
-) -> Tensor:
-    """`length` new ids of one kind per row; with guidance the second half of the prompts has no text."""
-    rows = len(prompt) if guidance == 1.0 else len(prompt) // 2
-    is_image = prompt.shape[1] >= model.layout.text_len
-    ids = slice(model.num_text_ids, None) if is_image else slice(0, model.num_text_ids)
-    tokens, state, drawn = prompt, None, [prompt.new_empty(rows, 0)]
-    with evaluating(model), torch.no_grad(), progress_bar(length, progress) as bar:
-        for _ in range(length):
-            logits, state = model.step(tokens, state)
-            allowed = logits[:, -1, ids]
-            if guidance != 1.0:
-                null = allowed[rows:]
-                allowed = null + guidance * (allowed[:rows] - null)
-            new = sampler(allowed)[:, None]
-            drawn.append(new)
-            tokens = new + model.num_text_ids if is_image else new
-            if guidance != 1.0:
-                tokens = tokens.repeat(2, 1)
-            bar.update(1)
-    return torch.cat(drawn, dim=1)
+class _OneModality(nn.Module):
+    """A text-to-image model restricted to text ids or to image ids, which count from 0, with guidance.
+
+    Args:
+        model: the model.
+        ids: the ids within the model's.
+        guidance, null_prompt: the guidance scale, and the prompt (b, n) without text; None for no guidance.
+    """
+
+    def __init__(
+        self, model: TextToImageTransformer, ids: slice, guidance: float = 1.0, null_prompt: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.ids = ids
+        self.guidance = guidance
+        self.null_prompt = null_prompt
+
+    def step(self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Logits (b, 1, ids) after the last of the new tokens: the prompt in the model's ids, then sampled ids."""
+        if state is not None:
+            tokens = tokens + self.ids.start
+        if self.null_prompt is not None:
+            tokens = torch.cat((tokens, self.null_prompt if state is None else tokens))
+        logits, state = self.model.step(tokens, state, mask=mask)
+        logits = logits[:, -1:, self.ids]
+        if self.null_prompt is not None:
+            with_text, null = logits.chunk(2)
+            logits = null + self.guidance * (with_text - null)
+        return logits, state

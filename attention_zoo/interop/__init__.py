@@ -1,4 +1,4 @@
-"""Old checkpoints: weights of the packages whose ideas live on here, loaded into the zoo's own modules."""
+"""Upstream checkpoints: weights of the packages that introduced these layers, loaded into this library's modules."""
 
 from attention_zoo.interop.files import convert, load, read_weights
 from attention_zoo.interop.packages import PACKAGES, from_upstream

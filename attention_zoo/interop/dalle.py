@@ -1,12 +1,13 @@
 """Weights of DALLE-pytorch.
 
-Its rotary positions turned the values too. A module with `stable` scaled gradients into the embeddings, and divided by
-the largest feature before the last norm.
+Upstream, rotary positions also rotate the values. With `stable`, the gradient into the embeddings is scaled, and the
+features are divided by their maximum before the last norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +15,19 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice
 from attention_zoo.attention import AxialAttention, ConvAttention, FullAttention
+from attention_zoo.interop.loader import Loader
 from attention_zoo.interop.weights import Transfer, Weights
 from attention_zoo.layers.positions import TextImageRotary
 from attention_zoo.models import Stack, TextToImageTransformer
-from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.ops.sparse import TextImageLayout
 
 KINDS = {"full": "full", "axial_row": "axial_row", "axial_col": "axial_col", "conv_like": "conv", "sparse": "full"}
-GLOBAL = 256  # tokens that every token saw in block-sparse attention, whatever blocks were drawn beside them
-STABLE = 0.1  # the part of the gradient that reached the embeddings
+GLOBAL = 256  # tokens that every token attends to in block-sparse attention, whatever the random blocks
+STABLE = 0.1  # fraction of the gradient that reaches the embeddings with `stable`
 
 
 class DivideMax(nn.Module):
-    """x / max_d x, the maximum taken as a constant."""
+    """x / max_d x, without a gradient through the maximum."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
@@ -33,244 +35,218 @@ class DivideMax(nn.Module):
 
 
 class StableTextToImage(TextToImageTransformer):
-    """`TextToImageTransformer` as its weights were trained with `stable`. Arguments as there."""
+    """`TextToImageTransformer` with the scaled embedding gradient of `stable`. Args: see `TextToImageTransformer`."""
 
     def _embed(self, tokens: Tensor, start: int) -> Tensor:
         x = super()._embed(tokens, start)
         return x * STABLE + x.detach() * (1 - STABLE)
 
 
-def load_attention(
-    weights: Weights,
-    *,
-    dim: int,
-    seq_len: int,
-    causal: bool = True,
-    heads: int = 8,
-    dim_head: int = 64,
-    dropout: float = 0.0,
-    stable: bool = False,
-    static_mask: Tensor | None = None,
-) -> FullAttention:
-    """`Attention`; `stable` changed no number but by rounding."""
-    static_mask = _static_mask(weights, static_mask)
-    block = FullAttention(
-        dim, heads=heads, dim_head=dim_head, causal=causal, dropout=dropout, pattern=static_mask, out_bias=True
-    )
-    _move_attention(Transfer(weights, block))
-    return block
+@dataclass(frozen=True, kw_only=True)
+class AnyAttentionLoader(Loader):
+    """Arguments of all attention classes."""
+
+    dim: int
+    seq_len: int
+    heads: int = 8
+    dim_head: int = 64
+    dropout: float = 0.0
+    stable: bool = False  # changes the result by rounding only
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of all attention layers."""
+        return {**self.same("heads", "dim_head", "dropout"), "out_bias": True}
+
+    def transfer(self, move: Transfer) -> None:
+        _move_attention(move)
 
 
-def load_conv(
-    weights: Weights,
-    *,
-    dim: int,
-    seq_len: int,
-    image_size: int = 32,
-    kernel_size: int = 5,
-    dilation: int = 1,
-    heads: int = 8,
-    dim_head: int = 64,
-    dropout: float = 0.0,
-    stable: bool = False,
-) -> ConvAttention:
+@dataclass(frozen=True, kw_only=True)
+class AttentionLoader(AnyAttentionLoader):
+    """`Attention`."""
+
+    causal: bool = True
+    static_mask: Tensor | None = None
+
+    def build(self, weights: Weights) -> FullAttention:
+        return FullAttention(self.dim, causal=self.causal, pattern=self.pattern(weights), **self.options())
+
+    def pattern(self, weights: Weights) -> Tensor | None:
+        """The pattern from the arguments or the weights.
+
+        Raises:
+            ValueError: both have one, and they differ.
+        """
+        if "static_mask" not in weights:
+            return self.static_mask
+        saved = weights.take("static_mask", "pattern")
+        if self.static_mask is not None and not torch.equal(saved, self.static_mask.to(saved)):
+            raise ValueError("static_mask must be the one in the state_dict where both are given, got another")
+        return saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvLoader(AnyAttentionLoader):
     """`SparseConvCausalAttention`, whose window is the upper-left quadrant."""
-    block = ConvAttention(
-        dim,
-        layout=_layout(seq_len, image_size, "image_size"),
-        kernel_size=kernel_size,
-        dilation=dilation,
-        heads=heads,
-        dim_head=dim_head,
-        dropout=dropout,
-        out_bias=True,
-    )
-    _move_attention(Transfer(weights, block))
-    return block
+
+    image_size: int = 32
+    kernel_size: int = 5
+    dilation: int = 1
+
+    def build(self, weights: Weights) -> ConvAttention:
+        layout = _layout(self.seq_len, self.image_size, "image_size")
+        return ConvAttention(self.dim, layout=layout, **self.same("kernel_size", "dilation"), **self.options())
 
 
-def load_axial(
-    weights: Weights,
-    *,
-    dim: int,
-    seq_len: int,
-    image_size: int = 32,
-    axis: int = 0,
-    heads: int = 8,
-    dim_head: int = 64,
-    dropout: float = 0.0,
-    stable: bool = False,
-) -> AxialAttention:
-    """`SparseAxialCausalAttention`: within a row for axis 0, within a column for 1."""
-    if axis not in (0, 1):
-        raise ValueError(f"axis must be 0 or 1, got {axis=}")
-    block = AxialAttention(
-        dim,
-        layout=_layout(seq_len, image_size, "image_size"),
-        axis=("row", "column")[axis],
-        heads=heads,
-        dim_head=dim_head,
-        dropout=dropout,
-        out_bias=True,
-    )
-    _move_attention(Transfer(weights, block))
-    return block
+@dataclass(frozen=True, kw_only=True)
+class AxialLoader(AnyAttentionLoader):
+    """`SparseAxialCausalAttention`: attention within a row for axis 0, within a column for axis 1."""
+
+    image_size: int = 32
+    axis: int = 0
+
+    def build(self, weights: Weights) -> AxialAttention:
+        if self.axis not in (0, 1):
+            raise ValueError(f"axis must be 0 or 1, got axis={self.axis}")
+        layout = _layout(self.seq_len, self.image_size, "image_size")
+        return AxialAttention(self.dim, layout=layout, axis=("row", "column")[self.axis], **self.options())
 
 
-def load_transformer(
-    weights: Weights,
-    *,
-    dim: int,
-    depth: int,
-    seq_len: int,
-    reversible: bool = False,
-    causal: bool = True,
-    heads: int = 8,
-    dim_head: int = 64,
-    ff_mult: float = 4,
-    attn_dropout: float = 0.0,
-    ff_dropout: float = 0.0,
-    attn_types: Sequence[str] | str | None = None,
-    image_fmap_size: int | None = None,
-    sparse_attn: Any = False,
-    stable: bool = False,
-    sandwich_norm: bool = False,
-    shift_tokens: bool = False,
-    rotary_emb: bool = True,
-    shared_attn_ids: Sequence[int] | None = None,
-    shared_ff_ids: Sequence[int] | None = None,
-    optimize_for_inference: bool = False,
-) -> Stack:
-    """`Transformer`, which had no norm after its layers."""
-    kinds = _kinds(attn_types, seq_len)
-    layout = None if image_fmap_size is None else _layout(seq_len, image_fmap_size, "image_fmap_size")
-    wants = {"rotary_emb": rotary_emb, "shift_tokens": shift_tokens, "attn_types": set(kinds) != {"full"}}
-    if layout is None and any(wants.values()):
-        names = [name for name, wanted in wants.items() if wanted]
-        raise ValueError(f"image_fmap_size must be given with {', '.join(names)}, got None")
-    stack = Stack(
-        dim,
-        depth,
-        attention=[("full", {"causal": causal}) if kind == "full" else kind for kind in kinds][:depth],
-        feedforward=("geglu", {"bias": True}),
-        residual="sandwich" if sandwich_norm else "pre",
-        heads=heads,
-        dim_head=dim_head,
-        attn_dropout=attn_dropout,
-        ff_dropout=ff_dropout,
-        ff_mult=ff_mult,
-        layer_scale=True,
-        token_shift=layout if shift_tokens else None,
-        shared_attn_ids=shared_attn_ids,
-        shared_ff_ids=shared_ff_ids,
-        reversible=reversible,
-        layout=layout if set(kinds[:depth]) != {"full"} else None,
-        rotary=TextImageRotary(layout) if rotary_emb and layout is not None else None,
-        rotate_values=rotary_emb or None,
-        out_bias=True,
-    )
-    stack.norm = nn.Identity()
-    weights.leave("pos_emb", "a table that is computed anew")
-    _move_stack(Transfer(weights, stack), stack)
-    return stack
+@dataclass(frozen=True, kw_only=True)
+class AnyModelLoader(Loader):
+    """Arguments of `Transformer` and `DALLE`."""
+
+    dim: int
+    depth: int
+    heads: int = 8
+    dim_head: int = 64
+    reversible: bool = False
+    attn_dropout: float = 0.0
+    ff_dropout: float = 0.0
+    attn_types: Sequence[str] | str | None = None
+    sandwich_norm: bool = False
+    rotary_emb: bool = True
+    shared_attn_ids: Sequence[int] | None = None
+    shared_ff_ids: Sequence[int] | None = None
+    stable: bool = False  # in `Transformer` it changes the result by rounding only
+    sparse_attn: Any = False  # not read
+    optimize_for_inference: bool = False  # does not change the result
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `Stack` and `TextToImageTransformer`."""
+        return {
+            "residual": "sandwich" if self.sandwich_norm else "pre",
+            **self.same("depth", "heads", "dim_head", "reversible", "attn_dropout", "ff_dropout"),
+            **self.same("shared_attn_ids", "shared_ff_ids"),
+        }
+
+    def kinds(self, seq_len: int) -> list[str]:
+        """The names of the attention layers, one cycle over the depth at most.
+
+        Raises:
+            ValueError: a name is unknown, or block-sparse attention has random blocks.
+        """
+        types = self.attn_types or ("full",)
+        names = (types,) if isinstance(types, str) else tuple(types)
+        for name in names:
+            check_choice("attn_types", name, KINDS)
+        if "sparse" in names and seq_len > GLOBAL:
+            raise ValueError(
+                f"attn_types must not hold 'sparse' beyond {GLOBAL} tokens, got {self.attn_types} with {seq_len}: the "
+                "random blocks are drawn by every process and are not saved. To train with saved random blocks, use "
+                "BlockSparseAttention"
+            )
+        return [KINDS[name] for name in names][: self.depth]
 
 
-def load_dalle(
-    weights: Weights,
-    *,
-    dim: int,
-    num_image_tokens: int,
-    image_fmap_size: int,
-    num_text_tokens: int = 10000,
-    text_seq_len: int = 256,
-    depth: int,
-    heads: int = 8,
-    dim_head: int = 64,
-    reversible: bool = False,
-    attn_dropout: float = 0.0,
-    ff_dropout: float = 0.0,
-    sparse_attn: Any = False,
-    attn_types: Sequence[str] | str | None = None,
-    loss_img_weight: float = 7,
-    stable: bool = False,
-    sandwich_norm: bool = False,
-    shift_tokens: bool = True,
-    rotary_emb: bool = True,
-    shared_attn_ids: Sequence[int] | None = None,
-    shared_ff_ids: Sequence[int] | None = None,
-    share_input_output_emb: bool = False,
-    optimize_for_inference: bool = False,
-) -> TextToImageTransformer:
-    """`DALLE` without its image autoencoder: `num_image_tokens` and `image_fmap_size` stand in for it."""
-    for name in weights.names("vae."):
-        weights.leave(name, "the image autoencoder, which is a model of its own")
-    model = (StableTextToImage if stable else TextToImageTransformer)(
-        num_text_tokens=num_text_tokens,
-        text_len=text_seq_len,
-        num_image_tokens=num_image_tokens,
-        height=image_fmap_size,
-        width=image_fmap_size,
-        dim=dim,
-        depth=depth,
-        attention=_kinds(attn_types, text_seq_len + image_fmap_size**2)[:depth],
-        heads=heads,
-        dim_head=dim_head,
-        positions="rotary" if rotary_emb else "learned",
-        rotate_values=rotary_emb,
-        residual="sandwich" if sandwich_norm else "pre",
-        token_shift=shift_tokens,
-        shared_attn_ids=shared_attn_ids,
-        shared_ff_ids=shared_ff_ids,
-        reversible=reversible,
-        attn_dropout=attn_dropout,
-        ff_dropout=ff_dropout,
-        image_loss_weight=loss_img_weight,
-        tie_embeddings=share_input_output_emb,
-    )
-    move = Transfer(weights, model)
-    weights.leave("transformer.pos_emb", "a table that is computed anew")
-    _move_stack(move.at("stack.", "transformer."), model.stack)
-    move.affine("stack.norm", "to_logits.0")
-    move.affine("to_logits", "to_logits.1")
-    if share_input_output_emb:
-        for name in ("text_emb", "image_emb"):
-            for kind in ("weight", "bias"):
-                weights.repeat(f"{name}.linear.{kind}", f"to_logits.1.{kind}")
-    else:
-        move.put("embedding.weight", "text_emb.weight", "image_emb.weight", change=lambda *rows: torch.cat(rows))
-    if not rotary_emb:
-        move.put("text_positions", "text_pos_emb.weight")
-        for index, name in enumerate(("row_positions", "column_positions")):
-            source = f"image_pos_emb.weights.{index}"
-            source = source if source in weights else f"image_pos_emb.weights_{index}"  # older files
-            move.put(name, source, change=lambda table: table.flatten(0, -2))
-    if stable:
-        model.stack.norm = nn.Sequential(DivideMax(), model.stack.norm)
-    return model
+@dataclass(frozen=True, kw_only=True)
+class TransformerLoader(AnyModelLoader):
+    """`Transformer`, which has no norm after its layers."""
 
+    seq_len: int
+    causal: bool = True
+    ff_mult: float = 4
+    image_fmap_size: int | None = None
+    shift_tokens: bool = False
 
-def _static_mask(weights: Weights, given: Tensor | None) -> Tensor | None:
-    """The pattern that is an argument, or lies with the weights; where both are there they must agree."""
-    if "static_mask" not in weights:
-        return given
-    kept = weights.take("static_mask", "pattern")
-    if given is not None and not torch.equal(kept, given.to(kept)):
-        raise ValueError("static_mask must be the one in the state_dict where both are given, got another")
-    return kept
-
-
-def _kinds(attn_types: Sequence[str] | str | None, seq_len: int) -> list[str]:
-    """The blocks, to be cycled over the layers."""
-    names = ("full",) if attn_types is None else (attn_types,) if isinstance(attn_types, str) else tuple(attn_types)
-    for name in names:
-        check_choice("attn_types", name, KINDS)
-    if "sparse" in names and seq_len > GLOBAL:
-        raise ValueError(
-            f"attn_types must not hold 'sparse' beyond {GLOBAL} tokens to be loaded, got {attn_types} with {seq_len}: "
-            "its random blocks were drawn anew by every process and are in no file. BlockSparseAttention keeps its "
-            "blocks with the weights, for training anew"
+    def build(self, weights: Weights) -> Stack:
+        kinds = self.kinds(self.seq_len)
+        sparse = set(kinds) != {"full"}
+        layout = None
+        if self.image_fmap_size is not None:
+            layout = _layout(self.seq_len, self.image_fmap_size, "image_fmap_size")
+        needs = {"rotary_emb": self.rotary_emb, "shift_tokens": self.shift_tokens, "attn_types": sparse}
+        if layout is None and any(needs.values()):
+            names = ", ".join(name for name, needed in needs.items() if needed)
+            raise ValueError(f"image_fmap_size must be given with {names}, got None")
+        stack = Stack(
+            self.dim,
+            attention=[("full", {"causal": self.causal}) if kind == "full" else kind for kind in kinds],
+            feedforward=("geglu", {"bias": True}),
+            ff_mult=self.ff_mult,
+            layer_scale=True,
+            token_shift=layout if self.shift_tokens else None,
+            layout=layout if sparse else None,
+            rotary=TextImageRotary(layout) if self.rotary_emb and layout is not None else None,
+            rotate_values=self.rotary_emb or None,
+            out_bias=True,
+            **self.options(),
         )
-    return [KINDS[name] for name in names]
+        stack.norm = nn.Identity()
+        return stack
+
+    def transfer(self, move: Transfer) -> None:
+        _move_stack(move)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DALLELoader(AnyModelLoader):
+    """`DALLE` without its image autoencoder: `num_image_tokens` and `image_fmap_size` replace it in the arguments."""
+
+    num_image_tokens: int
+    image_fmap_size: int
+    num_text_tokens: int = 10000
+    text_seq_len: int = 256
+    loss_img_weight: float = 7
+    shift_tokens: bool = True
+    share_input_output_emb: bool = False
+
+    def build(self, weights: Weights) -> TextToImageTransformer:
+        return (StableTextToImage if self.stable else TextToImageTransformer)(
+            text_len=self.text_seq_len,
+            height=self.image_fmap_size,
+            width=self.image_fmap_size,
+            attention=self.kinds(self.text_seq_len + self.image_fmap_size**2),
+            positions="rotary" if self.rotary_emb else "learned",
+            rotate_values=self.rotary_emb,
+            token_shift=self.shift_tokens,
+            image_loss_weight=self.loss_img_weight,
+            tie_embeddings=self.share_input_output_emb,
+            **self.same("num_text_tokens", "num_image_tokens", "dim"),
+            **self.options(),
+        )
+
+    def transfer(self, move: Transfer) -> None:
+        for name in move.weights.names("vae."):
+            move.weights.leave(name, "the image autoencoder is a model of its own")
+        _move_stack(move.at("stack.", "transformer."))
+        move.fill("stack.norm", "to_logits.0")
+        move.fill("to_logits", "to_logits.1")
+        if self.share_input_output_emb:
+            for name in ("text_emb", "image_emb"):
+                for kind in ("weight", "bias"):
+                    move.weights.repeat(f"{name}.linear.{kind}", f"to_logits.1.{kind}")
+        else:
+            move.put("embedding.weight", "text_emb.weight", "image_emb.weight", change=lambda *rows: torch.cat(rows))
+        if not self.rotary_emb:
+            move.put("text_positions", "text_pos_emb.weight")
+            for index, name in enumerate(("row_positions", "column_positions")):
+                source = f"image_pos_emb.weights.{index}"
+                source = source if source in move.weights else f"image_pos_emb.weights_{index}"  # older versions
+                move.put(name, source, change=lambda table: table.flatten(0, -2))
+        if self.stable:
+            stack = move.target("stack")
+            stack.norm = nn.Sequential(DivideMax(), stack.norm)
 
 
 def _layout(seq_len: int, side: int, name: str) -> TextImageLayout:
@@ -280,50 +256,44 @@ def _layout(seq_len: int, side: int, name: str) -> TextImageLayout:
     return TextImageLayout(text_len, side, side)
 
 
-def _move_stack(move: Transfer, stack: Stack) -> None:
-    shifted = ".fn.fn" if stack.shifts else ""
-    moved: dict[nn.Module, str] = {}
+def _move_stack(move: Transfer) -> None:
+    move.weights.leave(f"{move.source}pos_emb", "a table that is recomputed")
+    stack: Stack = move.target()
+    shift = "fn.fn." if stack.shifts else ""
+    first: dict[nn.Module, str] = {}  # upstream prefixes of the layers, which may be shared
     for layer in range(len(stack.layers)):
-        for place, move_block in enumerate((_move_attention, _move_feedforward)):
-            source = f"blocks.{layer}.{'fg'[place]}.net" if stack.reversible else f"layers.{layer}.{place}"
-            to = f"layers.{layer}.sublayers.{place}."
-            here = move.at(to, f"layers.{source}.")
+        for place, (inner, move_block) in enumerate((("fn.fn.fn.", _move_attention), ("fn.fn.", _move_feedforward))):
+            source = f"blocks.{layer}.{'fg'[place]}.net." if stack.reversible else f"layers.{layer}.{place}."
+            here = move.at(f"layers.{layer}.sublayers.{place}.", f"layers.{source}")
             here.put("residual.scale.weight", "scale", change=torch.flatten)
-            here.affine("residual.norm", "fn.norm")
-            if hasattr(stack.get_submodule(f"{to}residual"), "norm_out"):
-                here.affine("residual.norm_out", "fn.norm_out")
-            inner = here.at("block.block." if stack.shifts else "block.", ("fn.fn.fn", "fn.fn")[place] + f"{shifted}.")
-            _move_once(inner, stack.get_submodule(inner.to[len(move.to) :].rstrip(".")), move_block, moved)
-
-
-def _move_once(
-    move: Transfer, block: nn.Module, move_block: Callable[[Transfer], None], moved: dict[nn.Module, str]
-) -> None:
-    """Fill a block, or check that a layer which shares it holds the same weights."""
-    if block not in moved:
-        moved[block] = move.source
-        move_block(move)
-        return
-    for name in move.weights.names(move.source):
-        move.weights.repeat(name, moved[block] + name.removeprefix(move.source))
+            here.fill("residual.norm", "fn.norm")
+            if hasattr(here.target("residual"), "norm_out"):
+                here.fill("residual.norm_out", "fn.norm_out")
+            block = here.at("block.block." if stack.shifts else "block.", f"{inner}{shift}")
+            if block.target() in first:
+                for name in move.weights.names(block.source):
+                    move.weights.repeat(name, first[block.target()] + name.removeprefix(block.source))
+            else:
+                first[block.target()] = block.source
+                move_block(block)
 
 
 def _move_attention(move: Transfer) -> None:
     move.qkv("to_qkv")
-    move.affine("to_out", "to_out.0")
+    move.fill("to_out", "to_out.0")
 
 
 def _move_feedforward(move: Transfer) -> None:
     for kind in ("weight", "bias"):
         for index, name in enumerate(("to_hidden", "to_gate")):
             move.put(f"{name}.{kind}", f"net.0.{kind}", change=lambda rows, i=index: rows.chunk(2)[i])
-    move.affine("to_out", "net.3")
+    move.fill("to_out", "net.3")
 
 
-CLASSES: dict[str, Callable[..., nn.Module]] = {
-    "Attention": load_attention,
-    "DALLE": load_dalle,
-    "SparseAxialCausalAttention": load_axial,
-    "SparseConvCausalAttention": load_conv,
-    "Transformer": load_transformer,
+CLASSES: dict[str, type[Loader]] = {
+    "Attention": AttentionLoader,
+    "DALLE": DALLELoader,
+    "SparseAxialCausalAttention": AxialLoader,
+    "SparseConvCausalAttention": ConvLoader,
+    "Transformer": TransformerLoader,
 }

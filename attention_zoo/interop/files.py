@@ -1,4 +1,4 @@
-"""Old weight files in, folders of safetensors and their configuration out."""
+"""Conversion of upstream weight files to folders of safetensors and a configuration."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,31 +29,34 @@ def convert(
     *,
     arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Read an old weight file, check that it loads, and write `model.safetensors` and `config.json`, for `load`.
+    """Read an upstream weight file, check that it loads, and write `model.safetensors` and `config.json` for `load`.
 
     Args:
         package, cls: see `from_upstream`.
-        weights: a file that torch.save wrote: a state_dict, or a trainer's file of DALLE-pytorch, which holds its
-            arguments too. Nothing in it is executed.
-        directory: where to write; made where it does not exist.
-        arguments: what the class's constructor was given; over what a trainer's file says.
+        weights: a file written by torch.save: a state_dict, or a training checkpoint of DALLE-pytorch, which also
+            holds the arguments. Nothing in it is executed.
+        directory: where to write; created if missing.
+        arguments: arguments of the class's constructor; they override those in a training checkpoint.
 
     Returns:
-        For each old name what became of it.
+        What became of each entry of the state_dict, by its upstream name.
 
     Raises:
-        ValueError: see `from_upstream`; or the file is damaged, holds no state_dict, or wants to run code.
-        FileNotFoundError: there is no such file.
+        ValueError: see `from_upstream` and `read_weights`.
+        FileNotFoundError: the file does not exist.
     """
     find_loader(package, cls)
-    tensors, told = read_weights(weights)
-    told = {**told, **(arguments or {})}
-    for name, value in told.items():
+    tensors, saved = read_weights(weights)
+    values = {**saved, **(arguments or {})}
+    for name, value in values.items():
         check_plain(name, value)
-    account = Weights(tensors)
-    from_upstream(package, cls, account, **told)  # type: ignore[arg-type]
-    used = {name: tensor.contiguous() for name, tensor in tensors.items() if _is_used(account.account[name])}
-    config = {"package": package, "class": cls, "arguments": told, "version": package_version()}
+    checked = Weights(tensors)
+    from_upstream(package, cls, checked, **values)  # type: ignore[arg-type]
+    unused = ("left out", "repeats")
+    used = {
+        name: tensor.contiguous() for name, tensor in tensors.items() if not checked.account[name].startswith(unused)
+    }
+    config = {"package": package, "class": cls, "arguments": values, "version": package_version()}
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_all_aside(
@@ -61,15 +65,15 @@ def convert(
             folder / CONFIG: lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"),
         }
     )
-    return account.account
+    return checked.account
 
 
 def load(directory: str | os.PathLike[str]) -> nn.Module:
-    """The module that `convert` wrote.
+    """Build the module that `convert` wrote.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: one is damaged, or does not fit.
+        ValueError: a file is damaged or does not fit.
     """
     folder = Path(directory)
     path = folder / CONFIG
@@ -79,38 +83,30 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"{path} must be JSON, got {error}") from error
     for field, kind in (("package", str), ("class", str), ("arguments", dict)):
         if not isinstance(config, dict) or not isinstance(config.get(field), kind):
-            raise ValueError(f"{path} must hold an object with the field {field!r}, as convert wrote it")
+            raise ValueError(f"{path} must hold an object with the field {field!r} as written by convert")
     try:
         tensors = load_file(folder / WEIGHTS)
-    except Exception as error:
-        if isinstance(error, OSError):
-            raise
+    except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} must be a safetensors file, got {error}") from error
     return from_upstream(config["package"], config["class"], tensors, **config["arguments"])
 
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict in a file of torch.save, and the arguments that a trainer of DALLE-pytorch kept beside it.
+    """The state_dict in a file of torch.save, and the arguments saved with it in a checkpoint of DALLE-pytorch.
 
     Raises:
-        ValueError: the file is damaged, holds no state_dict, or wants to run code.
-        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, holds no state_dict, or would execute code.
+        FileNotFoundError: the file does not exist.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} must hold tensors and plain values alone, but reading it would run code of its own: it is refused"
-        ) from error
+        raise ValueError(f"{path} must hold only tensors and plain values; it was not read as it runs code") from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} must be a file of torch.save, got {error}") from error
-    told: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if isinstance(found, Mapping) and "weights" in found and "hparams" in found:
-        told, found = dict(found["hparams"]), found["weights"]
+        arguments, found = dict(found["hparams"]), found["weights"]
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise ValueError(f"{path} must hold a state_dict, names and their tensors, got {type(found).__name__}")
-    return dict(found), told
-
-
-def _is_used(fate: str) -> bool:
-    return not fate.startswith(("left out", "repeats"))
+        raise ValueError(f"{path} must hold a state_dict of names and tensors, got {type(found).__name__}")
+    return dict(found), arguments

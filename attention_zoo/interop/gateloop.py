@@ -1,37 +1,38 @@
 """Weights of gateloop-transformer.
 
-Its norms divided by max(||x||, 1e-12). Data-dependent relative positions multiplied gates over pairs of features in
-place of the sequence: such weights hold no positions, and cannot be loaded.
+Upstream, norms divide by max(||x||, 1e-12). Data-dependent relative positions multiply gates over pairs of features
+instead of the sequence: such weights hold no positions, and cannot be loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo.attention import GateLoopAttention, SelfAttention, SimpleGateLoop
+from attention_zoo.attention import FullAttention, GateLoopAttention, SimpleGateLoop
+from attention_zoo.interop.loader import Loader
 from attention_zoo.interop.weights import Transfer, Weights
 from attention_zoo.layers.norms import RMSNorm
 from attention_zoo.layers.positions import Rotary
 from attention_zoo.models import LanguageModel
 from attention_zoo.ops.masks import visible
 from attention_zoo.ops.precision import at_least_float32, no_autocast
-from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
 EPS = 1e-12  # of RMSNorm
 
 
-class SwishAttention(SelfAttention):
-    """Causal attention, softmax or raw scores, times SiLU(x W_g) where asked for.
+class SwishAttention(FullAttention):
+    """Causal attention with softmax or raw scores as weights, and an optional gate SiLU(x W_g) on the output.
 
     Args:
-        dim, heads, dim_head, rotary: see `SelfAttention`.
-        softmax: False for the scores themselves as weights.
-        swish_gate: multiply the output by SiLU(x W_g).
+        dim, heads, dim_head, rotary: see `FullAttention`.
+        softmax: False uses the scaled scores as weights.
+        swish_gate: whether the output is multiplied by SiLU(x W_g).
     """
 
     def __init__(
@@ -43,247 +44,203 @@ class SwishAttention(SelfAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if self.softmax:
-            return softmax_attention(q, k, v, mask=mask, causal=True)
+            return super().attend(q, k, v, mask)
         with no_autocast(q):
             return (self.weights(q, k, mask) @ at_least_float32(v)).to(v.dtype)
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         if self.softmax:
-            return softmax_attention_weights(q, k, mask=mask, causal=True)
+            return super().weights(q, k, mask)
         with no_autocast(q):
             scores = self.dim_head**-0.5 * at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
-            key = None if mask is None else mask[:, None, None]
-            seen = visible(*scores.shape[-2:], mask=key, causal=True, device=q.device)
-            seen_scores: Tensor = scores if seen is None else scores.masked_fill(~seen, 0.0)
-            return seen_scores
+            allowed = visible(*scores.shape[-2:], mask=mask, causal=True, device=q.device)
+            return scores if allowed is None else scores.masked_fill(~allowed, 0.0)
 
-    def _merge(self, out: Tensor, x: Tensor) -> Tensor:
-        merged = out.transpose(1, 2).flatten(2)
+    def merge(self, out: Tensor, x: Tensor) -> Tensor:
         if self.to_gate is not None:
-            merged = merged * F.silu(self.to_gate(x))
-        projected: Tensor = self.to_out(merged)
-        return projected
+            out = out * rearrange(F.silu(self.to_gate(x)), "b n (h e) -> b h n e", h=self.heads)
+        return super().merge(out, x)
 
 
-def load_gate_loop(
-    weights: Weights,
-    *,
-    dim: int,
-    heads: int | None = None,
-    dim_inner: int | None = None,
-    checkpoint_gate_looped_attn: bool = True,
-    add_swish_gating: bool = True,
-    sub_ln: bool = False,
-    frac_gradient_state_transition: float = 0.9,
-    ablate_complex: bool = False,
-    ablate_state_transition: bool = False,
-) -> GateLoopAttention:
-    """`GateLoopedAttention`; the ablations, which its forward took, are settled here."""
-    options = _mixer_options(
-        heads, dim_inner, add_swish_gating, sub_ln, frac_gradient_state_transition, ablate_complex,
-        ablate_state_transition,
-    )  # fmt: skip
-    block = GateLoopAttention(dim, **options)
-    _move_gate_loop(Transfer(weights, block), block)
-    return block
+@dataclass(frozen=True, kw_only=True)
+class GateLoopLoader(Loader):
+    """`GateLoopedAttention`; the ablations are arguments of its forward upstream."""
+
+    dim: int
+    heads: int | None = None
+    dim_inner: int | None = None
+    checkpoint_gate_looped_attn: bool = True  # does not change the result
+    add_swish_gating: bool = True
+    sub_ln: bool = False
+    frac_gradient_state_transition: float = 0.9
+    ablate_complex: bool = False
+    ablate_state_transition: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `GateLoopAttention`."""
+        return {
+            **self.same("heads", "dim_inner"),
+            "swish_gate": self.add_swish_gating,
+            "sub_norm": self.sub_ln,
+            "gradient_fraction": self.frac_gradient_state_transition,
+            "real_gate": self.ablate_complex,
+            "transition": not self.ablate_state_transition,
+        }
+
+    def build(self, weights: Weights) -> GateLoopAttention:
+        return GateLoopAttention(self.dim, **self.options())
+
+    def transfer(self, move: Transfer) -> None:
+        move.qkv("to_qkv")
+        if self.ablate_state_transition:
+            for name in move.weights.names(f"{move.source}to_a.0."):
+                move.weights.leave(name, "the ablation has no gates")
+        move.fill("to_a", "to_a.0")
+        move.fill("norm", "maybe_sub_ln")
+        move.fill("to_gate", "to_gates.0")
+        move.fill("to_out", "to_out")
 
 
-def load_full_attention(
-    weights: Weights,
-    *,
-    dim: int,
-    dim_head: int = 64,
-    heads: int = 8,
-    rotary_emb: bool = False,
-    add_swish_gating: bool = False,
-    data_dependent_rel_pos: bool = False,
-    frac_gradient_data_dependent_rel_pos: float = 0.5,
-    softmax_normalize: bool | None = None,
-    ablate_complex: bool = False,
-    ablate_state_transition: bool = False,
-) -> SwishAttention:
-    """`CausalFullAttention`; the ablations are those of gates, of which it has none."""
-    _refuse_relative_positions(data_dependent_rel_pos)
-    block = SwishAttention(
-        dim,
-        heads=heads,
-        dim_head=dim_head,
-        rotary=_rotary(weights, "", rotary_emb),
-        softmax=softmax_normalize is not False,
-        swish_gate=add_swish_gating,
-    )
-    _move_full_attention(Transfer(weights, block), block)
-    return block
+@dataclass(frozen=True, kw_only=True)
+class FullAttentionLoader(Loader):
+    """`CausalFullAttention`; the ablations change gates, which it does not have."""
 
+    dim: int
+    dim_head: int = 64
+    heads: int = 8
+    rotary_emb: bool = False
+    add_swish_gating: bool = False
+    data_dependent_rel_pos: bool = False
+    frac_gradient_data_dependent_rel_pos: float = 0.5
+    softmax_normalize: bool | None = None
+    ablate_complex: bool = False
+    ablate_state_transition: bool = False
 
-def load_simple(
-    weights: Weights,
-    *,
-    dim: int,
-    prenorm: bool = True,
-    use_heinsen: bool = False,
-    use_jax_associative_scan: bool = False,
-    post_ln: bool = False,
-    reverse: bool = False,
-) -> SimpleGateLoop:
-    """`SimpleGateLoopLayer`; how the recurrence was computed changes no number but by rounding."""
-    block = SimpleGateLoop(dim, norm=prenorm, post_norm=post_ln, reverse=reverse)
-    move = Transfer(weights, block)
-    if prenorm:
-        move.put("norm.weight", "norm.gamma")
-    move.put("to_qkva.weight", "to_qkva.0.weight")
-    if post_ln:
-        move.affine("post_norm", "maybe_post_ln")
-    _set_eps(block)
-    return block
-
-
-def load_transformer(
-    weights: Weights,
-    *,
-    dim: int,
-    num_tokens: int,
-    depth: int,
-    dim_head: int = 64,
-    heads: int = 8,
-    ff_mult: float = 4,
-    checkpoint_gate_looped_attn: bool = True,
-    use_gate_looped_attn: bool = True,
-    gate_loop_heads: int | None = None,
-    attn_add_swish_gating: bool = True,
-    dim_gate_looped_attn: int | None = None,
-    attn_softmax_normalize: bool | None = None,
-    data_dependent_rel_pos: bool = False,
-    frac_gradient_state_transition: float = 0.9,
-    ablate_complex: bool = False,
-    ablate_state_transition: bool = False,
-    rotary_emb: bool = False,
-    post_ln_norm: bool = False,
-    sub_ln: bool = False,
-) -> LanguageModel:
-    """`Transformer`; the ablations, which its forward could overrule, are settled here."""
-    if use_gate_looped_attn:
-        options = _mixer_options(
-            gate_loop_heads, dim_gate_looped_attn, attn_add_swish_gating, sub_ln, frac_gradient_state_transition,
-            ablate_complex, ablate_state_transition,
-        )  # fmt: skip
-        mixers: list[Any] = [("gate_loop", options)]
-    else:
-        _refuse_relative_positions(data_dependent_rel_pos)
-
-        def mixer(layer: int) -> Callable[[int], nn.Module]:
-            rotary = _rotary(weights, f"layers.{layer}.0.fn.", rotary_emb)  # kept with each layer's weights
-            return lambda dim: SwishAttention(
-                dim,
-                heads=heads,
-                dim_head=dim_head,
-                rotary=rotary,
-                softmax=attn_softmax_normalize is not False,
-                swish_gate=attn_add_swish_gating,
+    def build(self, weights: Weights, *, source: str = "") -> SwishAttention:
+        if self.data_dependent_rel_pos:
+            raise ValueError(
+                "data_dependent_rel_pos must be False, got True: the package multiplies the gates over pairs of "
+                "features, not over the sequence, so that these weights hold no positions. To train with the relative "
+                "positions of the paper, use RelativeGateAttention"
             )
+        rotary = None
+        if self.rotary_emb:
+            freqs = weights.take(f"{source}rotary_emb.freqs", "frequencies of the rotary positions")
+            rotary = Rotary(2 * freqs.numel(), freqs=freqs.double().tolist())
+        softmax = self.softmax_normalize is not False
+        options = self.same("heads", "dim_head")
+        return SwishAttention(self.dim, rotary=rotary, softmax=softmax, swish_gate=self.add_swish_gating, **options)
 
-        mixers = [mixer(layer) for layer in range(depth)]
-    model = LanguageModel(
-        num_tokens=num_tokens,
-        dim=dim,
-        depth=depth,
-        attention=mixers,
-        positions=None,
-        feedforward=("gelu", {"bias": True}),
-        ff_mult=ff_mult,
-        norm="layer" if post_ln_norm else "rms",
-        residual="post" if post_ln_norm else "pre",
-    )
-    move = Transfer(weights, model)
-    move.put("token_embedding.weight", "token_emb.weight")
-    for index, layer in enumerate(model.stack.layers):
-        here = move.at(f"stack.layers.{index}.sublayers.", f"layers.{index}.")
-        block = layer.sublayers[0].block  # type: ignore[union-attr,index]
-        (_move_gate_loop if use_gate_looped_attn else _move_full_attention)(here.at("0.block.", "0.fn."), block)
-        for place in (0, 1):
-            if post_ln_norm:
-                here.affine(f"{place}.residual.norm", f"{place}.norm")
-            else:
-                here.put(f"{place}.residual.norm.weight", f"{place}.norm.gamma")
-        here.affine("1.block.to_hidden", "1.fn.0")
-        here.affine("1.block.to_out", "1.fn.2")
-    if post_ln_norm:
-        move.put("to_logits.weight", "to_logits.weight")
-    else:
-        move.put("stack.norm.weight", "to_logits.0.gamma")
-        move.put("to_logits.weight", "to_logits.1.weight")
-    _set_eps(model)
-    return model
+    def transfer(self, move: Transfer) -> None:
+        move.qkv("to_qkv.0")
+        move.fill("to_gate", "to_gates.0")
+        move.fill("to_out", "to_out.1")
 
 
-def _mixer_options(
-    heads: int | None,
-    dim_inner: int | None,
-    swish_gate: bool,
-    sub_norm: bool,
-    gradient_fraction: float,
-    ablate_complex: bool,
-    ablate_state_transition: bool,
-) -> dict[str, Any]:
-    return {
-        "heads": heads,
-        "dim_inner": dim_inner,
-        "swish_gate": swish_gate,
-        "sub_norm": sub_norm,
-        "gradient_fraction": gradient_fraction,
-        "real_gate": ablate_complex,
-        "transition": not ablate_state_transition,
-    }
+@dataclass(frozen=True, kw_only=True)
+class SimpleLoader(Loader):
+    """`SimpleGateLoopLayer`."""
+
+    dim: int
+    prenorm: bool = True
+    use_heinsen: bool = False  # changes the result by rounding only
+    use_jax_associative_scan: bool = False  # changes the result by rounding only
+    post_ln: bool = False
+    reverse: bool = False
+
+    def build(self, weights: Weights) -> SimpleGateLoop:
+        return SimpleGateLoop(self.dim, norm=self.prenorm, post_norm=self.post_ln, reverse=self.reverse)
+
+    def transfer(self, move: Transfer) -> None:
+        move.fill("norm", "norm", weight="gamma")
+        move.fill("to_qkva", "to_qkva.0")
+        move.fill("post_norm", "maybe_post_ln")
+        _set_eps(move.module)
 
 
-def _move_gate_loop(move: Transfer, block: Any) -> None:
-    move.qkv("to_qkv")
-    if block.to_a is None:
-        for kind in ("weight", "bias"):
-            move.weights.leave(f"{move.source}to_a.0.{kind}", "gates, of which the ablation takes none")
-    else:
-        move.affine("to_a", "to_a.0")
-    if block.norm is not None:
-        move.affine("norm", "maybe_sub_ln")
-    if block.to_gate is not None:
-        move.put("to_gate.weight", "to_gates.0.weight")
-    if block.to_out is not None:
-        move.put("to_out.weight", "to_out.weight")
+@dataclass(frozen=True, kw_only=True)
+class TransformerLoader(Loader):
+    """`Transformer`; the ablations can be overridden by arguments of its forward upstream."""
 
+    dim: int
+    num_tokens: int
+    depth: int
+    dim_head: int = 64
+    heads: int = 8
+    ff_mult: float = 4
+    checkpoint_gate_looped_attn: bool = True  # does not change the result
+    use_gate_looped_attn: bool = True
+    gate_loop_heads: int | None = None
+    attn_add_swish_gating: bool = True
+    dim_gate_looped_attn: int | None = None
+    attn_softmax_normalize: bool | None = None
+    data_dependent_rel_pos: bool = False
+    frac_gradient_state_transition: float = 0.9
+    ablate_complex: bool = False
+    ablate_state_transition: bool = False
+    rotary_emb: bool = False
+    post_ln_norm: bool = False
+    sub_ln: bool = False
 
-def _move_full_attention(move: Transfer, block: Any) -> None:
-    move.qkv("to_qkv.0")
-    if block.to_gate is not None:
-        move.put("to_gate.weight", "to_gates.0.weight")
-    move.affine("to_out", "to_out.1")
-
-
-def _rotary(weights: Weights, source: str, wanted: bool) -> Rotary | None:
-    if not wanted:
-        return None
-    freqs = weights.take(f"{source}rotary_emb.freqs", "frequencies of the rotary positions")
-    return Rotary(2 * freqs.numel(), freqs=freqs.double().tolist())
-
-
-def _refuse_relative_positions(asked: bool) -> None:
-    if asked:
-        raise ValueError(
-            "data_dependent_rel_pos must be False to be loaded, got True: the package multiplied the gates over pairs "
-            "of features, not over the sequence, so that these weights hold no positions. RelativeGateAttention "
-            "computes what the paper defines, for training anew"
+    @property
+    def attention(self) -> GateLoopLoader | FullAttentionLoader:
+        """The loader of one attention layer."""
+        if self.use_gate_looped_attn:
+            return GateLoopLoader(
+                heads=self.gate_loop_heads,
+                dim_inner=self.dim_gate_looped_attn,
+                add_swish_gating=self.attn_add_swish_gating,
+                **self.same("dim", "sub_ln", "frac_gradient_state_transition"),
+                **self.same("ablate_complex", "ablate_state_transition"),
+            )
+        return FullAttentionLoader(
+            add_swish_gating=self.attn_add_swish_gating,
+            softmax_normalize=self.attn_softmax_normalize,
+            **self.same("dim", "dim_head", "heads", "rotary_emb", "data_dependent_rel_pos"),
         )
 
+    def build(self, weights: Weights) -> LanguageModel:
+        attention = self.attention
+        if isinstance(attention, GateLoopLoader):
+            blocks: list[Any] = [("gate_loop", attention.options())]
+        else:
+            blocks = [_maker(attention.build(weights, source=f"layers.{i}.0.fn.")) for i in range(self.depth)]
+        return LanguageModel(
+            attention=blocks,
+            positions=None,
+            feedforward=("gelu", {"bias": True}),
+            norm="layer" if self.post_ln_norm else "rms",
+            residual="post" if self.post_ln_norm else "pre",
+            **self.same("num_tokens", "dim", "depth", "ff_mult"),
+        )
 
-@torch.no_grad()
+    def transfer(self, move: Transfer) -> None:
+        move.fill("token_embedding", "token_emb")
+        for index in range(self.depth):
+            here = move.at(f"stack.layers.{index}.sublayers.", f"layers.{index}.")
+            self.attention.transfer(here.at("0.block.", "0.fn."))
+            for place in (0, 1):
+                here.fill(f"{place}.residual.norm", f"{place}.norm", weight="weight" if self.post_ln_norm else "gamma")
+            here.fill("1.block.to_hidden", "1.fn.0")
+            here.fill("1.block.to_out", "1.fn.2")
+        move.fill("stack.norm", "to_logits.0", weight="gamma")
+        move.fill("to_logits", "to_logits" if self.post_ln_norm else "to_logits.1")
+        _set_eps(move.module)
+
+
+def _maker(block: nn.Module) -> Callable[[int], nn.Module]:
+    return lambda dim: block
+
+
 def _set_eps(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, RMSNorm):
             part.eps = EPS
 
 
-CLASSES: dict[str, Callable[..., nn.Module]] = {
-    "CausalFullAttention": load_full_attention,
-    "GateLoopedAttention": load_gate_loop,
-    "SimpleGateLoopLayer": load_simple,
-    "Transformer": load_transformer,
+CLASSES: dict[str, type[Loader]] = {
+    "CausalFullAttention": FullAttentionLoader,
+    "GateLoopedAttention": GateLoopLoader,
+    "SimpleGateLoopLayer": SimpleLoader,
+    "Transformer": TransformerLoader,
 }

@@ -1,4 +1,4 @@
-"""A block with a norm before it: old attention classes brought their own."""
+"""An attention layer with a norm before it: upstream attention classes contain their norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Normed(nn.Module):
 
     Args:
         norm: a norm.
-        block: a block of the zoo.
+        block: an attention layer.
     """
 
     def __init__(self, norm: nn.Module, block: nn.Module) -> None:
@@ -21,16 +21,13 @@ class Normed(nn.Module):
         self.block: Any = block
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """The shape of x."""
-        out: Tensor = self.block(self.norm(x), mask=mask)
-        return out
+        """Same shape as x."""
+        return self.block(self.norm(x), mask=mask)
 
     def step(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        """New tokens, and the block's state."""
-        out, state = self.block.step(self.norm(x), state, mask=mask)
-        return out, state
+        """See `AttentionBlock.step`."""
+        return self.block.step(self.norm(x), state, mask=mask)
 
     def attention_map(self, x: Tensor, **options: Any) -> Tensor:
-        """The block's map; options are the block's."""
-        weights: Tensor = self.block.attention_map(self.norm(x), **options)
-        return weights
+        """See `attention_map` of the layer, which takes the options."""
+        return self.block.attention_map(self.norm(x), **options)

@@ -1,20 +1,19 @@
-"""The door: a package's name, a class's name, its state_dict and its arguments, to a module of the zoo."""
+"""The entry point: an upstream package and class, its state_dict and its arguments -> a module of this library."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice
 from attention_zoo.interop import cosine, dalle, gateloop, memformer, quartic
+from attention_zoo.interop.loader import Loader
 from attention_zoo.interop.weights import Weights
 
-Loader = Callable[..., nn.Module]
-
-PACKAGES: dict[str, dict[str, Loader]] = {
+PACKAGES: dict[str, dict[str, type[Loader]]] = {
     "quartic-transformer": quartic.CLASSES,
     "flash-cosine-sim-attention": cosine.CLASSES,
     "gateloop-transformer": gateloop.CLASSES,
@@ -24,48 +23,44 @@ PACKAGES: dict[str, dict[str, Loader]] = {
 
 
 def from_upstream(package: str, cls: str, state_dict: Mapping[str, Tensor], **arguments: Any) -> nn.Module:
-    """Build the zoo's module for old weights, computing what they computed where they were trained.
+    """Build the module that computes what an upstream class computes with these weights.
 
-    Every entry of the state_dict is used, repeats one that is (shared layers and tables: their equality is checked), is
-    a buffer that is rebuilt, or belongs to an image autoencoder (`vae.`), which is left out.
+    Every entry of the state_dict is used, repeats another entry (shared layers and tables; equality is checked), is a
+    buffer that is recomputed, or belongs to an image autoencoder (`vae.`), which is left out.
 
     Args:
         package: a name in PACKAGES.
         cls: a class of that package.
-        state_dict: its weights under their old names.
-        arguments: what its constructor was given, by its old names; the rest has its old defaults. Switches that its
-            `forward` took and that change what a block is (GateLoop's ablations) go here as well.
+        state_dict: its weights under their upstream names.
+        arguments: arguments of its constructor by their upstream names; the others have their upstream defaults.
+            Options of its `forward` that change the function (ablations of gateloop-transformer) are given here too.
 
     Returns:
         The module in eval mode, in the dtype of the weights.
 
     Raises:
-        ValueError: an unknown package, class or argument, a weight that is missing, left over, or does not fit, or one
-            that cannot be loaded at all; the message says why.
-        TypeError: the state_dict is no mapping from names to tensors.
+        ValueError: the package, the class or an argument is unknown; a weight is missing, unexpected or does not fit;
+            or the weights cannot be loaded, for the reason in the message.
+        TypeError: `state_dict` is not a mapping from names to tensors.
     """
     loader = find_loader(package, cls)
-    known = {
-        name: parameter
-        for name, parameter in inspect.signature(loader).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    known = {field.name: field for field in fields(loader)}
     for name in arguments:
         check_choice(f"argument of {cls}", name, sorted(known))
-    missing = [name for name, one in known.items() if one.default is inspect.Parameter.empty and name not in arguments]
+    missing = [name for name, field in known.items() if field.default is MISSING and name not in arguments]
     if missing:
         raise ValueError(f"arguments must hold {missing} for {cls}, which have no default")
     weights = state_dict if isinstance(state_dict, Weights) else Weights(state_dict)
-    module = loader(weights, **arguments)
+    module = loader(**arguments).load(weights)
     weights.finish()
     return module.eval()
 
 
-def find_loader(package: str, cls: str) -> Loader:
-    """What loads this class.
+def find_loader(package: str, cls: str) -> type[Loader]:
+    """The loader of an upstream class.
 
     Raises:
-        ValueError: an unknown package or class; the nearest is proposed.
+        ValueError: the package or the class is unknown; the message proposes the nearest name.
     """
     plain = {name.lower().replace("_", "-"): name for name in PACKAGES}
     package = plain.get(str(package).lower().replace("_", "-"), package)

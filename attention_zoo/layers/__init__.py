@@ -1,6 +1,7 @@
-"""Small parts that several blocks and models share."""
+"""Modules shared by several attention layers and models."""
 
 from attention_zoo.layers.feedforward import FEEDFORWARDS, GEGLU, FeedForward, SwiGLU
+from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.layer_scale import LayerScale
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.norms import NORMS, LayerNorm, RMSNorm
@@ -39,6 +40,8 @@ __all__ = [
     "TokenShift",
     "TokenShiftState",
     "count_tokens",
+    "merge_heads",
     "register_state",
     "reversible",
+    "split_heads",
 ]

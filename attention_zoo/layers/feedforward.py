@@ -17,13 +17,13 @@ class FeedForward(nn.Module):
     """W2 gelu(W1 x).
 
     Args:
-        dim: features d of input and output.
+        dim: input and output features d.
         mult: hidden features as a multiple of dim.
-        dropout: probability with which a hidden feature is dropped in training.
-        bias: give W1 and W2 biases.
+        dropout: dropout probability of the hidden features.
+        bias: whether W1 and W2 have a bias.
 
     Raises:
-        ValueError: a size below 1, dropout outside [0, 1).
+        ValueError: a size is below 1, or `dropout` is outside [0, 1).
     """
 
     activation: Callable[[Tensor], Tensor] = staticmethod(F.gelu)
@@ -50,18 +50,17 @@ class FeedForward(nn.Module):
             hidden = self.activation(self.to_hidden(x))
         if self.dropout and self.training:
             hidden = F.dropout(hidden, self.dropout)
-        out: Tensor = self.to_out(hidden)
-        return out
+        return self.to_out(hidden)
 
 
 class GEGLU(FeedForward):
-    """W2 (W1 x * gelu(Wg x)). Arguments as in `FeedForward`."""
+    """W2 (W1 x * gelu(Wg x)). Args: see `FeedForward`."""
 
     gated = True
 
 
 class SwiGLU(FeedForward):
-    """W2 (W1 x * silu(Wg x)). Arguments as in `FeedForward`."""
+    """W2 (W1 x * silu(Wg x)). Args: see `FeedForward`."""
 
     activation = staticmethod(F.silu)
     gated = True

@@ -1,4 +1,4 @@
-"""LayerScale: a learned factor per feature on what a sub-layer adds to the stream, small at the start.
+"""LayerScale: a learned factor per feature on the output of a sub-layer.
 
 Paper: Going deeper with Image Transformers, https://arxiv.org/abs/2103.17239
 """
@@ -16,7 +16,7 @@ class LayerScale(nn.Module):
 
     Args:
         dim: features d.
-        start: every weight at the start.
+        start: initial value of every weight.
     """
 
     def __init__(self, dim: int, *, start: float = 0.1) -> None:
@@ -33,7 +33,7 @@ class LayerScale(nn.Module):
 
 
 def layer_scale_start(layer: int) -> float:
-    """The factor that a layer, counted from 0, starts with: smaller where a stack is deep."""
+    """Initial value for a layer, counted from 0: smaller in deeper layers, as in the paper."""
     if layer < 18:
         return 0.1
     return 1e-5 if layer < 24 else 1e-6

@@ -1,8 +1,9 @@
-"""Writing a memory: each slot reads itself and a segment's tokens, and decides by a GRU what it keeps.
+"""Memformer's memory update: each slot attends to itself and to the tokens of a segment, and a GRU updates it.
 
 Paper: Memformer, https://arxiv.org/abs/2010.06891
-Upstream: memformer, the memory update inside `Memformer`.
-Differs: a row whose segment is all padding keeps its memory as it was; the GRU runs in at least float32.
+Upstream: memformer, the memory update of `Memformer`.
+Differs: from the paper, a GRU in place of attention with biased memory normalisation, as upstream; from upstream, a row
+whose segment is all padding keeps its memory, and the GRU runs in at least float32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_features, check_padding, check_positive
 from attention_zoo.layers.feedforward import FeedForward
+from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.ops.masks import key_mask
 from attention_zoo.ops.precision import at_least_float32, no_autocast
@@ -21,17 +23,17 @@ from attention_zoo.ops.softmax import softmax_attention
 class MemoryUpdate(nn.Module):
     """`updates` times: u_i = attn(m_i, [m_i; tokens]); m <- GRU(u, m); m <- m + FF(LN m).
 
-    A slot sees itself, no other slot, and all real tokens. The memory is read without a norm.
-    Time O(m (m + n) d) for m slots and n tokens, memory O((m + n) d + m (m + n)). State: the memory, m d numbers.
+    A slot attends to itself, to no other slot, and to all valid tokens. There is no norm before the attention.
+    Time O(m (m + n) d) for m slots and n tokens, memory O((n + m) d + m (m + n)).
 
     Args:
         dim: features d of slots and tokens.
-        heads: heads h of d / h features.
-        updates: how many times a segment is written.
+        heads: number of heads h, of d / h features each.
+        updates: number of updates per segment.
         ff_mult: hidden features of the feedforward as a multiple of dim.
 
     Raises:
-        ValueError: heads does not divide dim, or a size is below 1.
+        ValueError: `heads` does not divide `dim`, or a size is below 1.
     """
 
     def __init__(self, dim: int, *, heads: int = 8, updates: int = 1, ff_mult: float = 4) -> None:
@@ -55,50 +57,44 @@ class MemoryUpdate(nn.Module):
 
         Args:
             memory: (b, m, d).
-            x: (b, n, d), the segment's features.
-            mask: (b, n) bool, True = a real token.
+            x: (b, n, d), the features of the segment.
+            mask: (b, n) bool padding mask, True = a valid token.
 
         Returns:
             (b, m, d) in the dtype of `memory`.
 
         Raises:
-            ValueError, TypeError: shapes or dtypes do not fit.
+            ValueError, TypeError: a shape or dtype does not fit.
         """
         check_features(memory, self.dim, name="memory")
         check_features(x, self.dim)
         check_padding(mask, x)
         if memory.shape[0] != x.shape[0]:
-            raise ValueError(f"memory must have the batch of x, got {memory.shape[0]} and {x.shape[0]}")
+            raise ValueError(f"memory must have the batch size of x, got {memory.shape[0]} and {x.shape[0]}")
         new = self.write(memory, x, mask)
         return new if mask is None else torch.where(mask.any(dim=1)[:, None, None], new, memory)
 
     def write(self, memory: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The memory after a segment, also for rows of padding alone, whose slots then read but themselves."""
-        keys, values = self._heads(self.to_k(x)), self._heads(self.to_v(x))
-        seen = self._seen(memory, x, mask)
+        """The memory after a segment. In rows without valid tokens each slot attends to itself only."""
+        keys, values = self._split(self.to_k(x)), self._split(self.to_v(x))
+        allowed = self._allowed(memory, x, mask)
         for _ in range(self.updates):
-            memory = self._write(memory, keys, values, seen)
+            q, k, v = (self._split(to(memory)) for to in (self.to_q, self.to_k, self.to_v))
+            out = softmax_attention(q, torch.cat((k, keys), dim=2), torch.cat((v, values), dim=2), mask=allowed)
+            new = self._gru(self.to_out(merge_heads(out)), memory)
+            memory = (new + self.feedforward(self.norm(new))).to(memory.dtype)
         return memory
-
-    def _write(self, memory: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-        q, k, v = (self._heads(to(memory)) for to in (self.to_q, self.to_k, self.to_v))
-        out = softmax_attention(q, torch.cat((k, keys), dim=2), torch.cat((v, values), dim=2), mask=seen)
-        kept = self._gru(self.to_out(out.transpose(1, 2).flatten(2)), memory)
-        written: Tensor = kept + self.feedforward(self.norm(kept))
-        return written.to(memory.dtype)
 
     def _gru(self, update: Tensor, memory: Tensor) -> Tensor:
         cell = self.gru
         with no_autocast(memory):
             hidden = at_least_float32(memory).flatten(0, 1)
-            weights = (
-                weight.to(hidden.dtype) for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-            )
+            weights = (w.to(hidden.dtype) for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh))
             new = torch.gru_cell(update.to(hidden.dtype).flatten(0, 1), hidden, *weights)
             return new.view_as(memory).to(memory.dtype)
 
-    def _seen(self, memory: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(1 or b, 1, m, m + n): itself among the slots, and the real tokens."""
+    def _allowed(self, memory: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(1 or b, 1, m, m + n) bool: each slot itself, and the valid tokens."""
         m, n = memory.shape[1], x.shape[1]
         own = torch.eye(m, dtype=torch.bool, device=x.device)[None, None]
         if mask is None:
@@ -106,8 +102,8 @@ class MemoryUpdate(nn.Module):
         b = x.shape[0]
         return torch.cat((own.expand(b, -1, -1, -1), key_mask(mask).expand(-1, -1, m, -1)), dim=-1)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (b, h, n, e)
+    def _split(self, x: Tensor) -> Tensor:
+        return split_heads(x, self.dim // self.heads)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, updates={self.updates}"
@@ -117,7 +113,7 @@ class InitialMemory(nn.Module):
     """The memory before the first segment: one learned vector per slot.
 
     Args:
-        slots: slots m.
+        slots: number of slots m.
         dim: features d.
     """
 
@@ -132,11 +128,11 @@ class InitialMemory(nn.Module):
         return self.weight.expand(batch, -1, -1)
 
     def check(self, memory: Tensor, batch: int) -> None:
-        """Refuse a memory of other slots, features or batch.
+        """Check the shape and dtype of a memory.
 
         Raises:
-            TypeError: it is not floating point.
-            ValueError: its shape is another.
+            TypeError: `memory` is not a floating point tensor.
+            ValueError: `memory` has another shape.
         """
         if not isinstance(memory, Tensor) or not memory.is_floating_point():
             raise TypeError(f"memory must be a floating point tensor, got {getattr(memory, 'dtype', type(memory))}")

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, computed in float32 at least whatever the input's dtype.
+"""RMSNorm and LayerNorm, computed in at least float32 for any input dtype.
 
 Papers: Layer Normalization, https://arxiv.org/abs/1607.06450; RMSNorm, https://arxiv.org/abs/1910.07467
 """
@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
 
     Args:
         dim: features d.
-        eps: keeps a zero row finite.
+        eps: added to the mean square.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d) in the dtype of x."""
-        wide = at_least_float32(x)  # autocast leaves norms alone
+        wide = at_least_float32(x)  # autocast does not cast norms
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -43,7 +43,7 @@ class LayerNorm(nn.Module):
 
     Args:
         dim: features d.
-        eps: keeps a constant row finite.
+        eps: added to the variance.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
@@ -55,7 +55,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d) in the dtype of x."""
-        wide = at_least_float32(x)  # autocast leaves norms alone
+        wide = at_least_float32(x)  # autocast does not cast norms
         weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
         return F.layer_norm(wide, self.weight.shape, weight, bias, self.eps).to(x.dtype)
 
@@ -67,7 +67,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"rms": RMSNorm, "layer": LayerNo
 
 
 def make_norm(norm: str | Callable[[int], nn.Module], dim: int) -> nn.Module:
-    """A norm by its name in NORMS, or by the user's own function of `dim`.
+    """A norm by its name in NORMS, or made by a function of `dim`.
 
     Raises:
         ValueError: an unknown name.

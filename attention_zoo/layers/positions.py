@@ -1,4 +1,4 @@
-"""Where a token stands: learned positions, rotary embedding (of images behind text too), T5's relative bias.
+"""Positions: learned position embeddings, rotary position embedding (for text and images too), T5's relative bias.
 
 Papers: RoFormer, https://arxiv.org/abs/2104.09864; T5, https://arxiv.org/abs/1910.10683
 """
@@ -14,14 +14,14 @@ from attention_zoo._checks import check_positive
 from attention_zoo.ops.precision import at_least_float32
 from attention_zoo.ops.rotary import rotate
 from attention_zoo.ops.softmax import DistanceBias
-from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.ops.sparse import TextImageLayout
 
 
 class LearnedPositions(nn.Module):
-    """One learned vector per position, counted over real tokens: padding takes no position.
+    """One learned vector per position. Only valid tokens are counted: padding takes no position.
 
     Args:
-        max_seq_len: positions in the table.
+        max_seq_len: number of positions.
         dim: features d.
     """
 
@@ -32,10 +32,10 @@ class LearnedPositions(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, count: Tensor) -> Tensor:
-        """The vectors of tokens that are the `count`-th real ones, counted from 1; padding before them has 0.
+        """Position embeddings of tokens.
 
         Args:
-            count: (b, n) int.
+            count: (b, n) int, the number of valid tokens up to and including each token; 0 for padding before them.
 
         Returns:
             (b, n, d).
@@ -44,10 +44,11 @@ class LearnedPositions(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Features turned in pairs by an angle per position; a subclass says by which.
+    """Base class of rotary position embeddings; a subclass defines the angles.
 
-    The table is neither parameter nor buffer: casting a model must not cast it, and meta construction must not empty
-    it. It is float32, built from integer positions, kept per device, and grows by doubling.
+    The table of cosines and sines is neither parameter nor buffer, so that casting a model does not cast it and meta
+    construction does not empty it. It is float32, computed from integer positions, cached per device, and grows by
+    doubling.
     """
 
     def __init__(self) -> None:
@@ -55,37 +56,30 @@ class RotaryEmbedding(nn.Module):
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def prepare(self, dim_head: int) -> None:
-        """Get ready for heads of `dim_head` features; a block that is given this part calls it when it is built.
+        """Prepare for heads of `dim_head` features; called by the constructor of a layer.
 
         Raises:
-            ValueError: such heads cannot be rotated.
+            ValueError: heads of this size cannot be rotated.
         """
-        raise TypeError(f"{type(self).__name__} must define prepare")
+        raise NotImplementedError
 
     def angles(self, start: int, stop: int, dim_head: int, device: torch.device) -> Tensor:
-        """By how much each pair of features of the tokens start ... stop - 1 turns: (stop - start, pairs)."""
-        raise TypeError(f"{type(self).__name__} must define angles")
+        """Angles (stop - start, pairs) in radians at the positions start, ..., stop - 1."""
+        raise NotImplementedError
 
     def table(self, start: int, stop: int, dim_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of the positions start ... stop - 1 as `ops.rotate` wants them, (stop - start, r) each."""
+        """cos and sin (stop - start, r) at the positions start, ..., stop - 1, as `ops.rotate` takes them."""
         if torch.compiler.is_compiling() or device.type == "meta":
             return self._build(start, stop, dim_head, device)
         cos, sin = self._tables.get((dim_head, device), (None, None))
         if cos is None or sin is None or cos.shape[0] < stop:
-            with torch.inference_mode(False):  # the table outlives the mode it was first asked for in
+            with torch.inference_mode(False):  # the cached table is used outside inference mode too
                 cos, sin = self._build(0, max(64, 2 * stop), dim_head, device)
             self._tables[dim_head, device] = cos, sin
         return cos[start:stop], sin[start:stop]
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotate the heads' features of tokens that stand at start, start + 1, ...
-
-        Args:
-            x: (b, h, n, e).
-
-        Returns:
-            (b, h, n, e).
-        """
+        """Rotate the features (..., n, e) of tokens at the positions start, start + 1, ..."""
         return rotate(x, *self.table(start, start + x.shape[-2], x.shape[-1], x.device))
 
     def _build(self, start: int, stop: int, dim_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -95,15 +89,15 @@ class RotaryEmbedding(nn.Module):
 
 
 class Rotary(RotaryEmbedding):
-    """Rotary position embedding, interleaved pairs, frequencies theta^(-2p/r) as rotary-embedding-torch has them.
+    """Rotary position embedding with interleaved pairs and the frequencies theta^(-2p/r) of rotary-embedding-torch.
 
     Args:
-        dim: features r of each head that are rotated, even. None: all of them, whatever the head's size.
-        theta: the base of the frequencies.
-        freqs: r / 2 frequencies in radians per token in place of theta's.
+        dim: number r of rotated features of each head, even. Default: all of them, for heads of any size.
+        theta: base of the frequencies.
+        freqs: r / 2 frequencies in radians per token, in place of those of theta.
 
     Raises:
-        ValueError: dim is odd, or freqs has another length than dim / 2.
+        ValueError: `dim` is odd, or the length of `freqs` is not dim / 2.
     """
 
     def __init__(self, dim: int | None = None, *, theta: float = 10000.0, freqs: list[float] | None = None) -> None:
@@ -122,8 +116,8 @@ class Rotary(RotaryEmbedding):
         if dim not in self._freqs:
             import rotary_embedding_torch as upstream  # imports einx, which takes a second
 
-            with torch.device("cpu"):  # also where the model is being built on the meta device
-                # of a single pair the package knows no frequency: it is theta^0
+            with torch.device("cpu"):  # also when the model is constructed on the meta device
+                # The package returns no frequency for a single pair; it is theta^0.
                 self._freqs[dim] = [1.0] if dim == 2 else upstream.RotaryEmbedding(dim, theta=self.theta).freqs.tolist()
 
     def angles(self, start: int, stop: int, dim_head: int, device: torch.device) -> Tensor:
@@ -141,19 +135,19 @@ class Rotary(RotaryEmbedding):
 
 
 class TextImageRotary(RotaryEmbedding):
-    """Rotary position embedding for text and an image: a third of a head's features each for position, row, column.
+    """Rotary position embedding for text followed by an image: a third of the features each for text, row and column.
 
-    With r = floor(dim_head / 3), each part turns floor(r / 2) pairs, and what is left over stays. Text turns by
-    p * theta^(-2k/r), image tokens all standing at p = 8192; rows and columns stand evenly on -1 ... 1 and turn by
-    pi * pos * linspace(1, 5), text tokens standing at -10.
+    With r = floor(dim_head / 3), each third rotates floor(r / 2) pairs; the remaining features are not rotated. Text
+    tokens at position p have the angles p * theta^(-2k/r), and all image tokens those of p = 8192. Rows and columns
+    are spaced evenly on [-1, 1] and have the angles pi * position * linspace(1, 5), and text tokens those of -10.
 
     Args:
-        layout: the sequence.
-        theta: the base of the frequencies of text.
+        layout: number of text tokens and size of the image.
+        theta: base of the frequencies of the text positions.
     """
 
-    FAR = 8192  # where the image stands among text positions
-    OUTSIDE = -10.0  # where text stands among rows and columns
+    IMAGE_POSITION = 8192  # text position of all image tokens
+    TEXT_COORDINATE = -10.0  # row and column of all text tokens
 
     def __init__(self, layout: TextImageLayout, *, theta: float = 10000.0) -> None:
         super().__init__()
@@ -168,32 +162,35 @@ class TextImageRotary(RotaryEmbedding):
         r = dim_head // 3
         pairs = r // 2
         exponent = 2 * torch.arange(pairs, dtype=torch.float32, device=device) / r
-        turns = torch.linspace(1, 5, pairs, device=device) * torch.pi
+        frequencies = torch.linspace(1, 5, pairs, device=device) * torch.pi
         index = torch.arange(start, stop, device=device)
         is_text = index < self.layout.text_len
         row, column = self.layout.rows_and_columns(start, stop, device=device)
-        text = torch.where(is_text, index, self.FAR).float()
-        y = torch.where(is_text, self.OUTSIDE, _evenly(row, self.layout.height))
-        x = torch.where(is_text, self.OUTSIDE, _evenly(column, self.layout.width))
-        return torch.cat((text[:, None] / self.theta**exponent, y[:, None] * turns, x[:, None] * turns), dim=-1)
+        text = torch.where(is_text, index, self.IMAGE_POSITION).float()
+        y = torch.where(is_text, self.TEXT_COORDINATE, _evenly(row, self.layout.height))
+        x = torch.where(is_text, self.TEXT_COORDINATE, _evenly(column, self.layout.width))
+        return torch.cat(
+            (text[:, None] / self.theta**exponent, y[:, None] * frequencies, x[:, None] * frequencies), dim=-1
+        )
 
     def extra_repr(self) -> str:
         return f"{self.layout}, theta={self.theta}"
 
 
 def _evenly(index: Tensor, count: int) -> Tensor:
-    """0 ... count - 1 spread evenly over -1 ... 1."""
+    """0, ..., count - 1 spaced evenly on [-1, 1]."""
     return 2 * index.float() / max(count - 1, 1) - 1
 
 
 class RelativeBias(nn.Module):
-    """T5's bias: one learned number per head and bucket of distances; buckets widen logarithmically.
+    """T5's relative position bias: one learned number per head and bucket of distances, in logarithmic buckets.
 
     Args:
-        heads: heads h of the blocks that share it.
-        buckets: rows of the table.
-        max_distance: distances from here on share the last bucket.
-        causal: keys never stand after their query, so all buckets serve the past; otherwise half serve either side.
+        heads: number of heads h of the layers that share it.
+        buckets: number of buckets.
+        max_distance: distance from which on all distances share the last bucket.
+        causal: whether keys never come after their query, so that all buckets are for the past; otherwise half of the
+            buckets are for each side.
     """
 
     def __init__(self, heads: int, *, buckets: int = 32, max_distance: int = 128, causal: bool = True) -> None:
@@ -202,8 +199,8 @@ class RelativeBias(nn.Module):
         exact = buckets // 2 if causal else buckets // 4
         if exact < 1 or max_distance <= exact:
             raise ValueError(
-                f"max_distance must exceed the distances with a bucket of their own, got {max_distance=} with "
-                f"{buckets=} and {causal=}, which gives {exact} of them"
+                f"max_distance must exceed the number of distances with their own bucket, got {max_distance=} with "
+                f"{buckets=} and {causal=}, which gives {exact}"
             )
         self.heads = heads
         self.max_distance = max_distance
@@ -212,10 +209,10 @@ class RelativeBias(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def check_heads(self, heads: int) -> None:
-        """Refuse a block with another number of heads.
+        """Check that a layer has as many heads as this bias.
 
         Raises:
-            ValueError: it has.
+            ValueError: it has another number of heads.
         """
         if heads != self.heads:
             raise ValueError(f"bias must have one column per head, got {self.heads} columns and {heads=}")
@@ -231,15 +228,15 @@ class RelativeBias(nn.Module):
             offset = (distance > 0) * buckets
             n = distance.abs()
         exact = buckets // 2
-        # log of at least 1, for the branch that torch.where throws away must stay finite
+        # The logarithm of at least 1: the branch that torch.where does not select must stay finite.
         ratio = (n.clamp(min=exact).float() / exact).log() / math.log(self.max_distance / exact)
         wide = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
         return offset + torch.where(n < exact, n, wide)
 
     def forward(self, queries: int, keys: int, device: torch.device) -> DistanceBias:
-        """The bias of `queries` that stand at the end of `keys`, per distance: (h, queries + keys - 1)."""
+        """The bias (h, queries + keys - 1) per distance; the last query is at the position of the last key."""
         distance = torch.arange(1 - keys, queries, device=device)
-        # float32, so that the gradients of all distances in a bucket are summed in it
+        # float32, in which the gradients of all distances of a bucket are summed
         return DistanceBias(at_least_float32(self.weight)[self.bucket(distance)].t())
 
     def extra_repr(self) -> str:

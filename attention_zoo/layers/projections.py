@@ -1,17 +1,20 @@
-"""Several projections of one input as one matrix product."""
+"""Several linear projections of one input as one matrix product."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 
 class Projections(nn.Linear):
-    """Named projections whose outputs lie side by side: their weights are consecutive rows of one matrix.
+    """Named linear projections whose weights are consecutive rows of one matrix and whose outputs are concatenated.
 
     Args:
-        dim: features d of the input.
-        bias: give the projections biases.
-        sizes: output features of each projection, by its name.
+        dim: input features d.
+        bias: whether the projections have a bias.
+        sizes: output features of each projection, by name.
 
     Example:
         >>> to_qkv = Projections(512, q=512, k=128, v=128)
@@ -24,8 +27,20 @@ class Projections(nn.Linear):
         self.sizes = sizes
 
     def part(self, name: str, kind: str = "weight") -> Tensor:
-        """The rows of `weight`, or of `bias`, that belong to one projection: a view."""
+        """The rows of `weight`, or of `bias`, of one projection: a view."""
         names = list(self.sizes)
         start = sum(self.sizes[other] for other in names[: names.index(name)])
-        rows: Tensor = getattr(self, kind).data
-        return rows[start : start + self.sizes[name]]
+        return getattr(self, kind).data[start : start + self.sizes[name]]
+
+
+def map_queries_and_keys(function: Callable[[Tensor], Tensor], qk: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Apply `function` to queries and keys (..., heads + kv_heads, n, e), which share a tensor.
+
+    One call for both halves the operators of a decoding step. Under torch.compile it is two calls: in torch 2.13
+    a compiled graph saves slices for backward with the strides of the length that was traced first, which is wrong
+    for other lengths.
+    """
+    if torch.compiler.is_compiling():
+        return function(qk[..., :heads, :, :]), function(qk[..., heads:, :, :])
+    qk = function(qk)
+    return qk[..., :heads, :, :], qk[..., heads:, :, :]

@@ -1,13 +1,12 @@
-"""Residual rules: how a sub-layer's branch and the stream around it meet.
+"""Residual connections around sub-layers.
 
-Papers: pre-norm, https://arxiv.org/abs/2002.04745; sandwich, https://arxiv.org/abs/2105.13290;
+Papers: pre-norm, https://arxiv.org/abs/2002.04745; sandwich norm, https://arxiv.org/abs/2105.13290;
 DeepNet, https://arxiv.org/abs/2203.00555
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +19,21 @@ Norm = str | Callable[[int], nn.Module]
 
 
 class Residual(nn.Module):
-    """One residual connection, in two halves, so that forward, step and context share it.
+    """A residual connection in two halves, shared by `forward` and `step`: x -> merge(x, f(branch(x))).
 
     Args:
         dim: features d.
-        norm: a name in NORMS or a function of dim.
-        depth: layers of the whole stack, for rules that scale by it.
-        scale: where the learned factors of `LayerScale` on the branch start; None for no such factors.
+        norm: a name in NORMS, or a function of dim that returns a module.
+        depth: number of layers of the stack.
+        scale: initial value of the factors of `LayerScale` on the output of the sub-layer; None for no LayerScale.
+
+    Attributes:
+        final_norm: whether the stack needs a norm after its last layer.
+        additive: whether merge(x, y) is x + delta(y), as reversible streams require.
     """
 
-    final_norm = False  # whether the stream needs a norm after the last layer
-    additive = False  # whether merge(x, y) is x + delta(y), which reversible streams need
+    final_norm = False
+    additive = False
 
     def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1, scale: float | None = None) -> None:
         super().__init__()
@@ -38,19 +41,19 @@ class Residual(nn.Module):
         self.scale = None if scale is None else LayerScale(dim, start=scale)
 
     def branch(self, x: Tensor) -> Tensor:
-        """What the sub-layer sees of the stream x."""
-        raise TypeError(f"{type(self).__name__} must define branch")
+        """The input of the sub-layer."""
+        raise NotImplementedError
 
     def delta(self, y: Tensor) -> Tensor:
-        """What of a sub-layer's output y joins the stream."""
-        return y if self.scale is None else cast(Tensor, self.scale(y))
+        """What is added to the residual stream for the output y of the sub-layer."""
+        return y if self.scale is None else self.scale(y)
 
     def merge(self, x: Tensor, y: Tensor) -> Tensor:
-        """The stream after the sub-layer that turned branch(x) into y."""
+        """The residual stream after a sub-layer with the output y."""
         return x + self.delta(y)
 
     def initialize(self, block: nn.Module) -> None:
-        """Adapt the fresh weights of the sub-layer to this rule."""
+        """Initialise the weights of the sub-layer as this residual connection requires."""
 
 
 class PreNorm(Residual):
@@ -60,7 +63,7 @@ class PreNorm(Residual):
     additive = True
 
     def branch(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(x))
+        return self.norm(x)
 
 
 class SandwichNorm(Residual):
@@ -74,7 +77,7 @@ class SandwichNorm(Residual):
         self.norm_out = make_norm(norm, dim)
 
     def branch(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(x))
+        return self.norm(x)
 
     def delta(self, y: Tensor) -> Tensor:
         return super().delta(self.norm_out(y))
@@ -87,14 +90,14 @@ class PostNorm(Residual):
         return x
 
     def merge(self, x: Tensor, y: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(x + self.delta(y)))
+        return self.norm(x + self.delta(y))
 
 
 class DeepNorm(Residual):
     """norm(a x + f(x)) with a = (2 depth)^(1/4).
 
-    Weights start as in the paper's decoder-only case: xavier normal, with gain (8 depth)^(-1/4) for values, outputs
-    and feedforward, and gain 1 for queries and keys.
+    Weights are initialised as in the paper's decoder-only case: Xavier normal with gain (8 depth)^(-1/4) for values,
+    output projections and feedforwards, and gain 1 for queries and keys.
     """
 
     def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1, scale: float | None = None) -> None:
@@ -106,7 +109,7 @@ class DeepNorm(Residual):
         return x
 
     def merge(self, x: Tensor, y: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(self.alpha * x + self.delta(y)))
+        return self.norm(self.alpha * x + self.delta(y))
 
     @torch.no_grad()
     def initialize(self, block: nn.Module) -> None:
@@ -115,8 +118,8 @@ class DeepNorm(Residual):
                 for part in module.sizes:
                     nn.init.xavier_normal_(module.part(part), gain=1.0 if part in ("q", "k") else self.gain)
             elif isinstance(module, nn.Linear):
-                plain = name.rpartition(".")[-1] in ("to_q", "to_k")
-                nn.init.xavier_normal_(module.weight, gain=1.0 if plain else self.gain)
+                is_query_or_key = name.rpartition(".")[-1] in ("to_q", "to_k")
+                nn.init.xavier_normal_(module.weight, gain=1.0 if is_query_or_key else self.gain)
 
 
 RESIDUALS: dict[str, type[Residual]] = {

@@ -1,9 +1,9 @@
-"""Reversible residual streams: backward computes the activations again from the output, and none are kept.
+"""Reversible residual streams: activations are recomputed from the output in backward and none are saved.
 
 Paper: The Reversible Residual Network, https://arxiv.org/abs/1707.04585
 Upstream: DALLE-pytorch, ReversibleSequence.
-Differs: parameters are inputs of the autograd function, so that torch.autograd.grad and DDP see them; eval mode and
-autocast too.
+Differs: parameters are inputs of the autograd function, so that torch.autograd.grad and DDP handle them; eval mode and
+autocast are supported.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Function = Callable[[Tensor], Tensor]
 
 
 def reversible(functions: Sequence[Function], modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two streams x1 = x2 = x; the functions add to one what they make of the other: x1 += f_0(x2), x2 += f_1(x1), ...
+    """Two residual streams x1 = x2 = x, updated in turn: x1 += f_0(x2), x2 += f_1(x1), ...
 
-    Activation memory is that of one function, whatever their number. Backward recomputes each function once, with the
-    random numbers and the autocast of forward. There is no second derivative, and torch.compile does not trace it.
+    Activation memory is that of one function, for any number of functions. Backward recomputes each function once, with
+    the random state and the autocast settings of forward. Second derivatives raise; torch.compile cannot trace it.
 
     Args:
-        functions: from (b, n, d) to (b, n, d); nothing but x and parameters of `modules` may need a gradient.
-        modules: the module behind each function.
+        functions: functions from (b, n, d) to (b, n, d). Only x and parameters of `modules` may require gradients.
+        modules: the module that each function runs.
         x: (b, n, d).
 
     Returns:
-        Both streams at the end.
+        Both streams after all functions.
     """
     parameters = list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
     if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
@@ -41,7 +41,7 @@ def reversible(functions: Sequence[Function], modules: Sequence[nn.Module], x: T
 
 
 def run_forward(functions: Sequence[Function], first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The functions in turn, recording what autograd records."""
+    """Run the functions in turn, recorded by autograd as usual."""
     streams = [first, second]
     for k, function in enumerate(functions):
         streams[k % 2] = streams[k % 2] + function(streams[1 - k % 2])
@@ -64,8 +64,8 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # with create_graph=True; what follows is recorded nowhere
-            raise RuntimeError("reversible streams have no second derivative: build the stack with reversible=False")
+        if torch.is_grad_enabled():  # create_graph=True: the code below is not recorded
+            raise RuntimeError("reversible streams have no second derivative: use reversible=False")
         streams, towards = list(ctx.saved_tensors), list(grads)
         found: dict[Tensor, Tensor] = {}
         for k in reversed(range(len(ctx.functions))):
@@ -85,7 +85,7 @@ class _Reversible(torch.autograd.Function):
 
 
 def _autocast(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
-    """Makes the context that autocasts as it is done now."""
+    """A function that returns a context with the present autocast settings."""
     device = x.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -97,7 +97,7 @@ def _random_state(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def _same_random_numbers(state: tuple[Tensor, Tensor | None], x: Tensor) -> Iterator[None]:
-    """Draw what was drawn at `state`, and go on afterwards where it was left."""
+    """Repeat the random numbers drawn from `state`, and restore the present random state afterwards."""
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         torch.set_rng_state(state[0])
         if state[1] is not None:

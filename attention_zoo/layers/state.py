@@ -1,4 +1,4 @@
-"""What decoding remembers, as a value: a step returns a new state and never changes what an old one means."""
+"""Decoding states. A state is a value: a step returns a new state and never changes an earlier one."""
 
 from __future__ import annotations
 
@@ -9,137 +9,140 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-SMALLEST_ROOM = 64  # tokens; a growing buffer doubles from here
+MIN_BUFFER = 64  # tokens in the smallest buffer; buffers grow by doubling
 
 
 class State:
-    """Base of all decoding states: a dataclass of tensors, registered as a pytree.
+    """Base class of decoding states: dataclasses of tensors, registered as pytrees.
 
-    In every tensor the batch is the first axis; a tensor without axes belongs to the whole batch.
+    The first axis of every tensor is the batch; a tensor without axes belongs to the whole batch.
     """
 
     @property
     def length(self) -> int:
-        """Tokens seen so far, masked ones included."""
-        raise TypeError(f"{type(self).__name__} must define length")
+        """Number of tokens so far, masked ones included."""
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensors of this state hold, room for later growth not counted."""
-        return sum(leaf.nbytes for leaf in _tensors(self))
+        """Bytes of the tensors of this state, without spare buffer space."""
+        return sum(leaf.nbytes for leaf in pytree.tree_leaves(self) if isinstance(leaf, Tensor))
 
     def detach(self) -> Self:
-        """The same state cut off from the graph that computed it."""
-        detached: Self = pytree.tree_map_only(Tensor, torch.Tensor.detach, self)
-        return detached
+        """The same state, detached from the graph that computed it."""
+        return pytree.tree_map_only(Tensor, torch.Tensor.detach, self)
 
     def reorder(self, index: Tensor) -> Self:
-        """The state of the rows `index`, (b',) int: what a beam search keeps, drops or repeats."""
-        rows: Self = pytree.tree_map_only(Tensor, lambda t: t.index_select(0, index) if t.ndim else t, self)
-        return rows
+        """The state of the rows `index`, (b',) int, as beam search selects, drops or repeats them."""
+        return pytree.tree_map_only(Tensor, lambda t: t.index_select(0, index) if t.ndim else t, self)
 
 
 def register_state(cls: type[State]) -> None:
-    """Make the dataclass `cls` a pytree whose children are the fields that its constructor takes.
+    """Register the dataclass `cls` as a pytree whose children are the fields of its constructor.
 
-    Called once, beside the class: torch.compile, torch.export and `tree_map` then see its tensors.
+    Called once, next to the class: torch.compile, torch.export and `tree_map` then handle its tensors.
     """
     pytree.register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
 
 
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 @dataclass
-class Room:
-    """Storage behind the keys and values of a chain of states: the newest appends in place while there is room."""
+class Buffer:
+    """Storage shared by a chain of states: the newest state appends its keys and values in place."""
 
     keys: Tensor
     values: Tensor
     used: int
 
     @classmethod
-    def around(cls, keys: Tensor, values: Tensor, wanted: int) -> Room:
-        """Copy keys and values into storage for at least `wanted` tokens."""
-        used = keys.shape[2]
-        size = max(SMALLEST_ROOM, 2 * wanted)
-        room = cls(_empty(keys, size), _empty(values, size), used)
-        room.keys[:, :, :used] = keys
-        room.values[:, :, :used] = values
-        return room
-
-
-def _empty(like: Tensor, length: int) -> Tensor:
-    return like.new_empty(*like.shape[:2], length, like.shape[3])
+    def copy_of(cls, keys: Tensor, values: Tensor, capacity: int) -> Buffer:
+        """Copy keys and values into storage for at least `capacity` tokens."""
+        used, size = keys.shape[2], max(MIN_BUFFER, 2 * capacity)
+        new_keys, new_values = (t.new_empty(*t.shape[:2], size, t.shape[3]) for t in (keys, values))
+        buffer = cls(new_keys, new_values, used)
+        buffer.keys[:, :, :used] = keys
+        buffer.values[:, :, :used] = values
+        return buffer
 
 
 @dataclass
 class KeyValueState(State):
-    """The keys and values of all tokens so far. Size: 2 * b * kv_heads * n * dim_head numbers.
+    """Key/value cache: keys and values of all tokens so far. Size: 2 n kv_heads dim_head numbers per row.
 
     Attributes:
-        keys, values: (b, kv_h, n, e), as attention uses them: rotated, normalised.
-        mask: (b, n) bool, True = a real token; None while no mask was ever given.
+        keys, values: (b, kv_h, n, e), as the attention operation takes them: with positions and norms applied.
+        mask: (b, n) bool padding mask, True = a valid token; None if no step had a mask.
     """
 
     keys: Tensor
     values: Tensor
     mask: Tensor | None = None
-    _room: Room | None = field(default=None, init=False, repr=False, compare=False)
+    _buffer: Buffer | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def length(self) -> int:
         return self.keys.shape[2]
 
+    def check_keys(self, shape: tuple[int, ...]) -> None:
+        """Check that the state comes from a layer and a batch with keys of this shape.
+
+        Raises:
+            ValueError: the keys have another shape.
+        """
+        if self.keys.shape != shape:
+            raise ValueError(
+                f"state must come from this layer and batch: (b, kv_heads, n, dim_head) = {shape}, "
+                f"got keys of shape {tuple(self.keys.shape)}"
+            )
+
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> KeyValueState:
-        """The state after some more tokens; this one keeps its meaning.
+        """The state after further tokens; this one is not changed.
 
         Args:
             keys, values: (b, kv_h, t, e) of the new tokens.
-            mask: (b, t) bool, or None where all are real.
+            mask: (b, t) bool, or None if all are valid.
         """
-        mask = self._longer_mask(mask, keys)
-        # Concatenating is right everywhere. Growing in place saves the copy of all that came before, but a recorded
-        # graph, a trace, or a buffer of another inference mode may not be written to.
+        mask = concat_masks(self.mask, mask, keys.shape[0], self.length, keys.shape[2], keys.device)
+        # Concatenation is always correct. Appending in place saves copying the cache, but tensors of a recorded graph,
+        # of a trace or of another inference mode must not be written to.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return KeyValueState(torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2), mask)
         used, total = self.length, self.length + keys.shape[2]
-        room = self._room
+        buffer = self._buffer
         if (
-            room is None
-            or room.used != used  # a newer state has already grown from this one: leave its tokens alone
-            or total > room.keys.shape[2]
-            or room.keys.is_inference() != torch.is_inference_mode_enabled()
+            buffer is None
+            or buffer.used != used  # another state has appended to this one already: keep its tokens
+            or total > buffer.keys.shape[2]
+            or buffer.keys.is_inference() != torch.is_inference_mode_enabled()
         ):
-            room = Room.around(self.keys, self.values, total)
-        room.keys[:, :, used:total] = keys
-        room.values[:, :, used:total] = values
-        room.used = total
-        state = KeyValueState(room.keys[:, :, :total], room.values[:, :, :total], mask)
-        state._room = room
+            buffer = Buffer.copy_of(self.keys, self.values, total)
+        buffer.keys[:, :, used:total] = keys
+        buffer.values[:, :, used:total] = values
+        buffer.used = total
+        state = KeyValueState(buffer.keys[:, :, :total], buffer.values[:, :, :total], mask)
+        state._buffer = buffer
         return state
 
-    def _longer_mask(self, mask: Tensor | None, keys: Tensor) -> Tensor | None:
-        if mask is None and self.mask is None:
-            return None
-        old, new = self.mask, mask
-        if old is None:
-            old = torch.ones(keys.shape[0], self.length, dtype=torch.bool, device=keys.device)
-        if new is None:
-            new = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
-        return torch.cat((old, new), dim=1)
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy or pickle holds the tensors, not the room
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles hold the tensors, not the buffer
         return KeyValueState, (self.keys.clone(), self.values.clone(), self.mask)
 
 
 register_state(KeyValueState)
 
 
-def count_tokens(seen: Tensor | None, new: int) -> Tensor:
-    """A count of tokens, `new` higher than `seen`: a tensor without axes on the CPU.
+def concat_masks(
+    old: Tensor | None, new: Tensor | None, batch: int, old_length: int, new_length: int, device: torch.device
+) -> Tensor | None:
+    """Two padding masks (b, n) and (b, t) concatenated; None stands for all tokens valid."""
+    if old is None and new is None:
+        return None
+    old = torch.ones(batch, old_length, dtype=torch.bool, device=device) if old is None else old
+    new = torch.ones(batch, new_length, dtype=torch.bool, device=device) if new is None else new
+    return torch.cat((old, new), dim=1)
 
-    A tensor, because a Python number would be a constant to torch.compile and torch.export.
+
+def count_tokens(count: Tensor | None, new: int) -> Tensor:
+    """`count` increased by `new`: a tensor without axes on the CPU; None stands for 0.
+
+    A tensor, because torch.compile and torch.export treat a Python number as a constant.
     """
-    return torch.tensor(new) if seen is None else seen + new
+    return torch.tensor(new) if count is None else count + new

@@ -1,4 +1,4 @@
-"""Whole models: thin compositions of the zoo's blocks."""
+"""Complete models, composed of the package's blocks."""
 
 from attention_zoo.models.builders import cosine_sim_lm, gate_loop_lm
 from attention_zoo.models.image_tokenizer import GreyTokenizer, ImageTokenizer

@@ -1,13 +1,11 @@
-"""Models of the papers, as thin choices of the parts that every model has."""
+"""Language models of two upstream packages, as `LanguageModel` with their options."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from torch import nn
 
 from attention_zoo.models.language_model import LanguageModel
-from attention_zoo.models.layer_specs import LayerSpec
+from attention_zoo.models.layer_specs import AttentionSpec
 
 
 def cosine_sim_lm(
@@ -23,16 +21,15 @@ def cosine_sim_lm(
     pre_norm: bool = False,
     cosine_sim: bool = True,
 ) -> LanguageModel:
-    """The causal transformer of flash-cosine-sim-attention, with DeepNet's residuals or pre-norm.
+    """The causal transformer of flash-cosine-sim-attention, with DeepNorm or pre-norm residual connections.
 
     Papers: https://arxiv.org/abs/2010.04245, https://arxiv.org/abs/2203.00555
 
     Args:
         num_tokens, dim, depth, max_seq_len, heads, dim_head: see `LanguageModel`.
-        scale: the largest score.
-        groups: slices of a head that are normalised separately.
-        pre_norm: LayerNorm before every branch and before the logits, in place of DeepNorm after every branch.
-        cosine_sim: False for plain softmax attention in place of cosine-sim.
+        scale, groups: see `CosineSimAttention`.
+        pre_norm: whether LayerNorm precedes every sub-layer and the logits; False: DeepNorm after every sub-layer.
+        cosine_sim: whether to use cosine-similarity attention; False: full attention.
     """
     model = LanguageModel(
         num_tokens=num_tokens,
@@ -60,25 +57,26 @@ def gate_loop_lm(
     num_tokens: int,
     dim: int,
     depth: int,
-    attention: LayerSpec | Sequence[LayerSpec] = "gate_loop",
+    attention: AttentionSpec = "gate_loop",
     heads: int | None = None,
     dim_head: int | None = None,
     ff_mult: float = 4,
     post_norm: bool = False,
 ) -> LanguageModel:
-    """The language model of gateloop-transformer: gate loops in place of attention, and no positions.
+    """The language model of gateloop-transformer: gate loops instead of attention, and no positions.
 
     Paper: https://arxiv.org/abs/2311.01927
 
     Args:
         num_tokens, dim, depth, ff_mult: see `LanguageModel`.
-        heads: of every block that has heads; None leaves each its own default, for a gate loop one per channel.
-        dim_head: of the blocks in a hybrid that have it. The heads of a gate loop share dim, so with gate loops alone
-            it is an error.
-        attention: "gate_loop", or a list that mixes it with other blocks, such as ["gate_loop", "gate_loop", "full"];
-            blocks that take rotary positions get them.
-        post_norm: LayerNorm after every residual sum and none before the logits, in place of RMSNorm before every
-            branch and before the logits.
+        heads: of every block that has heads. None: each block's own default, which is one head per channel for a gate
+            loop.
+        dim_head: of the blocks that have it. Gate loops do not, since their heads share dim; an error with gate
+            loops only.
+        attention: "gate_loop", or a list that mixes it with other blocks, such as ["gate_loop", "gate_loop", "full"].
+            Blocks with an argument `rotary` get rotary positions.
+        post_norm: whether LayerNorm follows every residual sum, with none before the logits; False: RMSNorm before
+            every sub-layer and before the logits.
     """
     return LanguageModel(
         num_tokens=num_tokens,

@@ -1,4 +1,4 @@
-"""Images as tokens. Any object with `num_tokens`, `encode(images) -> ids` and `decode(ids) -> images` will do."""
+"""Image tokenizers: objects with `num_tokens`, `encode(images) -> ids` and `decode(ids) -> images`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from attention_zoo._checks import check_positive
 
 
 class ImageTokenizer(Protocol):
-    """What turns images into token ids (b, height * width), row by row, and back."""
+    """Converts images to token ids (b, height * width) in row-major order, and back."""
 
     @property
     def num_tokens(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
 
     def encode(self, images: Tensor) -> Tensor:
         """(b, ...) -> (b, height * width) int."""
@@ -25,11 +25,11 @@ class ImageTokenizer(Protocol):
 
 
 class GreyTokenizer:
-    """Small grey images, one token a pixel: its brightness in equal steps.
+    """Grey images with one token per pixel: its brightness in equal steps.
 
     Args:
-        height, width: pixels in a column and in a row.
-        levels: shades of grey, 0 the first and 1 the last.
+        height, width: rows and columns of pixels.
+        levels: number of shades of grey, from 0 to 1.
     """
 
     def __init__(self, *, height: int, width: int, levels: int) -> None:
@@ -44,7 +44,7 @@ class GreyTokenizer:
         """(b, height, width) in 0 ... 1 -> (b, height * width) int.
 
         Raises:
-            ValueError: another shape, or a brightness outside 0 ... 1.
+            ValueError: the shape does not fit, or a brightness lies outside 0 ... 1.
         """
         if images.ndim != 3 or images.shape[1:] != (self.height, self.width):
             want = (self.height, self.width)
@@ -57,7 +57,7 @@ class GreyTokenizer:
         """(b, height * width) int -> (b, height, width) in 0 ... 1.
 
         Raises:
-            ValueError: another shape, or an id out of range.
+            ValueError: the shape does not fit, or an id is out of range.
         """
         if ids.ndim != 2 or ids.shape[1] != self.height * self.width:
             raise ValueError(f"ids must be (b, {self.height * self.width}), got shape {tuple(ids.shape)}")

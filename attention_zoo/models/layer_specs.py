@@ -1,4 +1,4 @@
-"""From what a user writes for a layer to the modules that it names."""
+"""Layer specs: how a user names the blocks and feedforwards of a stack, and how they are built."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from attention_zoo.layers.feedforward import FEEDFORWARDS
 
 # One sub-layer: a name in BLOCKS, (name, options), or a function of dim that returns a block.
 BlockSpec = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
-# One layer: a sub-layer, or a list of those.
+# One layer: a sub-layer, or a list of sub-layers.
 LayerSpec = BlockSpec | Sequence[BlockSpec]
+# The attention of a whole stack: one layer, or a list of layers cycled over the depth.
+AttentionSpec = LayerSpec | Sequence[LayerSpec]
 FeedForwardSpec = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module] | None
 
 
 def is_named(spec: object) -> bool:
-    """Whether `spec` is (name, options); a list, as JSON makes of the tuple, counts."""
+    """Whether `spec` is (name, options), as a tuple or, read from JSON, a list."""
     return isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[1], Mapping)
 
 
-def parse_layers(attention: LayerSpec | Sequence[LayerSpec]) -> list[list[BlockSpec]]:
-    """The blocks of each layer of one cycle, from any of the forms that `Stack` takes.
+def parse_layers(attention: AttentionSpec) -> list[list[Any]]:
+    """The block specs of each layer of one cycle.
 
     Raises:
         ValueError: an empty list.
-        TypeError: something that is no block.
+        TypeError: an entry is not a block spec.
     """
     if isinstance(attention, str) or callable(attention) or is_named(attention):
-        return [[attention]]  # type: ignore[list-item]
+        return [[attention]]
     if not isinstance(attention, (list, tuple)):
         raise TypeError(f"attention must be a name, (name, options), a callable or a list, got {attention!r}")
-    layers = []
-    for layer in attention:
-        whole = isinstance(layer, (list, tuple)) and not is_named(layer)
-        layers.append(list(layer) if whole else [layer])
+    layers = [
+        list(layer) if isinstance(layer, (list, tuple)) and not is_named(layer) else [layer] for layer in attention
+    ]
     if not layers or not all(layers):
         raise ValueError(f"attention must name at least one block per layer, got {attention!r}")
     for spec in (spec for layer in layers for spec in layer):
@@ -47,82 +48,107 @@ def parse_layers(attention: LayerSpec | Sequence[LayerSpec]) -> list[list[BlockS
     return layers
 
 
-def make_block(spec: BlockSpec, dim: int, causal: bool, parts: Mapping[str, Any]) -> tuple[nn.Module, set[str]]:
-    """Build one block, with the shared parts that its constructor has a name for.
+def cycle_layers(attention: AttentionSpec, depth: int) -> list[list[Any]]:
+    """The block specs of each of `depth` layers. Errors as in `parse_layers`."""
+    cycle = parse_layers(attention)
+    return [cycle[layer % len(cycle)] for layer in range(depth)]
 
-    Returns:
-        The block, and the names of the parts that it took.
+
+def check_shared(shared: Mapping[str, Any], attention: AttentionSpec, depth: int) -> None:
+    """Check that every shared argument is taken by a block of the stack.
 
     Raises:
-        ValueError: an unknown block or option, or a block that cannot be bidirectional in a stack that is.
+        ValueError: an argument that no block's constructor has.
     """
-    if isinstance(spec, str):
-        spec = (spec, {})
-    if is_named(spec):
-        name, options = spec  # type: ignore[misc]
-        check_choice("attention", name, BLOCKS)
-        make: Callable[..., nn.Module] = BLOCKS[name]
-    elif callable(spec):
-        name, options, make = getattr(spec, "__name__", type(spec).__name__), {}, spec
-    else:
-        raise TypeError(f"attention must be a name, (name, options) or a callable, got {spec!r}")
-    bound = getattr(make, "keywords", {})  # what functools.partial has settled is not overruled
-    known = {key for key in inspect.signature(make).parameters if key != "dim" and key not in bound}
-    for option in options:
-        check_choice(f"option of {name!r}", option, sorted(known))
-    taken = {key: part for key, part in parts.items() if key in known}
-    if "causal" in known:
-        taken["causal"] = causal
-    block = make(dim, **{**taken, **options})
+    layers = cycle_layers(attention, depth)
+    for name in sorted(shared):
+        if not takes_part(layers, name):
+            name = "attn_dropout" if name == "dropout" else name
+            raise ValueError(f"{name} must be taken by at least one block, but none of {attention!r} has it")
+
+
+def make_block(spec: Any, dim: int, *, causal: bool, shared: Mapping[str, Any]) -> nn.Module:
+    """Build one block. Its own options take precedence over shared parts.
+
+    Args:
+        spec: a `BlockSpec`.
+        dim: features d.
+        causal: passed to a block that has the argument.
+        shared: parts and sizes; the block gets those that its constructor has an argument for.
+
+    Raises:
+        ValueError: an unknown block or option, or a block that is always causal with causal=False.
+    """
+    name, make, options = _resolve("attention", spec, BLOCKS)
+    known = _arguments(make)
+    given = {key: value for key, value in {**shared, "causal": causal}.items() if key in known}
+    block = make(dim, **{**given, **options})
     if not causal and getattr(block, "causal", False) and "context" not in inspect.signature(block.forward).parameters:
         raise ValueError(f"causal=False must be possible for every block, but {name!r} is causal")
-    return block, set(taken)
+    return block
 
 
 def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Module:
-    """Build one feedforward; options of `(name, options)` go before `defaults`.
+    """Build one feedforward. The options of `(name, options)` take precedence over `defaults`.
 
     Raises:
         ValueError: an unknown name or option.
+        TypeError: `spec` is not a feedforward spec.
     """
-    if isinstance(spec, str):
-        spec = (spec, {})
-    if is_named(spec):
-        name, options = spec  # type: ignore[misc]
-        check_choice("feedforward", name, FEEDFORWARDS)
-        known = inspect.signature(FEEDFORWARDS[name]).parameters
-        for option in options:
-            check_choice(f"option of {name!r}", option, sorted(set(known) - {"dim"}))
-        return FEEDFORWARDS[name](dim, **{**defaults, **options})
     if callable(spec):
         return spec(dim)
-    raise TypeError(f"feedforward must be a name, (name, options), a callable or None, got {spec!r}")
+    if not isinstance(spec, str) and not is_named(spec):
+        raise TypeError(f"feedforward must be a name, (name, options), a callable or None, got {spec!r}")
+    _, make, options = _resolve("feedforward", spec, FEEDFORWARDS)
+    return make(dim, **{**defaults, **options})
 
 
-def takes_part(attention: LayerSpec | Sequence[LayerSpec], name: str) -> bool:
-    """Whether a block of these layers has a constructor argument called `name`, for a part that blocks share."""
-    for layer in parse_layers(attention):
-        for spec in layer:
-            block: Any = spec[0] if is_named(spec) else spec  # type: ignore[index]
-            if isinstance(block, str):
-                check_choice("attention", block, BLOCKS)
-                block = BLOCKS[block]
-            if name in inspect.signature(block).parameters:
-                return True
-    return False
+def takes_part(layers: Sequence[Sequence[Any]], part: str) -> bool:
+    """Whether the constructor of a block in these layers has an argument called `part`."""
+    return any(part in _arguments(_resolve("attention", spec, BLOCKS)[1]) for layer in layers for spec in layer)
 
 
-def shared_blocks(name: str, ids: Sequence[int] | None, depth: int) -> list[int]:
-    """For each layer the id whose weights it has: the given ids cycled over the depth, or one of its own.
+def first_with_same_id(name: str, ids: Sequence[int] | None, specs: Sequence[Any]) -> list[int]:
+    """For each layer the first layer with the same id, whose weights it shares.
+
+    Args:
+        name: the argument's name, for error messages.
+        ids: an id per layer, cycled over the depth. None: no two layers share weights.
+        specs: what each layer is made of.
 
     Raises:
-        TypeError: `ids` are not ints.
-        ValueError: there are none.
+        TypeError: an id is not an int.
+        ValueError: `ids` is empty, or layers with different specs have the same id.
     """
     if ids is None:
-        return list(range(depth))
+        return list(range(len(specs)))
     if not all(isinstance(key, int) for key in ids):
         raise TypeError(f"{name} must be ints, got {ids!r}")
     if not ids:
         raise ValueError(f"{name} must hold at least one id, got {ids!r}")
-    return [ids[layer % len(ids)] for layer in range(depth)]
+    first = [ids.index(ids[layer % len(ids)]) for layer in range(len(specs))]
+    for layer, other in enumerate(first):
+        if specs[layer] != specs[other]:
+            raise ValueError(
+                f"{name} must give the same id only to layers of one kind, got id {ids[other]} for "
+                f"{specs[other]!r} and {specs[layer]!r}"
+            )
+    return first
+
+
+def _resolve(
+    kind: str, spec: Any, registry: Mapping[str, Callable[..., nn.Module]]
+) -> tuple[str, Callable[..., nn.Module], Mapping[str, Any]]:
+    """The name, the constructor and the options of a spec, the options' names checked."""
+    if callable(spec):
+        return getattr(spec, "__name__", type(spec).__name__), spec, {}
+    name, options = (spec, {}) if isinstance(spec, str) else spec
+    check_choice(kind, name, registry)
+    for option in options:
+        check_choice(f"option of {name!r}", option, sorted(_arguments(registry[name])))
+    return name, registry[name], options
+
+
+def _arguments(make: Callable[..., nn.Module]) -> set[str]:
+    """The arguments of a constructor that are still open: not `dim`, and none that a functools.partial has set."""
+    return set(inspect.signature(make).parameters) - {"dim"} - set(getattr(make, "keywords", {}))

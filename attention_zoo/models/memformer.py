@@ -2,69 +2,67 @@
 
 Paper: Memformer, https://arxiv.org/abs/2010.06891
 Upstream: memformer, `Memformer`.
-Differs: T5's buckets the right way round; padded targets are left out of the loss; cached decoding; unknown arguments
-and a decoder without a context are errors.
+Differs: the relative bias of the encoder is bidirectional and that of the decoder causal, where upstream has them
+swapped; padded targets are left out of the loss; cached decoding; unknown arguments and a decoder without a context are
+errors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.positions import RelativeBias
 from attention_zoo.models.layer_specs import BlockSpec
+from attention_zoo.models.positions import check_length
 from attention_zoo.models.stack import Stack, StackState
-from attention_zoo.ops.losses import next_token_loss
-from attention_zoo.saving.saved_model import SavedModel
+from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
+from attention_zoo.saving import SavedModel
 
 
 class MemformerOutput(NamedTuple):
-    """What one segment gives.
+    """Output of one segment.
 
     Attributes:
         encoded: (b, n, d), the encoder's features.
         memory: (b, m, d), for the next segment.
         logits: (b, t, dec_num_tokens) of the token after each target token; None without a target.
-        loss: mean cross entropy of the target's real tokens, in nats; None without a target.
     """
 
     encoded: Tensor
     memory: Tensor
     logits: Tensor | None = None
-    loss: Tensor | None = None
 
 
 class Memformer(SavedModel):
-    """Encoder layers: self attention, reading the memory, feedforward. Decoder layers read the encoder's output.
+    """Encoder layers: self-attention, attention to the memory, feedforward. Decoder layers read the encoder's output.
 
-    Each side has one T5 relative bias, shared by its layers: bidirectional in the encoder, causal in the decoder.
-    Time O(n^2 d + n m d) per segment, whatever came before; what is carried over is m d numbers.
+    The layers of each side share one T5 relative bias, bidirectional in the encoder and causal in the decoder.
+    Time O(n^2 d + n m d) per segment, whatever the number of segments before it. State between segments: m d numbers.
 
     Args:
         dim: features d.
         memory_slots: slots m of the memory.
         enc_num_tokens, enc_depth, enc_heads: vocabulary, layers and heads, of d / heads features, of the encoder.
-        enc_max_seq_len: the longest segment of source, in tokens. None: no limit.
-        dec_num_tokens, dec_depth, dec_heads, dec_max_seq_len: the same of the decoder. Without dec_num_tokens and
-            dec_depth there is none: encoder only.
-        memory_updates: how many times a segment is written to the memory.
-        memory_heads: heads with which it is written.
-        ff_mult: hidden features of feedforwards as a multiple of dim.
-        attn_dropout, ff_dropout: probabilities with which attention weights and hidden features are dropped.
+        enc_max_seq_len: the longest source segment, in tokens. None: no limit.
+        dec_num_tokens, dec_depth, dec_heads, dec_max_seq_len: the same of the decoder. None for the first two: no
+            decoder.
+        memory_updates: number of times a segment is written to the memory.
+        memory_heads: heads of the attention that writes it.
+        ff_mult, attn_dropout, ff_dropout: see `Stack`.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
+        ValueError, TypeError: an argument is invalid; the message names it.
 
     Example:
         >>> model = Memformer(dim=512, memory_slots=128, enc_num_tokens=256, enc_depth=6)
         >>> memory = model.initial_memory(batch)
         >>> for segment in segments:
-        ...     encoded, memory, *_ = model(segment, memory=memory)
+        ...     encoded, memory, _ = model(segment, memory=memory)
     """
 
     encoder_blocks: ClassVar[Sequence[BlockSpec]] = ("full", "cross")
@@ -102,26 +100,21 @@ class Memformer(SavedModel):
         self.enc_max_seq_len = enc_max_seq_len
         self.num_tokens = dec_num_tokens
         self.max_seq_len = dec_max_seq_len
+        self.takes_target = dec_num_tokens is not None  # whether there is a decoder
         self.memory = InitialMemory(memory_slots, dim)
         self.source_embedding = _embedding(enc_num_tokens, dim)
-        self.encoder = _body(self.encoder_blocks, dim, enc_depth, enc_heads, "enc_heads", causal=False, **options)
+        self.encoder = _make_stack(self.encoder_blocks, dim, enc_depth, enc_heads, "enc_heads", causal=False, **options)
         self.update = MemoryUpdate(dim, heads=memory_heads, updates=memory_updates, ff_mult=ff_mult)
-        self.target_embedding: nn.Embedding | None = None
-        self.decoder: Stack | None = None
-        self.to_logits: nn.Linear | None = None
         if dec_num_tokens is not None and dec_depth is not None:
             self.target_embedding = _embedding(dec_num_tokens, dim)
-            self.decoder = _body(self.decoder_blocks, dim, dec_depth, dec_heads, "dec_heads", causal=True, **options)
+            self.decoder = _make_stack(
+                self.decoder_blocks, dim, dec_depth, dec_heads, "dec_heads", causal=True, **options
+            )
             self.to_logits = nn.Linear(dim, dec_num_tokens)
-
-    @property
-    def takes_target(self) -> bool:
-        """Whether there is a decoder, and so a target that `forward` takes."""
-        return self.decoder is not None
 
     def initial_memory(self, batch: int) -> Tensor:
         """The learned memory before the first segment, (batch, m, d)."""
-        return cast(Tensor, self.memory(batch))
+        return self.memory(batch)
 
     def forward(
         self,
@@ -132,29 +125,63 @@ class Memformer(SavedModel):
         mask: Tensor | None = None,
         target_mask: Tensor | None = None,
     ) -> MemformerOutput:
-        """Read and write the memory over one segment, and predict its target.
+        """Encode one segment, update the memory, and compute the logits of its target.
 
         Args:
             source: (b, n) int.
-            target: (b, t) int, t >= 2, for the decoder; None to read the source alone.
-            memory: (b, m, d), what the segment before gave; None for the initial one.
-            mask, target_mask: (b, n) and (b, t) bool, True = a real token.
+            target: (b, t) int, for the decoder; None to encode only.
+            memory: (b, m, d), the memory after the segment before; None for the initial one.
+            mask, target_mask: (b, n) and (b, t) bool, True = a valid token.
 
         Raises:
-            ValueError, TypeError: an argument does not fit; a target without a decoder.
+            ValueError, TypeError: an argument is invalid, or a target is given to a model without a decoder.
         """
         encoded, memory = self._encode(source, memory, mask)
         if target is None:
             if target_mask is not None:
                 raise ValueError("target_mask must come with a target, got target=None")
             return MemformerOutput(encoded, memory)
-        self._check_target(target, target_mask, batch=source.shape[0], total=target.shape[-1])
-        if target.shape[1] < 2:
+        self._check_decoder()
+        check_tokens(target, self.target_embedding.num_embeddings, name="target")
+        check_padding(target_mask, target, name="target_mask")
+        if target.shape[0] != source.shape[0]:
+            raise ValueError(f"target must have the batch of the source, got {target.shape[0]} and {source.shape[0]}")
+        check_length(target, None, self.max_seq_len, name="target", limit="dec_max_seq_len")
+        x = self.decoder(self.target_embedding(target), mask=target_mask, context=encoded, context_mask=mask)
+        return MemformerOutput(encoded, memory, self.to_logits(x))
+
+    def loss(
+        self,
+        source: Tensor,
+        target: Tensor,
+        *,
+        memory: Tensor | None = None,
+        mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross entropy, in nats, of every valid target token given the source, the memory and those before it.
+
+        Args:
+            source, memory, mask, target_mask: see `forward`.
+            target: (b, t) int with t >= 2.
+        """
+        return total_loss(self.loss_terms(source, target, memory=memory, mask=mask, target_mask=target_mask))
+
+    def loss_terms(
+        self,
+        source: Tensor,
+        target: Tensor,
+        *,
+        memory: Tensor | None = None,
+        mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> list[LossTerm]:
+        """The loss as a mean and its count of targets. Arguments as in `loss`."""
+        if target.ndim == 2 and target.shape[1] < 2:
             raise ValueError(f"target must hold at least two tokens for a loss, got shape {tuple(target.shape)}")
-        embedding, decoder, to_logits = self._decoder()
-        x = decoder(embedding(target), mask=target_mask, context=encoded, context_mask=mask)
-        logits = to_logits(x)
-        return MemformerOutput(encoded, memory, logits, next_token_loss(logits[:, :-1], target, target_mask))
+        output = self(source, target, memory=memory, mask=mask, target_mask=target_mask)
+        mean = next_token_loss(output.logits[:, :-1], target, target_mask)
+        return [LossTerm(mean, count_next_tokens(target, target_mask))]
 
     def step(
         self,
@@ -165,32 +192,35 @@ class Memformer(SavedModel):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
-        """Logits after each of some new target tokens.
+        """Logits after each new target token.
 
         Args:
             tokens: (b, t) int, any t >= 1.
-            state: what the step before returned; None at the start. It keeps its meaning.
+            state: the state returned by the step before; None at the start. It is not changed.
             mask: (b, t) bool over the new tokens.
-            context, context_mask: `encoded` of the source and the source's mask; with the first step alone.
+            context, context_mask: `encoded` of the source and the source's mask; given with the first step only.
 
         Returns:
             (b, t, dec_num_tokens) and the new state.
 
         Raises:
-            ValueError: no decoder, no context at the first step, or more than dec_max_seq_len tokens.
+            ValueError: no decoder, no context with the first step, or more than dec_max_seq_len tokens.
         """
-        embedding, decoder, to_logits = self._decoder()
+        self._check_decoder()
         if state is None and context is None:
             raise ValueError("context must be given with the first step: encode a source, or decode through read()")
-        # Under compile a length held in a tensor is no number to decide on.
-        known = self.max_seq_len is not None and state is not None and not torch.compiler.is_compiling()
-        start = state.length if state is not None and known else 0
-        self._check_target(tokens, mask, batch=tokens.shape[0], total=start + tokens.shape[-1], name="tokens")
-        x, state = decoder.step(embedding(tokens), state, mask=mask, context=context, context_mask=context_mask)
-        return to_logits(x), state
+        check_tokens(tokens, self.target_embedding.num_embeddings)
+        check_padding(mask, tokens)
+        check_length(tokens, state, self.max_seq_len, limit="dec_max_seq_len")
+        x, state = self.decoder.step(
+            self.target_embedding(tokens), state, mask=mask, context=context, context_mask=context_mask
+        )
+        return self.to_logits(x), state
 
     def read(self, source: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> TargetDecoder:
-        """Read a segment of source, in the mode that the model is in, and get what decodes its target.
+        """Encode a source segment and return the decoder of its target, from which `generate` samples.
+
+        The model stays in its mode, training or eval. Arguments as in `forward`.
 
         Example:
             >>> memory = None
@@ -198,7 +228,7 @@ class Memformer(SavedModel):
             ...     reading = model.read(segment, memory=memory)
             ...     answer, memory = attention_zoo.generate(reading, prompt, 20), reading.memory
         """
-        self._decoder()
+        self._check_decoder()
         encoded, memory = self._encode(source, memory, mask)
         return TargetDecoder(self, encoded, memory, mask)
 
@@ -213,28 +243,16 @@ class Memformer(SavedModel):
         encoded = self.encoder(self.source_embedding(source), mask=mask, context=memory)
         return encoded, self.update(memory, encoded, mask=mask)
 
-    def _decoder(self) -> tuple[nn.Embedding, Stack, nn.Linear]:
-        if self.decoder is None or self.target_embedding is None or self.to_logits is None:
+    def _check_decoder(self) -> None:
+        if not self.takes_target:
             raise ValueError("target must be None for a model without a decoder: give dec_num_tokens and dec_depth")
-        return self.target_embedding, self.decoder, self.to_logits
-
-    def _check_target(
-        self, tokens: Tensor, mask: Tensor | None, *, batch: int, total: int, name: str = "target"
-    ) -> None:
-        self._decoder()
-        check_tokens(tokens, cast(int, self.num_tokens), name=name)
-        check_padding(mask, tokens, name="mask" if name == "tokens" else "target_mask")
-        if tokens.shape[0] != batch:
-            raise ValueError(f"{name} must have the batch of the source, got {tokens.shape[0]} and {batch}")
-        if self.max_seq_len is not None and total > self.max_seq_len:
-            raise ValueError(f"{name} must fit dec_max_seq_len={self.max_seq_len}, got a sequence of {total} tokens")
 
 
 class TargetDecoder(nn.Module):
-    """The decoder over one source that has been read: it has `step`, so `generate` samples from it.
+    """The decoder of a `Memformer` over one encoded source. It has `step`, so `generate` samples from it.
 
     Attributes:
-        encoded: (b, n, d).
+        encoded: (b, n, d), the encoder's features.
         memory: (b, m, d), for the next segment.
     """
 
@@ -262,7 +280,7 @@ def _embedding(num_tokens: int, dim: int) -> nn.Embedding:
     return embedding
 
 
-def _body(
+def _make_stack(
     blocks: Sequence[BlockSpec], dim: int, depth: int, heads: int, name: str, *, causal: bool, **options: Any
 ) -> Stack:
     check_positive(dim=dim, **{name: heads})

@@ -1,31 +1,31 @@
-"""A language model that reads text segment by segment and carries a memory from one to the next.
+"""A language model that reads text segment by segment and carries a memory from one segment to the next.
 
-Paper: Memformer, https://arxiv.org/abs/2010.06891, without its encoder
+Paper: Memformer, https://arxiv.org/abs/2010.06891
+Differs: no encoder; the layers of one causal stack read the memory, with any blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_choice, check_padding, check_positive, check_tokens
+from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
-from attention_zoo.layers.positions import RelativeBias, Rotary
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, register_state
-from attention_zoo.models.layer_specs import FeedForwardSpec, LayerSpec, parse_layers, takes_part
+from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
+from attention_zoo.models.positions import position_parts
 from attention_zoo.models.stack import Stack, StackState
-from attention_zoo.saving.saved_model import SavedModel
-
-POSITIONS = ("auto", "rotary", "t5")
+from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
+from attention_zoo.saving import SavedModel
 
 
 class MemoryOutput(NamedTuple):
-    """What one segment gives.
+    """Output of one segment.
 
     Attributes:
         logits: (b, n, num_tokens) of the token after each token.
@@ -38,51 +38,47 @@ class MemoryOutput(NamedTuple):
 
 @dataclass
 class MemoryState(State):
-    """What a `MemoryLanguageModel` remembers between steps. Bounded: one segment and the memory.
+    """Decoding state of a `MemoryLanguageModel`: the memory and at most one segment.
 
     Attributes:
-        memory: (b, m, d), written by the segments that are full.
-        seen: tokens so far, a tensor without axes.
-        stack: the blocks' states within the segment that is not full; None at its start.
-        features: (b, t, d) of that segment, which the memory will be written from.
-        mask: (b, t) bool over it, or None where all tokens are real.
+        memory: (b, m, d), written by the segments that are complete.
+        token_count: tokens so far, a 0-d tensor.
+        stack: the state of the stack within the incomplete segment; None at its start.
+        features: (b, t, d) of the incomplete segment, from which the memory will be written.
+        mask: (b, t) bool over the incomplete segment, or None where all tokens are valid.
     """
 
     memory: Tensor
-    seen: Tensor
+    token_count: Tensor
     stack: StackState | None = None
     features: Tensor | None = None
     mask: Tensor | None = None
 
     @property
     def length(self) -> int:
-        return int(self.seen)
+        return int(self.token_count)
 
 
 register_state(MemoryState)
 
 
 class MemoryLanguageModel(SavedModel):
-    """p(token | its segment so far, the memory), from any causal blocks; every layer reads the memory after them.
+    """p(token | its segment so far, the memory). Every layer reads the memory after its other blocks.
 
-    The law: `step` over any split of a text equals `forward` over its consecutive segments of `segment_len` tokens.
-    Time per token and state do not grow with the text.
+    `step` over any split of a text equals `forward` over its consecutive segments of `segment_len` tokens. Time per
+    token and the size of the state do not grow with the text.
 
     Args:
-        num_tokens: size of the vocabulary.
-        dim: features d.
-        depth: layers.
+        num_tokens, dim, depth: see `LanguageModel`.
         memory_slots: slots m of the memory.
         segment_len: tokens of a segment.
-        attention: a block, or a list of blocks cycled over the layers; see `Stack`.
-        heads, dim_head: passed to the blocks that have them; None leaves each its own default.
-        positions: within a segment. "auto" is rotary for the blocks that take it and nothing for the others; "rotary"
-            or "t5" (relative bias) by name; None for none.
-        memory_updates, memory_heads: how many times a segment is written to the memory, and with how many heads.
-        feedforward, ff_mult, norm, residual, attn_dropout, ff_dropout: see `Stack`.
+        attention, heads, dim_head, feedforward, ff_mult, norm, residual, attn_dropout, ff_dropout: see `Stack`.
+        positions: "auto", "rotary", "t5" or None, within a segment; see `LanguageModel`.
+        memory_updates: number of times a segment is written to the memory.
+        memory_heads: heads of the attention that writes it.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
+        ValueError, TypeError: an argument is invalid; the message names it.
     """
 
     def __init__(
@@ -93,7 +89,7 @@ class MemoryLanguageModel(SavedModel):
         depth: int,
         memory_slots: int,
         segment_len: int,
-        attention: LayerSpec | Sequence[LayerSpec] = "full",
+        attention: AttentionSpec = "full",
         heads: int | None = None,
         dim_head: int | None = None,
         positions: str | None = "auto",
@@ -109,13 +105,7 @@ class MemoryLanguageModel(SavedModel):
         super().__init__()
         self.remember(locals())
         check_positive(num_tokens=num_tokens, segment_len=segment_len)
-        if positions is not None:
-            check_choice("positions", positions, POSITIONS)
-        shared: dict[str, Any] = {}
-        if positions == "rotary" or (positions == "auto" and takes_part(attention, "rotary")):
-            shared["rotary"] = Rotary()
-        elif positions == "t5":
-            shared["bias"] = RelativeBias(8 if heads is None else heads)
+        parts = position_parts(positions, attention, heads, known=("auto", "rotary", "t5"))
         self.num_tokens = num_tokens
         self.segment_len = segment_len
         self.memory = InitialMemory(memory_slots, dim)
@@ -133,46 +123,77 @@ class MemoryLanguageModel(SavedModel):
             attn_dropout=attn_dropout,
             ff_dropout=ff_dropout,
             ff_mult=ff_mult,
-            **shared,
+            **parts,
         )
         self.update = MemoryUpdate(dim, heads=memory_heads, updates=memory_updates, ff_mult=ff_mult)
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
 
     def initial_memory(self, batch: int) -> Tensor:
         """The learned memory before the first segment, (batch, m, d)."""
-        return cast(Tensor, self.memory(batch))
+        return self.memory(batch)
 
     def forward(self, segment: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> MemoryOutput:
         """Logits over one segment, and the memory after it.
 
         Args:
             segment: (b, n) int, n <= segment_len.
-            memory: (b, m, d), what the segment before gave; None for the initial one.
-            mask: (b, n) bool, True = a real token.
+            memory: (b, m, d), the memory after the segment before; None for the initial one.
+            mask: (b, n) bool, True = a valid token.
 
         Raises:
-            ValueError, TypeError: an argument does not fit, or the text is longer than a segment.
+            ValueError, TypeError: an argument is invalid, or there are more than segment_len tokens.
         """
         check_tokens(segment, self.num_tokens, name="segment")
         check_padding(mask, segment)
         if segment.shape[1] > self.segment_len:
             raise ValueError(f"segment must hold at most segment_len={self.segment_len} tokens, got {segment.shape[1]}")
-        memory = self._memory(memory, segment.shape[0])
+        memory = self.initial_memory(segment.shape[0]) if memory is None else memory
+        self.memory.check(memory, segment.shape[0])
         x = self.stack(self.token_embedding(segment), mask=mask, context=memory)
         return MemoryOutput(self.to_logits(x), self.update(memory, x, mask=mask))
+
+    def loss(self, tokens: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Mean cross entropy, in nats, of every valid token given the valid tokens before it.
+
+        The text is read in consecutive segments of `segment_len` tokens, through which gradients flow.
+
+        Args:
+            tokens: (b, n) int, any n >= 2.
+            memory: (b, m, d), the memory before the text; None for the initial one.
+            mask: (b, n) bool, True = a valid token.
+        """
+        return total_loss(self.loss_terms(tokens, memory=memory, mask=mask))
+
+    def loss_terms(self, tokens: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> list[LossTerm]:
+        """The loss as a mean and its count of targets. Arguments as in `loss`."""
+        check_tokens(tokens, self.num_tokens)
+        check_padding(mask, tokens)
+        if tokens.shape[1] < 2:
+            raise ValueError(f"tokens must hold at least two tokens for a loss, got shape {tuple(tokens.shape)}")
+        logits = []
+        for part in _segments(0, tokens.shape[1] - 1, self.segment_len):
+            out = self(tokens[:, part], memory=memory, mask=None if mask is None else mask[:, part])
+            logits.append(out.logits)
+            memory = out.memory
+        mean = next_token_loss(torch.cat(logits, dim=1), tokens, mask)
+        return [LossTerm(mean, count_next_tokens(tokens, mask))]
 
     def step(
         self, tokens: Tensor, state: MemoryState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, MemoryState]:
-        """Logits after each of some new tokens; they may end one segment and begin others.
+        """Logits after each new token. The new tokens may complete a segment and begin others.
 
         Args:
             tokens: (b, t) int, any t >= 1.
-            state: what the step before returned; None at the start. It keeps its meaning.
+            state: the state returned by the step before; None at the start. It is not changed.
             mask: (b, t) bool over the new tokens.
 
         Returns:
             (b, t, num_tokens) and the new state.
+
+        Raises:
+            ValueError: an id out of range, or a state of another batch.
+            TypeError: `state` is not a MemoryState.
         """
         check_tokens(tokens, self.num_tokens)
         check_padding(mask, tokens)
@@ -181,36 +202,38 @@ class MemoryLanguageModel(SavedModel):
         if state is None:
             state = MemoryState(self.initial_memory(tokens.shape[0]), torch.tensor(0))
         self.memory.check(state.memory, tokens.shape[0])
-        logits, start = [], 0
-        while start < tokens.shape[1]:
-            used = 0 if state.features is None else state.features.shape[1]
-            stop = min(tokens.shape[1], start + self.segment_len - used)
-            part = None if mask is None else mask[:, start:stop]
-            out, state = self._advance(tokens[:, start:stop], state, part)
+        used = 0 if state.features is None else state.features.shape[1]
+        logits = []
+        for part in _segments(used, tokens.shape[1], self.segment_len):
+            out, state = self._step_in_segment(tokens[:, part], state, None if mask is None else mask[:, part])
             logits.append(out)
-            start = stop
         return torch.cat(logits, dim=1), state
 
-    def _advance(self, tokens: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Tensor, MemoryState]:
-        """`step` for tokens that fit into the segment; the memory is written when they fill it."""
+    def _step_in_segment(self, tokens: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Tensor, MemoryState]:
+        """`step` for tokens of one segment. The memory is written when they complete it."""
         context = state.memory if state.stack is None else None
         x, stack = self.stack.step(self.token_embedding(tokens), state.stack, mask=mask, context=context)
-        logits, seen = self.to_logits(x), state.seen + tokens.shape[1]
-        mask = _join_masks(state, x, mask)
-        features = x if state.features is None else torch.cat((state.features, x), dim=1)
-        if features.shape[1] < self.segment_len:
-            return logits, MemoryState(state.memory, seen, stack, features, mask)
-        return logits, MemoryState(self.update(state.memory, features, mask=mask), seen)
-
-    def _memory(self, memory: Tensor | None, batch: int) -> Tensor:
-        memory = self.initial_memory(batch) if memory is None else memory
-        self.memory.check(memory, batch)
-        return memory
+        logits, token_count = self.to_logits(x), state.token_count + tokens.shape[1]
+        if state.features is not None:
+            mask = _join_masks(state.mask, state.features, mask, x)
+            x = torch.cat((state.features, x), dim=1)
+        if x.shape[1] < self.segment_len:
+            return logits, MemoryState(state.memory, token_count, stack, x, mask)
+        return logits, MemoryState(self.update(state.memory, x, mask=mask), token_count)
 
 
-def _join_masks(state: MemoryState, x: Tensor, mask: Tensor | None) -> Tensor | None:
-    if state.features is None or (state.mask is None and mask is None):
-        return mask
-    old = state.features.new_ones(state.features.shape[:2], dtype=torch.bool) if state.mask is None else state.mask
-    new = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+def _segments(used: int, new: int, segment_len: int) -> Iterator[slice]:
+    """Slices of `new` tokens that end where segments do, after `used` tokens of the first segment."""
+    start = 0
+    while start < new:
+        stop = min(new, start + segment_len - used)
+        yield slice(start, stop)
+        start, used = stop, 0
+
+
+def _join_masks(old: Tensor | None, old_x: Tensor, new: Tensor | None, new_x: Tensor) -> Tensor | None:
+    if old is None and new is None:
+        return None
+    old = old_x.new_ones(old_x.shape[:2], dtype=torch.bool) if old is None else old
+    new = new_x.new_ones(new_x.shape[:2], dtype=torch.bool) if new is None else new
     return torch.cat((old, new), dim=1)

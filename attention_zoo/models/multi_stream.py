@@ -1,4 +1,4 @@
-"""A transformer of several streams of features, whose heads may talk to each other across streams.
+"""A transformer with several streams of features, whose heads may be mixed across streams.
 
 Paper: Multi-Stream Transformers, https://arxiv.org/abs/2107.10342
 Upstream: quartic-transformer, MultiStreamTransformer.
@@ -7,7 +7,6 @@ Differs: any number of streams and any block; a padding mask; causal with cached
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,52 +19,51 @@ from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.attention import TalkingHeadsAttention
 from attention_zoo.layers.norms import RMSNorm
 from attention_zoo.layers.state import State, register_state
-from attention_zoo.models.layer_specs import LayerSpec
-from attention_zoo.models.stack import Stack, StackState
-from attention_zoo.ops.losses import next_token_loss
-from attention_zoo.ops.talking_heads.diversity import stream_diversity_loss
-from attention_zoo.saving.saved_model import SavedModel
+from attention_zoo.models.layer_specs import AttentionSpec
+from attention_zoo.models.positions import check_length, count_valid_tokens
+from attention_zoo.models.stack import BlockInputs, Stack, StackState
+from attention_zoo.ops import stream_diversity_loss
+from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
+from attention_zoo.saving import SavedModel
 
 
 @dataclass
 class MultiStreamState(State):
-    """What a multi-stream model remembers between steps.
+    """Decoding state of a multi-stream model.
 
     Attributes:
-        stack: the state of its body, for streams folded into the batch.
-        real: (b,) int, real tokens so far.
+        stack: the state of the stack, with the streams folded into the batch.
+        valid_count: (b,) int, valid tokens so far.
     """
 
     stack: StackState
-    real: Tensor
+    valid_count: Tensor
 
     @property
     def length(self) -> int:
         return self.stack.length
 
     def reorder(self, index: Tensor) -> Self:
-        rows = self.real.shape[0]
+        rows = self.valid_count.shape[0]
 
-        def pick(leaf: Tensor) -> Tensor:
+        def select(leaf: Tensor) -> Tensor:
             if not leaf.ndim:
                 return leaf
             by_row = leaf.reshape(rows, -1, *leaf.shape[1:])  # (b s, ...) or (b, ...)
             return by_row.index_select(0, index).flatten(0, 1)
 
-        return type(self)(pytree.tree_map_only(Tensor, pick, self.stack), self.real.index_select(0, index))
+        return type(self)(pytree.tree_map_only(Tensor, select, self.stack), self.valid_count.index_select(0, index))
 
 
 register_state(MultiStreamState)
 
 
 class OverStreams(nn.Module):
-    """Talking heads across streams, as a block of folded streams: (b s, n, d) in and out.
+    """Talking heads across streams as a block of folded streams: (b s, n, d) -> (b s, n, d).
 
     Args:
-        block: talking heads over s streams.
+        block: talking-heads attention over s streams.
     """
-
-    causal: bool
 
     def __init__(self, block: TalkingHeadsAttention) -> None:
         super().__init__()
@@ -73,45 +71,42 @@ class OverStreams(nn.Module):
         self.causal = block.causal
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """(b s, n, d) -> (b s, n, d)."""
-        out: Tensor = self.block(self.unfold(x), mask=self.first(mask))
-        return out.flatten(0, 1)
+        """(b s, n, d) -> (b s, n, d), mask (b s, n)."""
+        return self.block(self.unfold(x), mask=self._row_mask(mask)).flatten(0, 1)
 
     def step(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """New tokens (b s, t, d), and a state with b rows."""
-        out, state = self.block.step(self.unfold(x), state, mask=self.first(mask))
+        out, state = self.block.step(self.unfold(x), state, mask=self._row_mask(mask))
         return out.flatten(0, 1), state
 
     def unfold(self, x: Tensor) -> Tensor:
         """(b s, n, d) -> (b, s, n, d)."""
         return x.view(-1, self.block.streams, *x.shape[1:])
 
-    def first(self, mask: Tensor | None) -> Tensor | None:
-        """(b s, n), equal for the streams of a row -> (b, n)."""
+    def _row_mask(self, mask: Tensor | None) -> Tensor | None:
+        """(b s, n), the same for all streams of a row -> (b, n)."""
         return None if mask is None else mask[:: self.block.streams]
 
 
 class MultiStreamTransformer(SavedModel):
-    """Several streams over the same tokens, each with its own features, summed for the logits.
+    """Streams of features over the same tokens, each with its own embedding, summed for the logits.
 
     Args:
-        num_tokens: size of the vocabulary.
-        dim: features d.
-        depth: layers.
-        streams: streams s.
-        attention: "talking_heads", or any other layer that `Stack` takes, which each stream then runs by itself.
-        heads, dim_head: of each stream; None leaves each block its own default.
+        num_tokens, dim, depth: see `LanguageModel`.
+        streams: number of streams s.
+        attention: "talking_heads", or any other `attention` of `Stack`, which runs on each stream separately.
+        heads, dim_head: of each stream; see `Stack`.
         max_seq_len: length of the position table, and the longest sequence accepted.
-        causal: a language model with `loss` and `step`; False sees both ways, for masked-token training.
-        cross_stream: the heads of all streams talk; False: those of one stream alone.
-        pre_softmax, post_softmax: the mixes of talking heads, "linear", "mlp" or None.
-        scale: multiplies the scores of talking heads; dim_head^-0.5 where None.
-        separate_embeddings: a token and a position table per stream; False: shared ones and a vector per stream.
-        tie_embeddings: logits use the token table; only with shared ones.
+        causal: True for a language model with `loss` and `step`; False for a bidirectional model.
+        cross_stream: whether heads are mixed across streams, or only within a stream.
+        pre_softmax, post_softmax, scale: see `TalkingHeadsAttention`.
+        separate_embeddings: whether every stream has its own token and position table. False: shared tables and one
+            vector per stream.
+        tie_embeddings: whether the logits use the token table; needs separate_embeddings=False.
         attn_dropout, ff_dropout, ff_mult: see `Stack`.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
+        ValueError, TypeError: an argument is invalid; the message names it.
     """
 
     def __init__(
@@ -121,7 +116,7 @@ class MultiStreamTransformer(SavedModel):
         dim: int,
         depth: int,
         streams: int = 2,
-        attention: LayerSpec | Sequence[LayerSpec] = "talking_heads",
+        attention: AttentionSpec = "talking_heads",
         heads: int | None = None,
         dim_head: int | None = None,
         max_seq_len: int = 2048,
@@ -140,8 +135,11 @@ class MultiStreamTransformer(SavedModel):
         self.remember(locals())
         check_positive(num_tokens=num_tokens, dim=dim, depth=depth, streams=streams, max_seq_len=max_seq_len)
         if tie_embeddings and separate_embeddings:
-            raise ValueError("tie_embeddings needs one token table, got tie_embeddings=True, separate_embeddings=True")
-        self.num_tokens, self.streams, self.max_seq_len, self.causal = num_tokens, streams, max_seq_len, causal
+            raise ValueError("tie_embeddings needs separate_embeddings=False, got separate_embeddings=True")
+        self.num_tokens = num_tokens
+        self.streams = streams
+        self.max_seq_len = max_seq_len
+        self.causal = causal
 
         def talking_heads(
             dim: int, *, heads: int = 8, dim_head: int = 64, causal: bool = True, dropout: float = 0.0
@@ -171,7 +169,7 @@ class MultiStreamTransformer(SavedModel):
             ff_dropout=ff_dropout,
             ff_mult=ff_mult,
         )
-        self.stack.norm = nn.Identity()  # the norm comes after the sum of the streams
+        self.stack.norm = nn.Identity()  # the norm follows the sum of the streams
         tables = (streams,) if separate_embeddings else ()
         self.token_embedding = nn.Parameter(torch.empty(*tables, num_tokens, dim))
         self.position_embedding = nn.Parameter(torch.empty(*tables, max_seq_len, dim))
@@ -182,12 +180,12 @@ class MultiStreamTransformer(SavedModel):
         self.norm = RMSNorm(dim)
         self.to_logits = None if tie_embeddings else nn.Linear(dim, num_tokens, bias=False)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits at each token: of the next one if causal, of this one if not.
+    def forward(self, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Logits at each token: of the next token if causal, of the token itself if not.
 
         Args:
             tokens: (b, n) int.
-            mask: (b, n) bool, True = a real token.
+            mask: (b, n) bool, True = a valid token.
 
         Returns:
             (b, n, num_tokens).
@@ -195,52 +193,66 @@ class MultiStreamTransformer(SavedModel):
         x, _ = self._embed(tokens, mask, None)
         return self._logits(self.stack(x, mask=self._fold(mask)))
 
-    def loss(self, tokens: Tensor, mask: Tensor | None = None, *, diversity_weight: float = 0.0) -> Tensor:
-        """Mean cross entropy in nats of every real token given those before it, plus the weighted diversity loss."""
+    def loss(self, tokens: Tensor, *, mask: Tensor | None = None, diversity_weight: float = 0.0) -> Tensor:
+        """Mean cross entropy, in nats, of every valid token given the valid tokens before it, plus the diversity loss.
+
+        Args:
+            tokens: (b, n) int with n >= 2.
+            mask: (b, n) bool, True = a valid token.
+            diversity_weight: factor of the diversity loss; see `diversity`.
+        """
+        return total_loss(self.loss_terms(tokens, mask=mask, diversity_weight=diversity_weight))
+
+    def loss_terms(
+        self, tokens: Tensor, *, mask: Tensor | None = None, diversity_weight: float = 0.0
+    ) -> list[LossTerm]:
+        """The loss as means and their counts: of targets, and of queries. Arguments as in `loss`."""
         if not self.causal:
             raise ValueError("loss needs causal=True, got causal=False; see training.masked_token_loss")
         if tokens.ndim == 2 and tokens.shape[1] < 2:
             raise ValueError(f"tokens must hold at least two tokens for a loss, got shape {tuple(tokens.shape)}")
-        inputs, real = tokens[:, :-1], None if mask is None else mask[:, :-1]
-        x, _ = self._embed(inputs, real, None)
+        inputs, valid = tokens[:, :-1], None if mask is None else mask[:, :-1]
+        targets = count_next_tokens(tokens, mask)
         if not diversity_weight:
-            return next_token_loss(self._logits(self.stack(x, mask=self._fold(real))), tokens, mask)
-        x, diversity = self._run_with_diversity(x, real)
-        return next_token_loss(self._logits(x), tokens, mask) + diversity_weight * diversity
+            return [LossTerm(next_token_loss(self(inputs, mask=valid), tokens, mask), targets)]
+        x, diversity = self._run_with_diversity(inputs, valid)
+        queries = torch.tensor(inputs.numel(), device=inputs.device) if valid is None else valid.sum()
+        return [
+            LossTerm(next_token_loss(self._logits(x), tokens, mask), targets),
+            LossTerm(diversity, queries, diversity_weight),
+        ]
 
-    def diversity(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The diversity loss (`ops.diversity`), summed over layers: 0 for one stream, lower the more heads differ."""
-        x, _ = self._embed(tokens, mask, None)
-        return self._run_with_diversity(x, mask)[1]
+    def diversity(self, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The diversity loss summed over layers: 0 for one stream, lower the more the streams' heads differ.
+
+        See `ops.stream_diversity_loss`. Arguments as in `forward`.
+        """
+        return self._run_with_diversity(tokens, mask)[1]
 
     def step(
         self, tokens: Tensor, state: MultiStreamState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, MultiStreamState]:
-        """Logits (b, t, num_tokens) after each of some new tokens (b, t), given all before them, and the new state."""
+        """Logits (b, t, num_tokens) after each new token (b, t), and the new state; see `LanguageModel.step`."""
         if state is not None and not isinstance(state, MultiStreamState):
             raise TypeError(f"state must be a MultiStreamState, got {type(state).__name__}")
         if not self.causal:
             raise ValueError(f"step needs a model built with causal=True, got causal={self.causal}")
-        x, real = self._embed(tokens, mask, state)
+        x, valid_count = self._embed(tokens, mask, state)
         x, stack = self.stack.step(x, None if state is None else state.stack, mask=self._fold(mask))
-        return self._logits(x), MultiStreamState(stack, real)
+        return self._logits(x), MultiStreamState(stack, valid_count)
 
     def _embed(self, tokens: Tensor, mask: Tensor | None, state: MultiStreamState | None) -> tuple[Tensor, Tensor]:
-        """Features (b s, n, d) and the count of real tokens (b,)."""
+        """Features (b s, n, d) and the valid tokens so far (b,)."""
         check_tokens(tokens, self.num_tokens)
         check_padding(mask, tokens)
-        before = state.length if state is not None and not torch.compiler.is_compiling() else 0
-        if before + tokens.shape[1] > self.max_seq_len:
-            total = before + tokens.shape[1]
-            raise ValueError(f"tokens must fit max_seq_len={self.max_seq_len}, got a sequence of {total} tokens")
-        ones = torch.ones_like(tokens, dtype=torch.int64) if mask is None else mask.long()
-        count = ones.cumsum(dim=1) + (0 if state is None else state.real[:, None])
-        place = (count - 1).clamp(min=0)
+        check_length(tokens, state, self.max_seq_len)
+        count = count_valid_tokens(tokens, mask, None if state is None else state.valid_count)
+        position = (count - 1).clamp(min=0)
         if self.stream_embedding is None:
-            x = self.token_embedding[:, tokens] + self.position_embedding[:, place]  # (s, b, n, d)
+            x = self.token_embedding[:, tokens] + self.position_embedding[:, position]  # (s, b, n, d)
             x = x.transpose(0, 1)
         else:
-            x = F.embedding(tokens, self.token_embedding) + F.embedding(place, self.position_embedding)
+            x = F.embedding(tokens, self.token_embedding) + F.embedding(position, self.position_embedding)
             x = x[:, None] + self.stream_embedding[:, None]  # (b, s, n, d)
         return x.flatten(0, 1), count[:, -1]
 
@@ -250,29 +262,27 @@ class MultiStreamTransformer(SavedModel):
 
     def _logits(self, x: Tensor) -> Tensor:
         x = self.norm(x.view(-1, self.streams, *x.shape[1:]).sum(1))
-        weight = self.token_embedding if self.to_logits is None else self.to_logits.weight
-        return F.linear(x, weight)
+        return F.linear(x, self.token_embedding if self.to_logits is None else self.to_logits.weight)
 
-    def _run_with_diversity(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run_with_diversity(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The features after the last layer, and the diversity loss."""
+        x, _ = self._embed(tokens, mask, None)
+        inputs = BlockInputs(mask=self._fold(mask))
         total = torch.zeros((), device=x.device)
-        inputs = {"mask": self._fold(mask), "context": None, "context_mask": None}
-        for sub in self.stack.sublayers():
-            if not sub.tokenwise:
-                total = total + self._diversity_of(sub.block, sub.residual.branch(x), mask)
-            x = sub(x, inputs)
+        for sublayer in self.stack.sublayers():
+            if not sublayer.tokenwise and self.streams > 1:
+                total = total + self._layer_diversity(sublayer.block, sublayer.residual.branch(x), mask)
+            x = sublayer(x, inputs)
         return x, total
 
-    def _diversity_of(self, block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-        if isinstance(block, OverStreams):
-            q, k, pre_softmax = block.block.queries_and_keys(block.unfold(x))
-            scale = block.block.scale
-        elif self.streams == 1:
-            return torch.zeros((), device=x.device)
-        else:
+    def _layer_diversity(self, block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+        if not isinstance(block, OverStreams):
             raise ValueError(
-                f"diversity needs streams whose heads talk, got attention={self.arguments['attention']!r}, "
+                f"diversity needs streams whose heads are mixed, got attention={self.arguments['attention']!r}, "
                 f"cross_stream={self.arguments['cross_stream']}"
             )
+        heads = block.block
+        q, k, pre_softmax = heads.queries_and_keys(block.unfold(x))
         return stream_diversity_loss(
-            q, k, pre_softmax, streams=self.streams, mask=mask, causal=self.causal, scale=scale
+            q, k, pre_softmax, streams=self.streams, mask=mask, causal=self.causal, scale=heads.scale
         )

@@ -1,12 +1,12 @@
-"""A transformer's body: any block in any layer, each in its residual connection, followed by a feedforward."""
+"""The body of a transformer: layers of attention blocks and feedforwards, each in a residual connection."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,44 +20,58 @@ from attention_zoo.layers.reversible import reversible as run_reversible
 from attention_zoo.layers.state import State, count_tokens, register_state
 from attention_zoo.layers.token_shift import TokenShift
 from attention_zoo.models.layer_specs import (
-    BlockSpec,
+    AttentionSpec,
     FeedForwardSpec,
-    LayerSpec,
+    check_shared,
+    cycle_layers,
+    first_with_same_id,
     make_block,
     make_feedforward,
-    parse_layers,
-    shared_blocks,
 )
-from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.ops import TextImageLayout
+
+
+class BlockInputs(NamedTuple):
+    """Inputs beside the features. A block gets those that its `forward` has a parameter for.
+
+    Attributes:
+        mask: (b, n) bool, True = a valid token.
+        context: (b, j, context_dim), what cross attention reads.
+        context_mask: (b, j) bool, True = a valid position of the context.
+    """
+
+    mask: Tensor | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
 
 
 @dataclass
 class StackState(State):
-    """The states of a stack's blocks.
+    """Decoding state of a stack.
 
     Attributes:
         blocks: the state of each block that has one, in the order of the layers.
-        seen: tokens so far, a tensor without axes.
+        token_count: tokens so far, a 0-d tensor.
     """
 
     blocks: list[Any]
-    seen: Tensor
+    token_count: Tensor
 
     @property
     def length(self) -> int:
-        return int(self.seen)
+        return int(self.token_count)
 
 
 register_state(StackState)
 
 
 class Sublayer(nn.Module):
-    """A block in its residual connection.
+    """A block in its residual connection: `residual.merge(x, block(residual.branch(x)))`.
 
     Args:
-        block: attention, or a feedforward.
-        residual: the rule by which it joins the stream.
-        tokenwise: the block treats every token by itself, so that decoding needs no state for it.
+        block: an attention block or a feedforward.
+        residual: the residual connection.
+        tokenwise: whether the block treats every token by itself, so that decoding needs no state for it.
     """
 
     def __init__(self, block: nn.Module, residual: Residual, *, tokenwise: bool) -> None:
@@ -65,48 +79,50 @@ class Sublayer(nn.Module):
         self.block: Any = block
         self.residual = residual
         self.tokenwise = tokenwise
-        taken = () if tokenwise else inspect.signature(block.forward).parameters
-        self.takes = tuple(name for name in ("mask", "context", "context_mask") if name in taken)
+        parameters = () if tokenwise else inspect.signature(block.forward).parameters
+        self.takes = tuple(name for name in BlockInputs._fields if name in parameters)
 
-    def forward(self, x: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
-        """Run the block on (b, n, d) beside those of `inputs` that it takes."""
-        return self.residual.merge(x, self._branch(x, inputs))
+    def forward(self, x: Tensor, inputs: BlockInputs, into: Tensor | None = None) -> Tensor:
+        """Run the sub-layer.
 
-    def delta(self, x: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
-        """What the block adds to the stream when it reads x."""
-        return self.residual.delta(self._branch(x, inputs))
+        Args:
+            x: (b, n, d), what the block reads.
+            inputs: the other inputs of the block.
+            into: (b, n, d), what the block's output is added to. None: x.
 
-    def _branch(self, x: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
-        y: Tensor = self.block(self.residual.branch(x), **{name: inputs[name] for name in self.takes})
-        return y
+        Returns:
+            (b, n, d).
+        """
+        y = self.block(self.residual.branch(x), **self._keywords(inputs))
+        return self.residual.merge(x if into is None else into, y)
 
-    def step(self, x: Tensor, state: Any, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, Any]:
-        """Run the block on new tokens (b, t, d)."""
-        y, state = self._step_branch(x, state, inputs)
-        return self.residual.merge(x, y), state
-
-    def step_delta(self, x: Tensor, state: Any, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, Any]:
-        """What the block adds to the stream when it reads new tokens (b, t, d)."""
-        y, state = self._step_branch(x, state, inputs)
-        return self.residual.delta(y), state
-
-    def _step_branch(self, x: Tensor, state: Any, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, Any]:
+    def step(self, x: Tensor, state: Any, inputs: BlockInputs, into: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Run the sub-layer on new tokens (b, t, d). Returns the features and the block's new state."""
+        y = self.residual.branch(x)
         if self.tokenwise:
-            return self._branch(x, inputs), None
-        if not hasattr(self.block, "step"):
+            y = self.block(y)
+        elif hasattr(self.block, "step"):
+            y, state = self.block.step(y, state, **self._keywords(inputs))
+        else:
             raise TypeError(f"every block must have step to decode, but {type(self.block).__name__} has none")
-        y, state = self.block.step(self.residual.branch(x), state, **{name: inputs[name] for name in self.takes})
-        return y, state
+        return self.residual.merge(x if into is None else into, y), state
+
+    def delta(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """What the sub-layer adds to a stream, for `layers.reversible`, which does the addition itself."""
+        return self.residual.delta(self.block(self.residual.branch(x), **self._keywords(inputs)))
+
+    def _keywords(self, inputs: BlockInputs) -> dict[str, Tensor | None]:
+        return {name: getattr(inputs, name) for name in self.takes}
 
 
 class Layer(nn.Module):
-    """The sub-layers of one layer, in order. The unit to shard, to compile or to checkpoint."""
+    """The sub-layers of one layer, in order: the unit of sharding, compilation and activation checkpointing."""
 
     def __init__(self, sublayers: Sequence[Sublayer]) -> None:
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)
 
-    def forward(self, x: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         """(b, n, d) -> (b, n, d)."""
         for sublayer in self.sublayers:
             x = sublayer(x, inputs)
@@ -114,33 +130,43 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers of blocks and feedforwards around one stream of features.
+    """`depth` layers, each one or several attention blocks followed by a feedforward, and a final norm where needed.
+
+    Shared arguments. `heads`, `dim_head`, `attn_dropout` (as `dropout`), `causal` and every keyword argument in
+    `shared` (such as `rotary=`, `bias=`, `qkv_bias=`, `layout=`) are given to each block whose constructor has an
+    argument of that name. All these blocks get the same object, so a module passed here has one set of weights. The
+    options in `(name, options)` and arguments set by functools.partial take precedence. An argument that no block
+    takes is an error, except for `causal`.
 
     Args:
         dim: features d.
         depth: number of layers.
         attention: the block of every layer, or a list cycled over the depth. A block is a name in BLOCKS,
-            `(name, options)`, or a function that takes dim (and any shared part it has a parameter for) and returns a
-            module with the contract's `forward`. A layer may be a list of blocks: `["full", "cross"]` within the list.
+            `(name, options)`, or a function of dim that returns a module with `forward(x)`. A layer with several blocks
+            is a list of them within the list: `[["full", "cross"]]`.
         feedforward: a name in FEEDFORWARDS, `(name, options)`, a function of dim, or None for no feedforward.
         norm: a name in NORMS, or a function of dim.
-        residual: a name in RESIDUALS: "pre", "post", "sandwich", "deepnorm".
-        heads, dim_head: passed to every block that has them; None leaves each block its own default.
-        causal: passed to every block. False is an error for a block that is always causal.
-        attn_dropout, ff_dropout: probabilities with which attention weights and hidden features are dropped.
+        residual: a name in RESIDUALS: "pre", "post", "sandwich" or "deepnorm".
+        heads, dim_head: of every block that has them. None: each block's own default.
+        causal: whether the blocks are causal. False is an error for a block that is always causal.
+        attn_dropout: probability of dropping an attention weight in training.
+        ff_dropout: probability of dropping a hidden feature of a feedforward in training.
         ff_mult: hidden features of the feedforward as a multiple of dim.
-        layer_scale: learned factors on what every sub-layer adds, small at the start; see `LayerScale`.
-        token_shift: a layout of text and image in which every sub-layer sees shifted tokens; see `TokenShift`.
-        shared_attn_ids, shared_ff_ids: an id per layer, cycled over the depth: layers with the same id share the
-            weights of their blocks, or of their feedforward. Norms and factors stay their own.
-        reversible: two streams, each sub-layer adding to one what it makes of the other; the result is their mean.
-            Training memory for activations is that of one sub-layer. No second derivative, no torch.compile.
-        checkpoint_layers: keep only the input of every layer for backward, which runs the layer again, dropout
-            included: activation memory of one layer and depth inputs, for a third more time.
-        shared: parts such as `rotary=` or `bias=`; each goes to the blocks whose constructor has that name.
+        layer_scale: whether every sub-layer's output has learned factors, small at the start; see `LayerScale`.
+        token_shift: layout of text and image for token shift before every sub-layer; see `TokenShift`. None: no shift.
+        shared_attn_ids, shared_ff_ids: an id per layer, cycled over the depth. Layers with the same id share the
+            weights of their blocks, or of their feedforward; norms and layer scales are never shared.
+        reversible: two residual streams, to which the sub-layers add in turn, each reading the other stream. The
+            output is their mean. Activations are recomputed in backward, so that training keeps those of one
+            sub-layer. No second derivative and no torch.compile.
+        checkpoint_layers: activation checkpointing: only the input of every layer is kept, and the layer is
+            recomputed in backward with the same dropout. Costs about a third more time.
+        shared: see above.
 
     Raises:
-        ValueError: an unknown name or option (the nearest is proposed), a size below 1, a shared part no block takes.
+        ValueError: an unknown name or option, a size below 1, options that exclude each other, an argument that no
+            block takes.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -148,7 +174,7 @@ class Stack(nn.Module):
         dim: int,
         depth: int,
         *,
-        attention: LayerSpec | Sequence[LayerSpec] = "full",
+        attention: AttentionSpec = "full",
         feedforward: FeedForwardSpec = "gelu",
         norm: Norm = "layer",
         residual: str = "pre",
@@ -171,7 +197,7 @@ class Stack(nn.Module):
         check_choice("residual", residual, RESIDUALS)
         check_fraction(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
         if ff_dropout and (feedforward is None or callable(feedforward)):
-            raise ValueError(f"ff_dropout must be 0 beside feedforward={feedforward!r}, got {ff_dropout=}")
+            raise ValueError(f"ff_dropout must be 0 with feedforward={feedforward!r}, got {ff_dropout=}")
         if reversible and not RESIDUALS[residual].additive:
             raise ValueError(f"residual must add to the stream with reversible=True, got {residual=}")
         if reversible and checkpoint_layers:
@@ -181,52 +207,36 @@ class Stack(nn.Module):
         self.reversible = reversible
         self.checkpoint_layers = checkpoint_layers
         self.shifts = token_shift is not None
-        wanted = {"heads": heads, "dim_head": dim_head, "dropout": attn_dropout or None, **shared}
-        parts = {name: part for name, part in wanted.items() if part is not None}
-        layers = parse_layers(attention)
-        used: set[str] = set()
-        rule = RESIDUALS[residual]
-        made: dict[tuple[int, int], tuple[BlockSpec, nn.Module]] = {}
-        feedforwards: dict[int, nn.Module] = {}
-
-        def sublayer(block: nn.Module, layer: int, *, fresh: bool, tokenwise: bool = False) -> Sublayer:
-            connection = rule(dim, norm=norm, depth=depth, scale=layer_scale_start(layer) if layer_scale else None)
-            if fresh:
-                connection.initialize(block)
-            if token_shift is not None:
-                block = TokenShift(block, dim, layout=token_shift)
-            return Sublayer(block, connection, tokenwise=tokenwise and token_shift is None)
+        shared = {"heads": heads, "dim_head": dim_head, "dropout": attn_dropout or None, **shared}
+        shared = {name: part for name, part in shared.items() if part is not None}
+        specs = cycle_layers(attention, depth)
+        check_shared(shared, attention, depth)
+        attn_from = first_with_same_id("shared_attn_ids", shared_attn_ids, specs)
+        ff_from = first_with_same_id("shared_ff_ids", shared_ff_ids, [feedforward] * depth)
 
         self.layers = nn.ModuleList()
-        attn_ids = shared_blocks("shared_attn_ids", shared_attn_ids, depth)
-        ff_ids = shared_blocks("shared_ff_ids", shared_ff_ids, depth)
-        for index, (attn_id, ff_id) in enumerate(zip(attn_ids, ff_ids, strict=True)):
-            sublayers = []
-            for place, spec in enumerate(layers[index % len(layers)]):
-                key = (attn_id, place)
-                fresh = key not in made
-                if fresh:
-                    block, taken = make_block(spec, dim, causal, parts)
-                    used |= taken
-                    made[key] = spec, block
-                elif made[key][0] != spec:
-                    raise ValueError(
-                        f"shared_attn_ids must give one id to layers of one kind, got id {attn_id} for "
-                        f"{made[key][0]!r} and {spec!r}"
-                    )
-                sublayers.append(sublayer(made[key][1], index, fresh=fresh))
+        blocks: dict[tuple[str, int, int], nn.Module] = {}  # by the layer and place where the weights first occur
+        for layer in range(depth):
+            makers: dict[tuple[str, int, int], Callable[[], nn.Module]] = {
+                ("attention", attn_from[layer], place): partial(make_block, spec, dim, causal=causal, shared=shared)
+                for place, spec in enumerate(specs[layer])
+            }
             if feedforward is not None:
-                fresh = ff_id not in feedforwards
-                if fresh:
-                    feedforwards[ff_id] = make_feedforward(feedforward, dim, mult=ff_mult, dropout=ff_dropout)
-                sublayers.append(sublayer(feedforwards[ff_id], index, fresh=fresh, tokenwise=True))
+                make_ff = partial(make_feedforward, feedforward, dim, mult=ff_mult, dropout=ff_dropout)
+                makers["feedforward", ff_from[layer], 0] = make_ff
+            scale = layer_scale_start(layer) if layer_scale else None
+            sublayers = []
+            for key, make in makers.items():
+                connection = RESIDUALS[residual](dim, norm=norm, depth=depth, scale=scale)
+                if key not in blocks:
+                    block = make()
+                    connection.initialize(block)
+                    blocks[key] = block if token_shift is None else TokenShift(block, dim, layout=token_shift)
+                tokenwise = key[0] == "feedforward" and token_shift is None
+                sublayers.append(Sublayer(blocks[key], connection, tokenwise=tokenwise))
             self.layers.append(Layer(sublayers))
-        unused = sorted(set(parts) - used)
-        if unused:
-            name = "attn_dropout" if unused[0] == "dropout" else unused[0]
-            raise ValueError(f"{name} must be taken by at least one block, but none of {attention!r} has it")
-        self.norm = make_norm(norm, dim) if rule.final_norm else nn.Identity()
-        self.takes_context = any("context" in sub.takes for sub in self.sublayers())
+        self.norm = make_norm(norm, dim) if RESIDUALS[residual].final_norm else nn.Identity()
+        self.takes_context = any("context" in sublayer.takes for sublayer in self.sublayers())
         if reversible and self.takes_context:
             raise ValueError("reversible must be False with blocks that read a context, got reversible=True")
 
@@ -242,32 +252,28 @@ class Stack(nn.Module):
 
         Args:
             x: (b, n, d).
-            mask: (b, n) bool, True = a real token.
-            context: (b, j, context_dim) for the blocks that read one.
-            context_mask: (b, j) bool.
+            mask: (b, n) bool, True = a valid token.
+            context: (b, j, context_dim), for the blocks that read one.
+            context_mask: (b, j) bool, True = a valid position of the context.
 
         Returns:
             (b, n, d).
+
+        Raises:
+            ValueError: a mask or context that a block does not take, a missing context, shapes that do not fit.
         """
-        inputs = self._inputs(x, mask, context, context_mask)
+        inputs = BlockInputs(mask, context, context_mask)
+        self._check_inputs(x, inputs)
         if self.takes_context and context is None:
             raise ValueError("context must be given to a stack with blocks that read one, got None")
         if self.reversible:
-            x = self._run_reversible(x, inputs)
-        else:
-            saving = self.checkpoint_layers and torch.is_grad_enabled()
-            for layer in self.layers:
-                x = checkpoint(layer, x, inputs, use_reentrant=False) if saving else layer(x, inputs)
-        out: Tensor = self.norm(x)
-        return out
-
-    @property
-    def fsdp_wrap_classes(self) -> tuple[type[nn.Module], ...]:
-        """The classes whose modules are to be sharded, compiled or checkpointed one by one: `Layer`.
-
-        None with reversible streams, which run the parts of a layer and never the layer.
-        """
-        return () if self.reversible else (Layer,)
+            sublayers = self.sublayers()
+            first, second = run_reversible([partial(sub.delta, inputs=inputs) for sub in sublayers], sublayers, x)
+            return self.norm((first + second) / 2)
+        recompute = self.checkpoint_layers and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = checkpoint(layer, x, inputs, use_reentrant=False) if recompute else layer(x, inputs)
+        return self.norm(x)
 
     def step(
         self,
@@ -278,57 +284,51 @@ class Stack(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
-        """Run all layers on new tokens (b, t, d); the context comes with the first step alone."""
-        inputs = self._inputs(x, mask, context, context_mask)
+        """Run all layers on new tokens (b, t, d). The context is given with the first step only; see `forward`."""
+        inputs = BlockInputs(mask, context, context_mask)
+        self._check_inputs(x, inputs)
         sublayers = self.sublayers()
         count = sum(not sub.tokenwise for sub in sublayers)
         if state is not None and (not isinstance(state, StackState) or len(state.blocks) != count):
-            raise TypeError(f"state must be a StackState of {count} blocks, got {_describe(state)}")
+            got = f"one of {len(state.blocks)} blocks" if isinstance(state, StackState) else type(state).__name__
+            raise TypeError(f"state must be a StackState of {count} blocks, got {got}")
         old = iter([None] * count if state is None else state.blocks)
         new = []
-        streams = [x, x]
-        for k, sub in enumerate(sublayers):
+        other = x  # the second stream of reversible layers
+        for sub in sublayers:
             block_state = None if sub.tokenwise else next(old)
-            if self.reversible:
-                delta, block_state = sub.step_delta(streams[1 - k % 2], block_state, inputs)
-                streams[k % 2] = streams[k % 2] + delta
-            else:
-                x, block_state = sub.step(x, block_state, inputs)
+            y, block_state = sub.step(x, block_state, inputs, into=other if self.reversible else x)
+            other, x = x, y
             if not sub.tokenwise:
                 new.append(block_state)
         if self.reversible:
-            x = (streams[0] + streams[1]) / 2
-        seen = count_tokens(None if state is None else state.seen, x.shape[1])
-        return self.norm(x), StackState(new, seen)
-
-    def _run_reversible(self, x: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
-        sublayers = self.sublayers()
-        functions = [partial(sub.delta, inputs=inputs) for sub in sublayers]
-        first, second = run_reversible(functions, sublayers, x)
-        return (first + second) / 2
+            x = (x + other) / 2
+        token_count = count_tokens(None if state is None else state.token_count, x.shape[1])
+        return self.norm(x), StackState(new, token_count)
 
     def sublayers(self) -> list[Sublayer]:
         """All sub-layers, in the order in which they run."""
-        return [sub for layer in self.layers for sub in cast(Layer, layer).sublayers]  # type: ignore[misc]
+        return [sub for layer in self.layers for sub in layer.sublayers]  # type: ignore[union-attr]
 
-    def _inputs(
-        self, x: Tensor, mask: Tensor | None, context: Tensor | None, context_mask: Tensor | None
-    ) -> dict[str, Tensor | None]:
+    @property
+    def fsdp_wrap_classes(self) -> tuple[type[nn.Module], ...]:
+        """The classes of the modules to shard, compile or checkpoint one by one: `Layer`.
+
+        Empty with reversible streams, which run the sub-layers without calling the layers.
+        """
+        return () if self.reversible else (Layer,)
+
+    def _check_inputs(self, x: Tensor, inputs: BlockInputs) -> None:
         check_features(x, self.dim)
-        check_padding(mask, x)
-        if mask is not None:
+        check_padding(inputs.mask, x)
+        if inputs.mask is not None:
             for sub in self.sublayers():
                 if not sub.tokenwise and "mask" not in sub.takes:  # ignored padding would be a silent error
                     raise ValueError(
                         f"mask must be None with {type(sub.block).__name__}, whose forward takes no mask, "
-                        f"got shape {tuple(mask.shape)}"
+                        f"got shape {tuple(inputs.mask.shape)}"
                     )
-        if context is not None and not self.takes_context:
-            raise ValueError("context must be read by a block of the stack, but none takes one")
-        if context is None and context_mask is not None:
+        if inputs.context is not None and not self.takes_context:
+            raise ValueError("context must be None for a stack without blocks that read one")
+        if inputs.context is None and inputs.context_mask is not None:
             raise ValueError("context_mask must come with a context, got context=None")
-        return {"mask": mask, "context": context, "context_mask": context_mask}
-
-
-def _describe(state: object) -> str:
-    return f"one of {len(state.blocks)} blocks" if isinstance(state, StackState) else type(state).__name__

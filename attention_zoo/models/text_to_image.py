@@ -1,9 +1,9 @@
-"""A transformer that draws: text and image are one sequence, and every token is predicted from those before it.
+"""A text-to-image transformer: text and image tokens are one sequence, predicted token by token.
 
-Paper: DALL-E, https://arxiv.org/abs/2102.12092; guidance, https://arxiv.org/abs/2207.12598
+Paper: DALL-E, https://arxiv.org/abs/2102.12092; classifier-free guidance, https://arxiv.org/abs/2207.12598
 Upstream: DALLE-pytorch, DALLE.
-Differs: height and width may differ; cached decoding of text, image and across the border, with token shift; the
-caller's tensors are left alone; values are not rotated unless asked for.
+Differs: height and width may differ; cached decoding of text and image, with token shift; the caller's tensors are not
+modified; values are rotated only with rotate_values=True.
 """
 
 from __future__ import annotations
@@ -18,43 +18,41 @@ from torch.nn import functional as F
 from attention_zoo._checks import check_choice, check_fraction, check_padding, check_positive, check_tokens
 from attention_zoo.layers.positions import TextImageRotary
 from attention_zoo.layers.residual import Norm
-from attention_zoo.models.layer_specs import FeedForwardSpec, LayerSpec, takes_part
+from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers, takes_part
 from attention_zoo.models.stack import Stack, StackState
-from attention_zoo.ops.losses import masked_cross_entropy
-from attention_zoo.ops.sparse.image_layout import TextImageLayout
-from attention_zoo.saving.saved_model import SavedModel
+from attention_zoo.ops import TextImageLayout
+from attention_zoo.ops.losses import LossTerm, masked_cross_entropy, total_loss
+from attention_zoo.saving import SavedModel
 
 BOS = 0
 
 
 class TextToImageTransformer(SavedModel):
-    """p(text, image), one token after the other: a start token, text_len text tokens, height x width image tokens.
+    """p(text, image) over the sequence: a start token, text_len text tokens, height x width image tokens.
 
-    Text id 0 is padding; at position i it becomes the id num_text_tokens + i, so that the model learns what an absent
-    word at each place means. Inside, image ids follow those of the text: token = num_text_ids + image id.
+    Text id 0 is padding. At position i it becomes the id num_text_tokens + i, so that every position has its own
+    embedding of padding. Image ids follow the text ids: token = num_text_ids + image id.
 
     Args:
         num_text_tokens: text ids, 0 (padding) included.
         text_len: text tokens of every sample.
         num_image_tokens: image ids.
-        height, width: image tokens in a column and in a row.
+        height, width: rows and columns of image tokens.
         dim: features d.
-        depth: layers.
-        attention: a block, or a list of blocks cycled over the layers; see `Stack`. Blocks that know images get the
-            layout: "conv", "axial_row", "axial_col", "block_sparse".
-        heads, dim_head: passed to the blocks that have them; None leaves each its own default.
+        depth: number of layers.
+        attention, heads, dim_head: see `Stack`. Blocks with an argument `layout` ("conv", "axial_row", "axial_col",
+            "block_sparse") get the layout of text and image.
         positions: "rotary", for text and image, or "learned": tables of text positions, rows and columns.
-        rotate_values: rotary turns the values too, as in old checkpoints.
-        bias: give output projections and feedforwards biases.
+        rotate_values: whether the rotary embedding is applied to the values too; needed by old checkpoints.
+        bias: whether output projections and feedforwards have a bias.
         feedforward, ff_mult, norm, residual, layer_scale, shared_attn_ids, shared_ff_ids, reversible: see `Stack`.
-        token_shift: part of every token's features comes from its neighbours; see `TokenShift`.
-        attn_dropout: probability with which an attention weight is dropped in training.
-        ff_dropout: probability with which a hidden feature of a feedforward is dropped in training.
+        token_shift: whether every sub-layer reads shifted tokens; see `TokenShift`.
+        attn_dropout, ff_dropout: see `Stack`.
         image_loss_weight: weight w of the image in the loss (text + w image) / (1 + w).
-        tie_embeddings: logits and embeddings share one table.
+        tie_embeddings: whether logits and embeddings share one table.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
+        ValueError, TypeError: an argument is invalid; the message names it.
 
     Example:
         >>> kinds = ["full", "axial_row", "axial_col", "conv"]
@@ -73,7 +71,7 @@ class TextToImageTransformer(SavedModel):
         width: int,
         dim: int,
         depth: int,
-        attention: LayerSpec | Sequence[LayerSpec] = "full",
+        attention: AttentionSpec = "full",
         heads: int | None = None,
         dim_head: int | None = None,
         positions: str = "rotary",
@@ -109,7 +107,7 @@ class TextToImageTransformer(SavedModel):
             "rotary": TextImageRotary(self.layout) if positions == "rotary" else None,
             "rotate_values": rotate_values or None,
             "out_bias": bias or None,
-            "layout": self.layout if takes_part(attention, "layout") else None,
+            "layout": self.layout if takes_part(parse_layers(attention), "layout") else None,
         }
         self.stack = Stack(
             dim,
@@ -140,21 +138,22 @@ class TextToImageTransformer(SavedModel):
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens of a whole sample, the start token included."""
+        """Tokens of a complete sample, the start token included."""
         return self.layout.length
 
     def tokens(self, text: Tensor, image: Tensor | None = None) -> Tensor:
-        """Text and image as the one sequence that `step` takes, the start token before it.
+        """The start token, text and image as one sequence, the input of `step`.
 
         Args:
-            text: (b, t) int, 0 = padding; all text_len of them where there is an image, fewer as a prompt for text.
+            text: (b, t) int, 0 = padding; t = text_len if there is an image, t <= text_len if not.
             image: (b, m) int, the first m tokens of the image.
 
         Returns:
             (b, 1 + t + m) int.
 
         Raises:
-            ValueError, TypeError: ids out of range, or the wrong number of them.
+            ValueError: an id out of range, or the wrong number of tokens.
+            TypeError: ids that are not integers.
         """
         text_len = self.layout.text_len - 1
         parts = []
@@ -178,19 +177,19 @@ class TextToImageTransformer(SavedModel):
         return torch.cat(parts, dim=1)
 
     def forward(self, text: Tensor, image: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-        """Logits of the token after each token, -inf where it would be of the wrong kind.
+        """Logits of the token after each token; -inf for image ids in the text and for text ids in the image.
 
         Args:
             text: (b, text_len) int, 0 = padding.
-            image: (b, m) int, the first m tokens of the image; the last token of a whole one is not read.
-            mask: (b, text_len) bool, True = a text token that is looked at.
+            image: (b, m) int, the first m tokens of the image; the last token of a complete image is not read.
+            mask: (b, text_len) bool, True = a text token that may be attended to.
 
         Returns:
             (b, n, num_tokens) with n = 1 + text_len + m, at most text_len + height * width. Text ids come first, then
-            the ids of padding, then image ids.
+            padding ids, then image ids.
         """
         tokens = self.tokens(text, image)[:, : self.layout.length - 1]
-        return self._logits(self.stack(self._embed(tokens, 0), mask=self._whole_mask(mask, text, tokens)), 0)
+        return self._logits(self.stack(self._embed(tokens, 0), mask=self._sequence_mask(mask, text, tokens)), 0)
 
     def loss(self, text: Tensor, image: Tensor, *, mask: Tensor | None = None, null_prob: float = 0.0) -> Tensor:
         """(cross entropy of text + w cross entropy of image) / (1 + w), in nats per token.
@@ -198,10 +197,15 @@ class TextToImageTransformer(SavedModel):
         Args:
             text: (b, text_len) int, 0 = padding.
             image: (b, height * width) int.
-            mask: (b, text_len) bool, True = a text token that is looked at, and predicted.
-            null_prob: probability with which a row's text is replaced by padding, so that guidance has something to
-                compare with.
+            mask: (b, text_len) bool, True = a text token that may be attended to, and is predicted.
+            null_prob: probability of replacing a row's text by padding, which trains the model for guidance.
         """
+        return total_loss(self.loss_terms(text, image, mask=mask, null_prob=null_prob))
+
+    def loss_terms(
+        self, text: Tensor, image: Tensor, *, mask: Tensor | None = None, null_prob: float = 0.0
+    ) -> list[LossTerm]:
+        """The loss as the means over text and over image tokens and their counts. Arguments as in `loss`."""
         check_fraction(null_prob=null_prob)
         if null_prob:
             kept = torch.rand(text.shape[0], 1, device=text.device) >= null_prob
@@ -209,30 +213,34 @@ class TextToImageTransformer(SavedModel):
         tokens = self.tokens(text, image)
         if tokens.shape[1] != self.layout.length:
             raise ValueError(f"image must hold {self.layout.image_len} tokens, got shape {tuple(image.shape)}")
-        border = self.layout.text_len - 1
-        x = self.stack(self._embed(tokens[:, :-1], 0), mask=self._whole_mask(mask, text, tokens[:, :-1]))
-        weight, bias, ids = self.to_logits.weight, self.to_logits.bias, self.num_text_ids
-        words = F.linear(x[:, :border], weight[:ids], bias[:ids])
-        pixels = F.linear(x[:, border:], weight[ids:], bias[ids:])
-        of_text = masked_cross_entropy(words, tokens[:, 1 : border + 1], mask)
-        of_image = masked_cross_entropy(pixels, tokens[:, border + 1 :] - ids)
-        return (of_text + self.image_loss_weight * of_image) / (1 + self.image_loss_weight)
+        border, ids = self.layout.text_len - 1, self.num_text_ids
+        x = self.stack(self._embed(tokens[:, :-1], 0), mask=self._sequence_mask(mask, text, tokens[:, :-1]))
+        weight, bias = self.to_logits.weight, self.to_logits.bias
+        text_logits = F.linear(x[:, :border], weight[:ids], bias[:ids])
+        image_logits = F.linear(x[:, border:], weight[ids:], bias[ids:])
+        text_count = torch.tensor(text.numel(), device=text.device) if mask is None else mask.sum()
+        image_count = torch.tensor(image.numel(), device=image.device)
+        text_loss = masked_cross_entropy(text_logits, tokens[:, 1 : border + 1], mask)
+        image_loss = masked_cross_entropy(image_logits, tokens[:, border + 1 :] - ids)
+        w = self.image_loss_weight
+        return [LossTerm(text_loss, text_count, 1 / (1 + w)), LossTerm(image_loss, image_count, w / (1 + w))]
 
     def step(
         self, tokens: Tensor, state: StackState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, StackState]:
-        """Logits after each of some new tokens, given all before them.
+        """Logits after each new token, given all tokens before it.
 
         Args:
-            tokens: (b, t) int as `tokens` makes them: the start token first, then text, then image.
-            state: what the step before returned; None at the start. It keeps its meaning.
+            tokens: (b, t) int, the next tokens of the sequence that `tokens` returns.
+            state: the state returned by the step before; None at the start. It is not changed.
             mask: (b, t) bool over the new tokens.
 
         Returns:
-            (b, t, num_tokens), -inf where a token would be of the wrong kind, and the new state.
+            (b, t, num_tokens) as in `forward`, and the new state.
 
         Raises:
-            ValueError: the sequence would exceed text and image, or a token is of the wrong kind for its place.
+            ValueError: more tokens than text and image have, or a text token in the image or the reverse.
+            TypeError: `state` is not a StackState.
         """
         if state is not None and not isinstance(state, StackState):
             raise TypeError(f"state must be a StackState, got {type(state).__name__}")
@@ -244,37 +252,35 @@ class TextToImageTransformer(SavedModel):
         return self._logits(x, start), state
 
     def _embed(self, tokens: Tensor, start: int) -> Tensor:
-        stop = start + tokens.shape[1]
-        self._check_kinds(tokens, start)
+        self._check_ids(tokens, start)
         table = self.to_logits.weight if self.embedding is None else self.embedding.weight
         x = F.embedding(tokens, table)
         if self.positions == "rotary":
             return x
         rows, columns = self.row_positions[:, None], self.column_positions
-        every = torch.cat((self.text_positions, (rows + columns).flatten(0, 1)))
-        return x + every[start:stop]
+        table = torch.cat((self.text_positions, (rows + columns).flatten(0, 1)))
+        return x + table[start : start + tokens.shape[1]]
 
-    def _check_kinds(self, tokens: Tensor, start: int) -> None:
+    def _check_ids(self, tokens: Tensor, start: int) -> None:
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return
         border = max(self.layout.text_len - start, 0)
         if bool((tokens[:, :border] >= self.num_text_ids).any() | (tokens[:, border:] < self.num_text_ids).any()):
             raise ValueError(
-                f"tokens must be text up to position {self.layout.text_len - 1} and image, ids from "
-                f"{self.num_text_ids}, from there on, got another kind at {start} ... {start + tokens.shape[1] - 1}"
+                f"tokens must be text up to position {self.layout.text_len - 1} and image (ids from "
+                f"{self.num_text_ids}) after it, got another id at {start} ... {start + tokens.shape[1] - 1}"
             )
 
     def _logits(self, x: Tensor, start: int) -> Tensor:
-        place = torch.arange(start, start + x.shape[1], device=x.device)
+        position = torch.arange(start, start + x.shape[1], device=x.device)
         is_image = torch.arange(self.num_tokens, device=x.device) >= self.num_text_ids
-        wrong = is_image != (place >= self.layout.text_len - 1)[:, None]
-        logits: Tensor = self.to_logits(x)
-        return logits.masked_fill(wrong, -torch.inf)
+        excluded = is_image != (position >= self.layout.text_len - 1)[:, None]
+        return self.to_logits(x).masked_fill(excluded, -torch.inf)
 
-    def _whole_mask(self, mask: Tensor | None, text: Tensor, tokens: Tensor) -> Tensor | None:
+    def _sequence_mask(self, mask: Tensor | None, text: Tensor, tokens: Tensor) -> Tensor | None:
         if mask is None:
             return None
         check_padding(mask, text)
-        whole = torch.ones(tokens.shape, dtype=torch.bool, device=mask.device)
-        whole[:, 1 : 1 + mask.shape[1]] = mask
-        return whole
+        sequence_mask = torch.ones(tokens.shape, dtype=torch.bool, device=mask.device)
+        sequence_mask[:, 1 : 1 + mask.shape[1]] = mask
+        return sequence_mask

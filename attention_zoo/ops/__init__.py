@@ -1,7 +1,8 @@
-"""Operations on tensors: each is a readable reference and fast implementations that equal it.
+"""Operations on tensors, each with a readable reference and fast implementations that equal it.
 
-One folder holds one operation: `__init__.py` the public functions, `reference.py` the equation, and one file per fast
-implementation. `attention_zoo.ops.gate_loop` is both a package and a function: import names from it, not the package.
+An operation is a folder: `__init__.py` holds the public functions and chooses the implementation, `reference.py` the
+equation, and every other file a fast implementation. `attention_zoo.ops.gate_loop` is both a package and a function:
+import names from it (`from attention_zoo.ops.gate_loop import ...`).
 """
 
 from attention_zoo.ops.cosine_sim import cosine_sim_attention, l2_normalize
@@ -22,8 +23,7 @@ from attention_zoo.ops.sparse import (
     conv_attention,
     conv_mask,
 )
-from attention_zoo.ops.talking_heads import HeadMLP, talking_heads_attention
-from attention_zoo.ops.talking_heads.diversity import stream_diversity_loss
+from attention_zoo.ops.talking_heads import HeadMLP, stream_diversity_loss, talking_heads_attention
 
 __all__ = [
     "DistanceBias",

@@ -1,4 +1,4 @@
-"""Registration of custom operators: one place for fake kernels, autograd formulas and errors of second derivatives.
+"""Registration of custom operators: schema, fake kernels, autograd formula and the error of a second derivative.
 
 A loop over tiles or chunks is one operator, because torch.compile would unroll it, and recompile it for every length.
 """
@@ -14,52 +14,73 @@ from torch.utils import _pytree as pytree
 
 from attention_zoo.ops.precision import no_autocast
 
+SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
+
 
 def register_operator(
     name: str,
-    inputs: type[NamedTuple],  # type: ignore[valid-type]  # a class derived from NamedTuple
+    inputs: type[NamedTuple],
     forward: Callable[[Any], Sequence[Tensor]],
     backward: Callable[[Any, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]],
     fake: Callable[[Any], Sequence[Tensor]],
     *,
     differentiable_outputs: int = 1,
+    save_outputs: bool = True,
 ) -> Callable[[Any], list[Tensor]]:
-    """Register `attention_zoo::name` with its backward and fake kernels.
+    """Register the operator `attention_zoo::name` and the one of its backward.
 
-    The NamedTuple `inputs` is the only place where the arguments are listed: the schema is read from its annotations,
-    and every function below takes it whole. Fields may be Tensor, Tensor | None, list[Tensor], Sequence[int], bool,
-    int, float or str. A gradient is computed for each floating point or complex Tensor field and each list[Tensor]
-    field; tensors that are optional, boolean or integer get none.
+    The NamedTuple `inputs` is the only place where the arguments are listed: the schema is read from its annotations
+    (Tensor, Tensor | None, list[Tensor], Sequence[int], bool, int, float, str), and the functions take it whole. They
+    run without autocast, and must not return an input or a view of one.
 
     Args:
         name: name of the operator.
         inputs: NamedTuple class of the arguments.
         forward: inputs -> outputs.
-        backward: (inputs, outputs, gradients of the differentiable outputs) -> gradients of the tensors of `inputs` that
-            get one, in their order and with lists flattened.
+        backward: (inputs, outputs, gradients of the differentiable outputs) -> gradients of all floating point and
+            complex tensors of `inputs`, in their order and with lists flattened. Each is cast to its tensor's dtype.
         fake: inputs -> empty outputs with the shapes, dtypes and strides of `forward`'s.
-        differentiable_outputs: how many of the outputs, from the first, receive gradients; the others are saved for
-            backward and must not be differentiated.
+        differentiable_outputs: number of outputs, from the first, that receive gradients. The others do not require
+            gradients; they are what `forward` hands to `backward`.
+        save_outputs: whether the outputs are saved for backward as the inputs are; if not, `backward` gets none.
 
     Returns:
-        A function from `inputs` to the list of outputs. Its backward saves inputs and outputs. A second derivative
-        raises RuntimeError, naming `attention_zoo.reference()`.
+        A function from `inputs` to the list of outputs. Its second derivative raises RuntimeError, naming
+        `attention_zoo.reference()`.
     """
     hints = get_type_hints(inputs)
     arguments = ", ".join(f"{_schema_type(hint)} {field}" for field, hint in hints.items())
 
     def run_forward(*args: Any) -> list[Tensor]:
-        return list(forward(inputs(*args)))  # type: ignore[call-arg]
+        with no_autocast(_differentiable(args)[0]):
+            return list(forward(inputs(*args)))
 
     def run_backward(gradients: list[Tensor], outputs: list[Tensor], *args: Any) -> list[Tensor]:
-        given = inputs(*args)  # type: ignore[call-arg]
-        found = backward(given, outputs, gradients)
-        wanted = _differentiable(given, hints)
-        return [gradient.to(tensor.dtype) for gradient, tensor in zip(found, wanted, strict=True)]
+        tensors = _differentiable(args)
+        with no_autocast(tensors[0]):
+            found = backward(inputs(*args), outputs, gradients)
+        return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(found, tensors, strict=True)]
 
     def fake_backward(gradients: list[Tensor], outputs: list[Tensor], *args: Any) -> list[Tensor]:
-        wanted = _differentiable(inputs(*args), hints)  # type: ignore[call-arg]
-        return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in wanted]
+        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _differentiable(args)]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[differentiable_outputs:])
+        leaves, ctx.structure = pytree.tree_flatten((inputs, output if save_outputs else []))
+        ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def differentiate(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
+        leaves = [other if tensor is None else tensor for tensor, other in pairs]
+        args, outputs = pytree.tree_unflatten(leaves, ctx.structure)
+        found = iter(operator_backward(list(gradients[:differentiable_outputs]), outputs, *args))
+        return tuple(_take(found, value) for value in args)
+
+    def refuse(ctx: Any, gradients: Sequence[Tensor]) -> None:
+        raise RuntimeError(
+            f"{name} has no second derivative on its fast path: compute it inside `with attention_zoo.reference():`"
+        )
 
     operator = torch.library.custom_op(
         f"attention_zoo::{name}", run_forward, mutates_args=(), schema=f"({arguments}) -> Tensor[]"
@@ -70,65 +91,29 @@ def register_operator(
         mutates_args=(),
         schema=f"(Tensor[] gradients, Tensor[] outputs, {arguments}) -> Tensor[]",
     )
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        leaves, ctx.structure = pytree.tree_flatten((inputs, list(output)))
-        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ctx.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        ctx.save_for_backward(*(leaves[place] for place in ctx.places))
-
-    def differentiate(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        leaves = list(ctx.others)
-        for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-            leaves[place] = tensor
-        args, outputs = pytree.tree_unflatten(leaves, ctx.structure)
-        given = [
-            torch.zeros_like(output) if gradient is None else gradient.resolve_conj()
-            for gradient, output in zip(gradients, outputs[:differentiable_outputs], strict=False)
-        ]
-        with no_autocast(outputs[0]):
-            found = iter(operator_backward(given, outputs, *args))
-        return tuple(_take(found, value, hint) for value, hint in zip(args, hints.values(), strict=True))
-
-    def refuse(ctx: Any, gradients: Sequence[Tensor | None]) -> None:
-        raise RuntimeError(
-            f"{name} has no second derivative on its fast path: compute it inside `with attention_zoo.reference():`"
-        )
-
-    operator.register_fake(lambda *args: list(fake(inputs(*args))))  # type: ignore[call-arg]
+    operator.register_fake(lambda *args: list(fake(inputs(*args))))
     operator_backward.register_fake(fake_backward)
     operator.register_autograd(differentiate, setup_context=setup_context)
     operator_backward.register_autograd(refuse)
-
-    def call(given: Any) -> list[Tensor]:
-        outputs: list[Tensor] = operator(*given)
-        return outputs
-
-    return call
+    return lambda given: operator(*given)
 
 
 def _schema_type(hint: Any) -> str:
-    names = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
-    if hint in names:
-        return names[hint]
-    (kind, *_) = get_args(hint)
-    return f"{names[kind]}?" if type(None) in get_args(hint) else f"{names[kind]}[]"
+    (kind, *rest) = get_args(hint) or (hint,)
+    return SCHEMA_TYPES[kind] + ("?" if type(None) in rest else "" if kind is hint else "[]")
 
 
-def _differentiable(given: Any, hints: dict[str, Any]) -> list[Tensor]:
-    """The tensors of the inputs that get gradients, lists flattened."""
-    tensors: list[Tensor] = []
-    for value, hint in zip(given, hints.values(), strict=True):
-        if hint is Tensor and (value.is_floating_point() or value.is_complex()):
-            tensors.append(value)
-        elif hint == list[Tensor]:
-            tensors.extend(value)
-    return tensors
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _take(found: Iterator[Tensor], value: Any, hint: Any) -> Any:
-    """The gradient, or the list of gradients, that belongs to one input."""
-    if hint == list[Tensor]:
-        return [next(found) for _ in value]
-    takes = hint is Tensor and (value.is_floating_point() or value.is_complex())
-    return next(found) if takes else None
+def _differentiable(args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of the arguments that get gradients, lists flattened."""
+    return [leaf for leaf in pytree.tree_leaves(args) if _has_gradient(leaf)]
+
+
+def _take(found: Iterator[Tensor], value: Any) -> Any:
+    """The gradient, or the list of gradients, of one argument."""
+    if isinstance(value, list) and all(isinstance(item, Tensor) for item in value):
+        return [_take(found, item) for item in value]
+    return next(found) if _has_gradient(value) else None

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: its readable reference or a fast path that equals it."""
+"""Which implementation of an operation runs: the reference, or a fast one that equals it."""
 
 from __future__ import annotations
 
@@ -7,54 +7,54 @@ from contextlib import contextmanager
 
 
 class ReferenceMode:
-    """Reference mode while it is in force.
+    """An active `reference()` context.
 
     Attributes:
-        consulted: whether an op has been run by its reference in it.
+        consulted: whether an operation has run its reference because of it.
     """
 
     consulted = False
 
 
-# A plain module-level flag, because torch.compile guards on one and cannot trace a ContextVar.
-_forced: ReferenceMode | None = None
+# A module-level variable, because torch.compile guards on one and cannot trace a ContextVar.
+_active: ReferenceMode | None = None
 
 
 @contextmanager
 def reference() -> Iterator[ReferenceMode]:
-    """Run every op of the library by its reference inside this context.
+    """Run the reference of every operation inside this context.
 
-    References are short, follow the paper, work in any floating dtype and are twice differentiable, so this is the
-    mode for `gradgradcheck`, for debugging and for devices on which a fast path fails.
+    References follow the paper's equations, accept any floating point dtype and are twice differentiable: use them for
+    `gradgradcheck`, for debugging, and on devices on which a fast implementation fails.
 
-    The switch is one flag of the process: threads share it.
+    The context is global to the process, and shared by its threads.
 
     Example:
         >>> with attention_zoo.reference():
-        ...     slow = block(x)
+        ...     expected = layer(x)
     """
-    global _forced
-    before = _forced
-    _forced = ReferenceMode()
+    global _active
+    before = _active
+    _active = ReferenceMode()
     try:
-        yield _forced
+        yield _active
     finally:
-        _forced = before
+        _active = before
 
 
 def choose(impl: str, known: Sequence[str]) -> str:
-    """The implementation to run: `impl`, or the reference where `reference()` is in force.
+    """The implementation to run: `impl`, or "reference" inside `reference()`.
 
     Args:
-        impl: what the caller asked for, "auto" or one of `known`.
-        known: the names that the op has beside "auto" and "reference".
+        impl: the caller's choice, "auto", "reference" or one of `known`.
+        known: names of the operation's fast implementations.
 
     Raises:
-        ValueError: `impl` is none of them.
+        ValueError: `impl` is unknown.
     """
     if impl not in ("auto", "reference", *known):
         raise ValueError(f"impl must be one of {['auto', 'reference', *known]}, got {impl=}")
-    if _forced is None:
+    if _active is None:
         return impl
-    _forced.consulted = True
+    _active.consulted = True
     return "reference"

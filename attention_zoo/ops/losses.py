@@ -1,9 +1,9 @@
-"""Losses that leave padding out."""
+"""Losses that ignore padding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,41 +13,41 @@ from attention_zoo.ops.precision import at_least_float32, no_autocast
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean cross entropy over the positions that count.
+    """Mean cross entropy over the valid positions.
 
     Args:
         logits: (b, n, num_tokens).
         targets: (b, n), token ids.
-        mask: (b, n) bool, True where a position counts. None: all count.
+        mask: (b, n) bool, True = a valid position. None: all are valid.
 
     Returns:
-        A scalar in nats, in at least float32; 0 with zero gradient where no position counts.
+        A scalar in nats, in at least float32; 0 with zero gradient without a valid position.
     """
     with no_autocast(logits):
         losses = F.cross_entropy(at_least_float32(logits).transpose(1, 2), targets.long(), reduction="none")
         if mask is None:
             return losses.mean()
-        # where, not a product: a masked position may hold anything, infinities included
+        # not a product: the loss of a masked position may be infinite or NaN
         losses = torch.where(mask, losses, losses.new_zeros(()))
         return losses.sum() / mask.sum().clamp(min=1)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Cross entropy of every token given those before it.
+    """Mean cross entropy of every token given the tokens before it.
 
     Args:
         logits: (b, n - 1, num_tokens), computed from `tokens[:, :-1]`.
-        tokens: (b, n).
-        mask: (b, n) bool, True = a real token. A pair counts where both the token and the one before it are real.
+        tokens: (b, n), token ids.
+        mask: (b, n) bool, True = a valid token. A target counts if it and the token before it are valid.
 
     Returns:
-        A scalar in nats per predicted token.
+        A scalar in nats, as `masked_cross_entropy`.
     """
     return masked_cross_entropy(logits, tokens[:, 1:], _pairs(mask))
 
 
 def count_next_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Over how many tokens of (b, n) `next_token_loss` is a mean: a scalar int64."""
+    """The number of targets of `next_token_loss` for tokens (b, n), a scalar int64."""
     pairs = _pairs(mask)
     return torch.tensor(tokens[:, 1:].numel(), device=tokens.device) if pairs is None else pairs.sum()
 
@@ -56,13 +56,14 @@ def _pairs(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask[:, :-1] & mask[:, 1:]
 
 
-class LossTerm(NamedTuple):
-    """A part of a loss: a mean over some targets.
+@dataclass(frozen=True)
+class LossTerm:
+    """A term of a loss.
 
     Attributes:
-        mean: scalar, mean over `count` targets; 0 where there is none.
-        count: scalar, the number of targets.
-        weight: factor with which the mean enters the loss.
+        mean: scalar, mean over `count` targets; 0 without targets.
+        count: scalar, number of targets.
+        weight: factor of the mean in the loss.
     """
 
     mean: Tensor

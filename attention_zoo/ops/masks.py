@@ -1,13 +1,15 @@
-"""Boolean masks, True = visible. They combine by `&`; positions are aligned bottom-right: last query, last key."""
+"""Boolean masks, True = allowed. Queries and keys are aligned bottom-right: the last query sits at the last key."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from attention_zoo._checks import check_boolean
+
 
 def causal_mask(queries: int, keys: int, *, device: torch.device | None = None) -> Tensor:
-    """Which keys a causal query sees: those up to its own position, the last query standing at the last key.
+    """The keys up to the position of each query.
 
     Returns:
         (i, j) bool, True where key j <= query i + (keys - queries).
@@ -17,43 +19,41 @@ def causal_mask(queries: int, keys: int, *, device: torch.device | None = None) 
 
 
 def key_mask(mask: Tensor) -> Tensor:
-    """A padding mask (b, j), True = a real token, in the shape in which it hides keys: (b, 1, 1, j)."""
+    """A padding mask (b, j), True = a valid token, as a mask of keys (b, 1, 1, j)."""
     return mask[:, None, None, :]
 
 
 def visible(queries: int, keys: int, *, mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
-    """Padding or pattern together with causality.
+    """The allowed mask: padding, or a mask of pairs, combined with causality. Every implementation takes it from here.
 
     Args:
         queries: number of queries i.
         keys: number of keys j.
-        mask: None, a padding mask (b, j), or any bool tensor that broadcasts to (b, h, i, j).
-        causal: hide the keys after a query.
-        device: where a mask that has to be built is built.
+        mask: None, padding (b, j), or a boolean tensor that broadcasts to (b, h, i, j).
+        causal: causal masking.
+        device: device of a mask that is built here.
 
     Returns:
-        A bool tensor that broadcasts to (b, h, i, j), or None where everything is visible.
+        A boolean tensor that broadcasts to (b, h, i, j), or None if every key is allowed for every query.
     """
     if mask is not None and mask.ndim == 2:
         mask = key_mask(mask)
-    if not causal or queries == 1:  # a single query stands at the last key and sees all
+    if not causal or queries == 1:  # a single query sits at the last key
         return mask
     triangle = causal_mask(queries, keys, device=device)
     return triangle[None, None] if mask is None else mask & triangle
 
 
 def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: int) -> None:
-    """Refuse a mask that an op would misread.
+    """Check that a mask fits the scores (b, h, i, j).
 
     Raises:
-        TypeError: it is not a boolean tensor.
-        ValueError: it is neither (b, j) nor broadcasts to (b, h, i, j).
+        TypeError: `mask` is not a boolean tensor.
+        ValueError: `mask` is neither (b, j) nor four axes that broadcast to (b, h, i, j).
     """
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a boolean tensor, True where a key is visible, got {got}")
+    check_boolean(mask=mask)
     want = (batch, heads, queries, keys)
     if mask.ndim == 2 and mask.shape == (batch, keys):
         return
@@ -63,11 +63,3 @@ def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: 
         f"mask must be (b, j) = {(batch, keys)} or, with four axes, broadcast to (b, h, i, j) = {want}, "
         f"got shape {tuple(mask.shape)}"
     )
-
-
-def slice_mask(mask: Tensor | None, start: int, stop: int, keys: int) -> Tensor | None:
-    """What a mask says of the queries start ... stop - 1 and the first `keys` keys."""
-    if mask is None or mask.ndim == 2:
-        return mask if mask is None else mask[:, :keys]
-    rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
-    return rows if rows.shape[-1] == 1 else rows[..., :keys]

@@ -1,4 +1,4 @@
-"""Saving and loading models: a folder of safetensors and JSON, and the Hugging Face hub."""
+"""Saving and loading of models: a folder with safetensors and JSON, the Hugging Face hub, and model cards."""
 
 from attention_zoo.saving.saved_model import SavedModel
 

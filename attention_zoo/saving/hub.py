@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 
 from attention_zoo._files import write_all_aside
+from attention_zoo.saving.model_card import write_card
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard, ModelHubMixin
 
 CARD = "README.md"
-FACTS = ("data", "score", "command")  # what a card tells beside the configuration
 
 
 class HubMethods:
@@ -39,18 +39,20 @@ class HubMethods:
         push_to_hub: bool = False,
         **options: Any,
     ) -> str | None:
-        """Write what `save` writes and a model card, README.md, as huggingface_hub's mixin does; needs the extra `hub`.
+        """Write the files of `save` and a model card, README.md.
 
-        Files are replaced only by whole new ones; a README.md that is there already is kept.
+        Files are replaced only by complete new ones. A README.md that exists is kept. Needs the extra `hub`.
 
         Args:
-            directory: where to write; `load` and `from_pretrained` read it.
-            data, score, command: sentences for the card: what the model was trained on, how well it does, what made it.
-            push_to_hub: send it to the hub too, as `repo_id`, by default the folder's name.
-            options: those of `push_to_hub`, with which alone they make sense.
+            directory: the folder to write to, which `load` and `from_pretrained` read.
+            data, score, command: sentences for the card: the training data, the model's score, the command that
+                trained it.
+            push_to_hub: whether to upload the files to the hub.
+            repo_id: the repository, "owner/name". None: the folder's name.
+            options: passed to huggingface_hub's `push_to_hub`; only with push_to_hub=True.
 
         Returns:
-            Where it is on the hub, if it was sent there.
+            The address on the hub, or None without push_to_hub.
 
         Raises:
             ImportError: huggingface_hub is not installed.
@@ -64,13 +66,14 @@ class HubMethods:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".saving.*"):  # of a save that was killed
             rmtree(leftover, ignore_errors=True)
-        with TemporaryDirectory(dir=folder, prefix=".saving.") as aside:  # the mixin removes the old config at once
+        # The mixin deletes an existing configuration before it writes, so it writes to a temporary folder.
+        with TemporaryDirectory(dir=folder, prefix=".saving.") as aside:
             hub.save_pretrained(aside, model_card_kwargs=facts)
             new = [file for file in Path(aside).iterdir() if file.name != CARD or not (folder / CARD).exists()]
             write_all_aside({folder / file.name: partial(copyfile, file) for file in new})
         if not push_to_hub:
             return None
-        hub.card = (folder / CARD).read_text(encoding="utf-8")  # which may be one of the user's own
+        hub.card = (folder / CARD).read_text(encoding="utf-8")  # may be the user's own card
         return str(hub.push_to_hub(repo_id or folder.name, **options))
 
     @classmethod
@@ -85,28 +88,28 @@ class HubMethods:
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> Self:
-        """Build a model from a folder that `save_pretrained` or `save` wrote, or from the hub, with the extra `hub`.
+        """Build a model from a folder written by `save_pretrained` or `save`, or from the hub with the extra `hub`.
 
         Args:
-            name: a folder, or a repository, "who/what".
-            device: where the weights go.
+            name: a folder, or a repository "owner/name".
+            device: device of the model.
             revision, token, cache_dir, force_download, local_files_only: of a repository; see huggingface_hub.
 
         Raises:
-            ImportError: it is no folder, and huggingface_hub is not installed.
+            ImportError: `name` is not a folder and huggingface_hub is not installed.
             FileNotFoundError, ValueError: see `load`.
         """
-        place, self_made = str(name), cast(Any, cls)
-        if os.path.isdir(place):
-            return cast(Self, self_made.load(place, device=device))
-        if os.path.isabs(place) or place.startswith(".") or place.count("/") > 1:
-            raise FileNotFoundError(f"{place} does not exist, and a repository is called 'who/what'")
+        source, loadable = str(name), cast(Any, cls)
+        if os.path.isdir(source):
+            return cast(Self, loadable.load(source, device=device))
+        if os.path.isabs(source) or source.startswith(".") or source.count("/") > 1:
+            raise FileNotFoundError(f"{source} does not exist, and a repository is called 'owner/name'")
         download = {"revision": revision, "token": token, "cache_dir": cache_dir, "force_download": force_download}
         hub: Any = _hub_class()
         try:
-            found = hub.from_pretrained(place, kind=cls, device=device, local_files_only=local_files_only, **download)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:  # of the mixin's own look at it
-            raise ValueError(f"config.json of {place} must be a JSON object, got {error}") from error
+            found = hub.from_pretrained(source, kind=cls, device=device, local_files_only=local_files_only, **download)
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:  # the mixin reads the file too
+            raise ValueError(f"config.json of {source} must be a JSON object, got {error}") from error
         return cast(Self, found.model)
 
     def push_to_hub(
@@ -118,15 +121,15 @@ class HubMethods:
         command: str | None = None,
         **options: Any,
     ) -> str:
-        """Send what `save_pretrained` writes to the hub; needs the extra `hub`.
+        """Upload the files of `save_pretrained` to the hub. Needs the extra `hub`.
 
         Args:
-            repo_id: "who/what".
+            repo_id: "owner/name".
             data, score, command: see `save_pretrained`.
             options: private, branch, token, commit_message, ...: see huggingface_hub.
 
         Returns:
-            Where it is.
+            The address on the hub.
         """
         hub: Any = _hub_class()(self)
         facts = {"data": data, "score": score, "command": command}
@@ -134,7 +137,7 @@ class HubMethods:
 
 
 def _hub_class() -> type[ModelHubMixin]:
-    """The class whose instances hold a model and do what the mixin does with it.
+    """A class whose instances wrap a model for huggingface_hub's mixin.
 
     Raises:
         ImportError: huggingface_hub is not installed.
@@ -146,7 +149,7 @@ def _hub_class() -> type[ModelHubMixin]:
     class OnHub(ModelHubMixin):
         def __init__(self, model: Any) -> None:
             self.model = model
-            self.card: str | None = None  # in place of the one that would be written
+            self.card: str | None = None  # replaces the generated card
 
         def _save_pretrained(self, save_directory: Path) -> None:
             self.model.save(save_directory)
@@ -161,39 +164,3 @@ def _hub_class() -> type[ModelHubMixin]:
             return ModelCard(self.card or write_card(self.model, **facts))
 
     return OnHub
-
-
-def write_card(model: Any, **facts: str | None) -> str:
-    """A model card in Markdown: what the model is, how to load it, its configuration, and the facts that are known.
-
-    Args:
-        model: any model of the zoo.
-        facts: a sentence each: `data` it was trained on, its `score`, the `command` that made it.
-    """
-    name, package = type(model).__name__, type(model).__module__
-    if package.startswith("attention_zoo."):
-        package = "attention_zoo"
-    size = sum(parameter.numel() for parameter in model.parameters())
-    known = "".join(f"\n## {fact.capitalize()}\n\n{facts.get(fact) or 'Not stated.'}\n" for fact in FACTS)
-    return f"""---
-library_name: attention-zoo
-tags:
-- attention-zoo
----
-
-# {name}
-
-A `{name}` of attention_zoo, {size:,} parameters. `pip install attention-zoo`, then:
-
-```python
-from {package} import {name}
-
-model = {name}.from_pretrained("...")  # this repository, or a folder with its files
-```
-{known}
-## Configuration
-
-```json
-{json.dumps(model.arguments, indent=2)}
-```
-"""

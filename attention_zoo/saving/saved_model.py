@@ -23,33 +23,33 @@ CONFIG = "config.json"
 
 
 class SavedModel(HubMethods, nn.Module):
-    """A model that `save` writes to a folder and `load` builds again.
+    """A model that `save` writes to a folder and `load` rebuilds.
 
-    A subclass calls `self.remember(locals())` first thing after `super().__init__()`, so that its arguments are kept.
+    The constructor of a subclass calls `self.remember(locals())` directly after `super().__init__()`.
     """
 
     arguments: dict[str, Any]
 
     def remember(self, scope: Mapping[str, Any]) -> None:
-        """Keep the constructor's arguments, which `locals()` there holds, for `save`."""
+        """Store the constructor's arguments, `locals()` of the constructor, for `save`."""
         self.arguments = {k: own_copy(v) for k, v in scope.items() if k != "self" and not k.startswith("__")}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the weights and the arguments; files are replaced only by whole new ones, and only both.
+        """Write the weights and the arguments. Existing files are replaced only after both were written completely.
 
         Raises:
-            TypeError: an argument cannot be written as JSON, a callable say, or the parameters are spread over
-                processes; nothing is written then.
-            OSError: the files could not be written, the disk being full, say; those of before are as they were.
+            TypeError: an argument cannot be written as JSON, such as a callable, or the parameters are sharded over
+                processes. Nothing is written.
+            OSError: the files could not be written. Existing files are unchanged.
         """
         for name, value in self.arguments.items():
             check_plain(name, value)
         config = {"class": type(self).__name__, "version": package_version(), "arguments": self.arguments}
         folder = Path(directory)
-        if any(hasattr(parameter, "full_tensor") for parameter in self.parameters()):  # DTensor takes long to import
+        if any(hasattr(parameter, "full_tensor") for parameter in self.parameters()):  # DTensor is slow to import
             raise TypeError(
-                "the model's parameters must be whole to be saved, but they are spread over processes: load what "
-                "training.gather_weights(model) returns into a model of the same arguments, and save that"
+                "the model's parameters must not be sharded over processes to be saved: load the result of "
+                "training.gather_weights(model) into a model with the same arguments, and save that model"
             )
         weights = {name: tensor.contiguous() for name, tensor in unique_tensors(self).items()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,11 +62,11 @@ class SavedModel(HubMethods, nn.Module):
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
-        """Build the model that `save` wrote. Nothing in the files is executed.
+        """Build the model written by `save`. No code from the files is executed.
 
         Args:
-            directory: where `save` wrote.
-            device: where the weights go.
+            directory: the folder.
+            device: device of the model.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -82,34 +82,34 @@ def write_weights(weights: dict[str, Tensor], path: str) -> None:
     """Write a safetensors file.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the file could not be written.
     """
     try:
         save_file(weights, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # as its own writer says so
+    except SafetensorError as error:  # what safetensors raises for a full disk
         raise OSError(f"{path} could not be written: {error}") from error
 
 
 def package_version() -> str:
-    """The installed version of this package."""
+    """The installed version of this package, or "unknown" if it runs from a folder without installation."""
     try:
         return version("attention-zoo")
-    except PackageNotFoundError:  # run from a folder that was never installed
+    except PackageNotFoundError:
         return "unknown"
 
 
 def own_copy(value: Any) -> Any:
-    """Nested lists and mappings copied, so that what their owner does with them later cannot reach the copy."""
+    """A copy of nested lists and mappings, which later changes by the caller do not reach."""
     if isinstance(value, Mapping):
         return {key: own_copy(item) for key, item in value.items()}
     return [own_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_plain(name: str, value: object) -> None:
-    """Refuse an argument that JSON cannot hold.
+    """Check that JSON can hold an argument.
 
     Raises:
-        TypeError: naming it.
+        TypeError: it cannot; the message names the argument.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -125,11 +125,11 @@ def check_plain(name: str, value: object) -> None:
 
 
 def read_arguments(path: Path, cls: type) -> dict[str, Any]:
-    """The constructor's arguments in a config file.
+    """Read the constructor's arguments from a config file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, or belongs to another class.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged, or of another class.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -139,44 +139,41 @@ def read_arguments(path: Path, cls: type) -> dict[str, Any]:
         raise ValueError(f"{path} must hold an object with the field 'arguments'")
     if config.get("class") != cls.__name__:
         raise ValueError(f"{path}: field 'class' must be {cls.__name__!r}, got {config.get('class')!r}")
-    arguments: dict[str, Any] = config["arguments"]
-    return arguments
+    return dict(config["arguments"])
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into `model`, all of it or nothing.
+    """Load a safetensors file into `model`. The model is changed only if all tensors fit.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, or a tensor is missing, left over or of another shape.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged, or a tensor is missing, unexpected or of another shape.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     try:
         found: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got {error}") from error
+        raise ValueError(f"{path} must be a complete safetensors file, got {error}") from error
     wanted = unique_tensors(model)
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
-            raise ValueError(f"{path} lacks the tensor {name!r}")
+            raise ValueError(f"{path}: missing tensor {name!r}")
         if name not in wanted:
-            raise ValueError(f"{path} holds the tensor {name!r}, which the model has not")
+            raise ValueError(f"{path}: unexpected tensor {name!r}")
         if wanted[name].shape != found[name].shape:
             want, got = tuple(wanted[name].shape), tuple(found[name].shape)
             raise ValueError(f"{path}: tensor {name!r} must have shape {want}, got {got}")
     with torch.no_grad():
         for name, tensor in wanted.items():
-            tensor.data = tensor.data.to(found[name].dtype)  # a model saved in bfloat16 comes back in it
+            tensor.data = tensor.data.to(found[name].dtype)  # a model saved in bfloat16 is loaded in bfloat16
             tensor.copy_(found[name])
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict with every tensor once, under its first name: tied weights are one tensor."""
-    unique: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            unique[name] = tensor
-    return unique
+    """The state_dict with tied tensors once, under the first of their names."""
+    names: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in names.values()}

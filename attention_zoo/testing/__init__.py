@@ -1,4 +1,4 @@
-"""The contract kit: the checks that every block of the zoo passes, for blocks of your own.
+"""Contract checks: the checks that every attention layer of this library passes, for any nn.Module.
 
 Example:
     >>> from attention_zoo.testing import check_block
@@ -39,14 +39,14 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
 
 
 def run_check(name: str, subject: Subject) -> Outcome:
-    """Run one check of CHECKS on a block; whatever it raises becomes the outcome."""
+    """Run one check of CHECKS on a block; an exception becomes the outcome."""
     try:
         CHECKS[name](subject)
     except NotApplicable as reason:
         return Outcome(name, NOT_APPLICABLE, str(reason))
     except AssertionError as failure:
         return Outcome(name, FAILED, str(failure))
-    except Exception as error:  # a block that raises where it should compute fails the check that called it
+    except Exception as error:  # a block that raises fails the check that called it
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         return Outcome(name, FAILED, f"{type(error).__name__}: {first}")
     return Outcome(name, PASSED)
@@ -63,25 +63,21 @@ def check_block(
     checks: Sequence[str] | None = None,
     **options: Any,
 ) -> Report:
-    """Run the contract's checks on a block, the zoo's or your own.
+    """Run the contract checks on a block.
 
-    A block is any nn.Module with `forward(x, *, mask=None)`, and `step(x, state=None, *, mask=None)` where it decodes.
+    A block is any nn.Module with `forward(x, *, mask=None)` and, if it decodes, `step(x, state=None, *, mask=None)`.
 
     Args:
-        make_block: gives a fresh block for features of size `dim`.
-        dim: features d.
-        causal: whether the block promises to hide the future.
-        lengths: sequence lengths to test; choose them across the tile edges of the block.
-        inputs: `inputs(batch, length)` gives the other arguments of a block that takes a context, by name.
-        reference: makes the slow twin of a block that does not use this library's ops.
+        make_block: makes a new block for features of size `dim`.
+        dim, causal, lengths, inputs, reference: see `Subject`.
         checks: names of CHECKS to run. None: all.
-        options: the other fields of `Subject`, for exceptions that a block is entitled to.
+        options: other fields of `Subject`, for properties that a block does not have by design.
 
     Returns:
-        A report with one outcome a check; `failed` lists what failed and `raise_for_failures()` raises it.
+        A report with one outcome per check; see `Report.failed` and `Report.raise_for_failures`.
 
     Raises:
-        ValueError: a name that is no check.
+        ValueError: `checks` has a name that is not in CHECKS.
     """
     subject = Subject(
         make_block, dim=dim, causal=causal, lengths=tuple(lengths), inputs=inputs, reference=reference, **options

@@ -1,34 +1,35 @@
-"""Check 6: decoding step by step equals the whole pass, and an old state keeps its meaning."""
+"""Check 6: incremental decoding equals the full forward pass, and older states stay valid."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from attention_zoo.testing.subject import FLOAT32_ERROR, GRADIENT_ERROR, Subject, expect_close, expect_equal
+from attention_zoo.testing.subject import FLOAT32_ERROR, GRADIENT_ERROR, Padding, Subject, expect_close, expect_equal
 
 
 def check_steps(subject: Subject) -> None:
-    """`step` over any split equals `forward`, padded too, with gradients; older states can be stepped again."""
+    """`step` over any split equals `forward`, with padding and with gradients; older states can be stepped again."""
     block = subject.block()
-    subject.needs_step(block)
+    subject.require_step(block)
     for n in subject.lengths:
-        others = subject.others(n)
-        for name, mask in subject.masks(n).items():
-            extra = dict(others) if mask is None else {**others, "mask": mask}
-            x = subject.x(n)
-            for splits in _splits(n, singly=mask is None or n < 70):
-                with torch.no_grad():
-                    whole = block(x, **extra)
+        others, x = subject.others(n), subject.x(n)
+        for padding in subject.paddings(n).values():
+            mask = padding.mask
+            with torch.no_grad():
+                whole = block(x, **padding.extra)
+                for splits in _splits(n, singly=mask is None or n < 70):
                     pieces = subject.steps(block, x, splits, mask=mask, others=others)
-                what = f"step over pieces {_short(splits)} differs from forward (n={n}, {name})"
-                expect_close(_real(pieces, mask), _real(whole, mask), FLOAT32_ERROR, what)
-            _rollback(subject, block, x, mask, others, f"n={n}, {name}")
-        _gradients(subject, block, n, others)
+                    size = f"{splits}" if len(splits) <= 4 else f"of 1 x {len(splits)}"
+                    what = f"step over pieces {size} differs from forward ({padding.where})"
+                    expect_close(_valid(pieces, mask), _valid(whole, mask), FLOAT32_ERROR, what)
+                if n >= 4:
+                    _check_rollback(subject, block, x, others, padding)
+        if n >= 2:
+            _check_gradients(subject, block, n, others)
 
 
 def _splits(n: int, *, singly: bool) -> list[list[int]]:
@@ -40,54 +41,40 @@ def _splits(n: int, *, singly: bool) -> list[list[int]]:
     return splits
 
 
-def _short(splits: list[int]) -> str:
-    return f"{splits}" if len(splits) <= 4 else f"of 1 x {len(splits)}"
-
-
-def _real(out: Tensor, mask: Tensor | None) -> Tensor:
-    """Outputs at masked tokens set to 0: they mean nothing."""
+def _valid(out: Tensor, mask: Tensor | None) -> Tensor:
+    """Outputs with 0 at masked tokens, where they are undefined."""
     if mask is None:
         return out
-    shape = (mask.shape[0], *(1,) * (out.ndim - 3), mask.shape[1], 1)
-    return torch.where(mask.view(shape), out, torch.zeros_like(out))
+    return torch.where(mask.view(mask.shape[0], *(1,) * (out.ndim - 3), mask.shape[1], 1), out, 0.0)
 
 
-def _rollback(
-    subject: Subject, block: nn.Module, x: Tensor, mask: Tensor | None, others: Mapping[str, Tensor], where: str
+def _check_rollback(
+    subject: Subject, block: nn.Module, x: Tensor, others: Mapping[str, Tensor], padding: Padding
 ) -> None:
-    """Step an older state twice, once into another future, and look at what it holds and gives afterwards."""
-    n = x.shape[-2]
-    if n < 4:
-        return
-    half = n // 2
-    other = torch.cat((x[..., :half, :], 10 * subject.x(n, seed=9)[..., half:, :]), dim=-2)
-    with torch.no_grad():
-        _, older = subject.step(block, x, 0, half - 1, None, mask=mask, others=others)
-        _, old = subject.step(block, x, half - 1, 1, older, mask=mask)
-        held = [leaf.clone() for leaf in _tensors(old)]
-        first, newer = subject.step(block, x, half, 1, old, mask=mask)
-        subject.step(block, other, half, 1, old, mask=mask)
-        again, _ = subject.step(block, x, half, 1, old, mask=mask)
-        onwards, _ = subject.step(block, x, half + 1, 1, newer, mask=mask)
-        straight = subject.steps(block, x, [half, 1, 1], mask=mask, others=others)
-    for leaf, was in zip(_tensors(old), held, strict=True):
-        expect_equal(leaf, was, f"a newer step changed what an older state holds ({where})")
-    what = f"an older state, stepped again after newer steps, gives another output ({where})"
+    """Step an older state twice, once into another future, and compare what it holds and gives afterwards."""
+    mask, half = padding.mask, x.shape[-2] // 2
+    other = 10 * subject.x(x.shape[-2], seed=9)
+    _, older = subject.step(block, x, 0, half - 1, None, mask=mask, others=others)
+    _, old = subject.step(block, x, half - 1, 1, older, mask=mask)
+    held = [leaf.clone() for leaf in _tensors(old)]
+    first, newer = subject.step(block, x, half, 1, old, mask=mask)
+    subject.step(block, other, half, 1, old, mask=mask)
+    again, _ = subject.step(block, x, half, 1, old, mask=mask)
+    following, _ = subject.step(block, x, half + 1, 1, newer, mask=mask)
+    straight = subject.steps(block, x, [half, 1, 1], mask=mask, others=others)[..., -1:, :]
+    for leaf, before in zip(_tensors(old), held, strict=True):
+        expect_equal(leaf, before, f"a newer step changed the content of an older state ({padding.where})")
+    what = f"an older state, stepped again after newer steps, gives another output ({padding.where})"
     expect_close(again, first, FLOAT32_ERROR, what)
-    expect_close(_real(onwards, _cut(mask, half + 1)), _real(straight[..., -1:, :], _cut(mask, half + 1)), 1e-5, what)
+    last = None if mask is None else mask[:, half + 1 : half + 2]
+    expect_close(_valid(following, last), _valid(straight, last), FLOAT32_ERROR, what)
 
 
-def _cut(mask: Tensor | None, at: int) -> Tensor | None:
-    return None if mask is None else mask[:, at : at + 1]
-
-
-def _tensors(state: Any) -> list[Tensor]:
+def _tensors(state: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
-def _gradients(subject: Subject, block: nn.Module, n: int, others: Mapping[str, Tensor]) -> None:
-    if n < 2:
-        return
+def _check_gradients(subject: Subject, block: nn.Module, n: int, others: Mapping[str, Tensor]) -> None:
     x = subject.x(n).requires_grad_()
     weight = subject.x(n, seed=5)
     whole = torch.autograd.grad((block(x, **others) * weight).sum(), x)[0]

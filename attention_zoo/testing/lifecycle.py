@@ -1,4 +1,4 @@
-"""Checks 11 to 13: saving and copying, bad arguments, the attention map."""
+"""Checks 11 to 13: saving and copying, argument validation, attention maps."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ import re
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attention_zoo.testing.report import NotApplicable
-from attention_zoo.testing.subject import BATCH, FLOAT32_ERROR, Subject, expect, expect_close, expect_equal
+from attention_zoo.testing.subject import (
+    BATCH,
+    FLOAT32_ERROR,
+    Padding,
+    Subject,
+    expect,
+    expect_close,
+    expect_equal,
+    expect_zero,
+)
 
 
 def check_saving(subject: Subject) -> None:
-    """state_dict, deepcopy, and meta construction with to_empty and load_state_dict give the same block."""
+    """state_dict, deepcopy, and construction on the meta device with load_state_dict give an equal block."""
     block = subject.block()
     n = max(subject.lengths)
     x, others = subject.x(n), subject.others(n)
@@ -35,14 +44,13 @@ def check_saving(subject: Subject) -> None:
 
 
 def check_arguments(subject: Subject) -> None:
-    """Bad arguments raise ValueError or TypeError that name the argument and the value got."""
+    """Invalid arguments raise ValueError or TypeError; the message names the argument and its value."""
     block = subject.block()
     n = next((n for n in subject.lengths if n > 2), max(subject.lengths))
     x, others = subject.x(n), subject.others(n)
     mask = torch.ones(BATCH, n, dtype=torch.bool, device=subject.device)
-    d = subject.dim
     wrong: list[tuple[str, str, Callable[[], object]]] = [
-        ("x", str(d + 1), lambda: block(torch.cat((x, x[..., :1]), dim=-1), **others)),
+        ("x", str(subject.dim + 1), lambda: block(torch.cat((x, x[..., :1]), dim=-1), **others)),
         ("x", "int64", lambda: block(x.long(), **others)),
         ("x", str(tuple(x[0, ..., 0, :].shape)), lambda: block(x[0, ..., 0, :], **others)),
         ("x", "0", lambda: block(x[..., :0, :], **others)),
@@ -54,10 +62,10 @@ def check_arguments(subject: Subject) -> None:
         wrong.append(("state", str(BATCH), lambda: subject.step(block, x[:1], 0, 1, state)))
         wrong.append(("state", "str", lambda: subject.step(block, x, 0, 1, "state")))
     for name, value, call in wrong:
-        _refuses(call, name, value)
+        _expect_error(call, name, value)
 
 
-def _refuses(call: Callable[[], object], name: str, value: str) -> None:
+def _expect_error(call: Callable[[], object], name: str, value: str) -> None:
     try:
         call()
     except (ValueError, TypeError) as error:
@@ -66,52 +74,40 @@ def _refuses(call: Callable[[], object], name: str, value: str) -> None:
         expect(named and value in message, f"the error must name {name} and the value {value}, but reads: {message}")
     except Exception as error:
         raise AssertionError(
-            f"a bad {name} ({value}) must raise ValueError or TypeError, but raised {type(error).__name__}: {error}"
+            f"an invalid {name} ({value}) must raise ValueError or TypeError, got {type(error).__name__}: {error}"
         ) from error
     else:
-        raise AssertionError(f"a bad {name} ({value}) must raise ValueError or TypeError, but nothing was raised")
+        raise AssertionError(f"an invalid {name} ({value}) must raise ValueError or TypeError, got no error")
 
 
 def check_map(subject: Subject) -> None:
-    """attention_map is exactly 0 for the future and for masked keys, and sums the values to the op's output."""
+    """attention_map is exactly 0 for later and masked keys, and times the values gives the operation's output."""
     block = subject.block()
     if not callable(getattr(block, "attention_map", None)):
         raise NotApplicable("the block has no attention_map")
     for n in subject.lengths:
-        others = subject.others(n)
-        for name, mask in subject.masks(n).items():
-            extra = dict(others) if mask is None else {**others, "mask": mask}
+        for padding in subject.paddings(n).values():
             with torch.no_grad():
-                weights = block.attention_map(subject.x(n), **extra)  # type: ignore[operator]
-            expect(weights.isfinite().all(), f"the attention map is not finite (n={n}, {name})")
+                weights = block.attention_map(subject.x(n), **padding.extra)  # type: ignore[operator]
+            expect(weights.isfinite().all(), f"the attention map is not finite ({padding.where})")
             expect(weights.shape[-2] == n, f"the attention map is {tuple(weights.shape)}, not (b, h, i, j) (n={n})")
-            _hides(subject, weights, mask, others, f"n={n}, {name}")
-            _reproduces(subject, block, weights, n, extra, name)
+            _check_hidden(subject, weights, padding)
+            if callable(getattr(block, "values_and_output", None)):
+                with torch.no_grad():
+                    values, out = block.values_and_output(subject.x(n), **padding.extra)  # type: ignore[operator]
+                what = f"the attention map times the values differs from the output ({padding.where})"
+                expect_close(weights.to(values.dtype) @ values, out, FLOAT32_ERROR, what)
 
 
-def _hides(subject: Subject, weights: Tensor, mask: Tensor | None, others: dict[str, Tensor], where: str) -> None:
+def _check_hidden(subject: Subject, weights: Tensor, padding: Padding) -> None:
     i, j = weights.shape[-2:]
-    keys = others.get("context_mask") if "context" in others else mask
-    if subject.causal and "context" not in others:
-        later = torch.ones(i, j, dtype=torch.bool, device=weights.device).triu(1)
-        size = float(weights.masked_fill(~later, 0).abs().max())
-        expect(size == 0, f"the attention map gives the future a weight of {size:.2g} ({where})")
+    reads_context = "context" in padding.extra
+    keys = padding.extra.get("context_mask") if reads_context else padding.mask
+    if subject.causal and not reads_context:
+        earlier = torch.ones(i, j, dtype=torch.bool, device=weights.device).tril()
+        what = f"the attention map gives later keys a weight of {{}} ({padding.where})"
+        expect_zero(weights.masked_fill(earlier, 0), what)
     if keys is not None:
-        shape = (keys.shape[0], *(1,) * (weights.ndim - 2), j)
-        size = float(weights.masked_fill(keys.view(shape), 0).abs().max())
-        expect(size == 0, f"the attention map gives masked keys a weight of {size:.2g} ({where})")
-
-
-def _reproduces(
-    subject: Subject, block: nn.Module, weights: Tensor, n: int, extra: dict[str, Tensor], name: str
-) -> None:
-    if not callable(getattr(block, "mix", None)):
-        return
-    with torch.no_grad():
-        values, mixed = block.values_and_output(subject.x(n), **extra)  # type: ignore[operator]
-    expect_close(
-        weights.to(values.dtype) @ values,
-        mixed,
-        FLOAT32_ERROR,
-        f"the map times the values differs from the op (n={n}, {name})",
-    )
+        keys = keys.view(keys.shape[0], *(1,) * (weights.ndim - 2), j)
+        what = f"the attention map gives masked keys a weight of {{}} ({padding.where})"
+        expect_zero(weights.masked_fill(keys, 0), what)

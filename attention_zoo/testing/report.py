@@ -1,4 +1,4 @@
-"""What the contract kit found: one outcome a check, and a report of all of them."""
+"""Results of the contract checks: one outcome per check, and a report of all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NOT_APPLICABLE = "not applicable"
 
 
 class NotApplicable(Exception):
-    """Raised by a check that has nothing to say about a block; its message says why."""
+    """Raised by a check that does not apply to a block; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Outcome:
     """The result of one check.
 
     Attributes:
-        check: the check's name.
+        check: name of the check.
         status: "passed", "failed" or "not applicable".
         message: what failed, where and by how much; or why the check does not apply.
     """
@@ -43,14 +43,14 @@ class Report:
         return [outcome for outcome in self.outcomes if outcome.status == FAILED]
 
     def __getitem__(self, check: str) -> Outcome:
-        """The outcome of the check with this name."""
+        """The outcome of one check, by its name."""
         return next(outcome for outcome in self.outcomes if outcome.check == check)
 
     def raise_for_failures(self) -> None:
-        """Do nothing where all checks passed or do not apply.
+        """Raise if a check failed.
 
         Raises:
-            AssertionError: a check failed; the message holds one line for each.
+            AssertionError: a check failed; the message has one line per failure.
         """
         if self.failed:
             raise AssertionError("\n".join(str(outcome) for outcome in self.failed))

@@ -1,9 +1,8 @@
-"""Parts of a training run: text as tokens, many processes, and checkpoints to resume from."""
+"""Training utilities: byte-level text, masked tokens, memory replay, distributed training, checkpoints."""
 
 from attention_zoo.training.checkpoint import (
     Checkpoint,
     ShardedCheckpoint,
-    StopRequest,
     read_checkpoint,
     read_sharded,
     save_checkpoint,
@@ -19,6 +18,7 @@ from attention_zoo.training.distributed import (
 )
 from attention_zoo.training.masked_tokens import mask_tokens, masked_token_loss
 from attention_zoo.training.memory_replay import Replayed, memory_replay
+from attention_zoo.training.stop_request import StopRequest
 from attention_zoo.training.tensor_parallel import tensor_parallel_plan
 from attention_zoo.training.text import (
     Text,

@@ -1,12 +1,12 @@
-"""Training in many processes: torch's own data parallelism around a model's loss, with the numbers of one process.
+"""Data-parallel training of a model's loss with DDP or FSDP.
 
-    with training.join_world() as world:                          # the processes that torchrun started
-        loss_of = training.DataParallelLoss(model, world, strategy="fsdp")
-        optimizer = torch.optim.AdamW(model.parameters())         # after the line above, which may shard them
-        loss = loss_of(tokens, mask=mask)                         # the whole batch; each process reads its rows
+    with training.join_world() as world:                          # the process group started by torchrun
+        loss_fn = training.DataParallelLoss(model, world, strategy="fsdp")
+        optimizer = torch.optim.AdamW(model.parameters())         # after sharding, which replaces the parameters
+        loss = loss_fn(tokens, mask=mask)                         # the global batch; each rank computes its rows
         loss.backward()
 
-Papers: DDP, https://arxiv.org/abs/2006.15704; fully sharded data parallelism, https://arxiv.org/abs/2304.11277
+Papers: DDP, https://arxiv.org/abs/2006.15704; FSDP, https://arxiv.org/abs/2304.11277
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from attention_zoo._checks import check_choice, check_padding
-from attention_zoo.ops.losses import count_next_tokens
+from attention_zoo._checks import check_choice
+from attention_zoo.ops.losses import LossTerm, count_next_tokens
 
 CPU = torch.device("cpu")
 STRATEGIES = ("single", "ddp", "fsdp")
@@ -33,22 +35,24 @@ STRATEGIES = ("single", "ddp", "fsdp")
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together. What has a collective in it, all processes must call.
+    """Rank, size and device of this process in the default process group.
+
+    Methods described as collective must be called by every rank.
 
     Attributes:
-        rank: its number, from 0.
-        size: how many there are.
-        device: where its tensors live.
+        rank: rank of this process.
+        size: number of processes.
+        device: device of the tensors of this rank.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
-    wrapped: list[Any] = field(default_factory=list, repr=False, compare=False)  # losses that hold a process group
+    wrapped: list[Any] = field(default_factory=list, repr=False, compare=False)  # DDP losses, released at exit
 
     @classmethod
     def current(cls) -> Self:
-        """This process among those of torch's default process group; alone where there is none."""
+        """The world of the default process group; a world of size 1 if there is none."""
         if not dist.is_initialized():
             return cls()
         on_gpu = dist.get_backend() == "nccl"
@@ -57,14 +61,14 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that speaks and writes for all."""
+        """Whether this is rank 0, which logs and writes."""
         return self.rank == 0
 
     def rows(self, batch: Tensor) -> Tensor:
-        """The rows of a batch (b, ...) that are this process's; all together have each row once.
+        """This rank's rows of a global batch (b, ...); the ranks' rows partition the batch.
 
         Raises:
-            ValueError: there are more processes than rows.
+            ValueError: the batch has fewer rows than there are processes.
         """
         if batch.shape[0] < self.size:
             raise ValueError(
@@ -73,18 +77,18 @@ class World:
         return batch.tensor_split(self.size)[self.rank]
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, without gradient: a collective."""
+        """Sum over all ranks, without gradient. Collective."""
         total = value.detach().to(self.device, copy=True)
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process: a collective."""
+        """Whether `flag` is true on any rank. Collective."""
         return bool(self.sum(torch.tensor(int(flag))))
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank: a collective."""
+        """The picklable values of all ranks, in order of rank. Collective."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -92,13 +96,13 @@ class World:
         return values
 
     def once(self, action: Callable[[], Any]) -> Any:
-        """Let the first process act while the others wait; what it returns or raises, all do: a collective."""
+        """Run `action` on rank 0; every rank returns its result or raises its exception. Collective."""
         outcome: list[Any] = [None, None]
         if self.first:
             try:
                 outcome[0] = action()
-            except Exception as error:  # whatever it is, the others must not wait for ever
-                outcome[1] = _sendable(error)
+            except Exception as error:  # any exception: the other ranks are waiting for the broadcast
+                outcome[1] = _picklable(error)
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1] is not None:
@@ -106,20 +110,20 @@ class World:
         return outcome[0]
 
 
-def _sendable(error: Exception) -> Exception:
+def _picklable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # its constructor takes something else than it keeps
+    except Exception:  # the arguments of its constructor differ from `error.args`
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
 
 @contextmanager
 def join_world(device: str | torch.device = "cpu") -> Iterator[World]:
-    """Join the processes that torchrun started, for the time of a `with`; without torchrun, a world of one.
+    """Context manager that joins the process group started by torchrun; without torchrun, a world of size 1.
 
     Args:
-        device: "cpu" (they talk by gloo) or "cuda" (by NCCL, each process with the GPU of its local rank).
+        device: "cpu" (gloo backend) or "cuda" (NCCL backend, the GPU of the local rank).
     """
     place = torch.device(device)
     if not dist.is_torchelastic_launched():
@@ -133,7 +137,7 @@ def join_world(device: str | torch.device = "cpu") -> Iterator[World]:
     try:
         yield world
     finally:
-        # gloo's threads abort a process that ends while something still holds them.
+        # A process aborts at exit while a DDP reducer still references gloo's threads.
         for loss in world.wrapped:
             loss.unwrap()
         world.wrapped.clear()
@@ -142,24 +146,24 @@ def join_world(device: str | torch.device = "cpu") -> Iterator[World]:
 
 
 class DataParallelLoss(nn.Module):
-    """`model.loss(tokens, mask)` over a batch whose rows the processes share.
+    """Data-parallel `model.loss`: the value and gradients of one process on the global batch.
 
-    Its value, the same in every process, and its gradients are those of one process with the whole batch: the mean
-    over the real targets of all, however unevenly they fall. Where dropout draws, each process draws its own.
+    Every rank is given the global batch and computes the loss of its rows. The loss is a sum of terms, each a mean over
+    some targets (see `LossTerm`); each term is averaged over the targets of all ranks, however unevenly they are
+    distributed. Dropout draws different random numbers on each rank.
 
     Args:
-        model: a module with `loss(tokens, mask)`, a mean over next tokens; on `world.device`. Build it from the same
-            seed in every process. With "fsdp" its parameters become DTensors, so make the optimizer afterwards.
-        world: what `join_world` gave.
-        strategy: "single", one process; "ddp", the model in every process, gradients averaged; "fsdp", parameters,
-            gradients and optimizer state in shards, the parameters of one layer at a time gathered to be used. What a
-            layer is the model says in `fsdp_wrap_classes`, a tuple of classes that any of its modules may have.
-
-        unused_parameters: with "ddp", whether a step may leave parameters without a gradient, at some cost in time.
+        model: module on `world.device` with `loss_terms(...)`, as every trainable model of this package has, or with
+            `loss(tokens, *, mask)`, a mean over next tokens. Must be initialized equally on every rank.
+        world: the world returned by `join_world`.
+        strategy: "single" (one process); "ddp" (replicated model, averaged gradients); "fsdp" (sharded parameters,
+            gradients and optimizer state). FSDP wraps modules of the classes in `fsdp_wrap_classes`, an attribute of
+            the model or any submodule, and turns parameters into DTensors: create the optimizer afterwards.
+        unused_parameters: with "ddp", whether a step may leave parameters without a gradient. Slower.
 
     Raises:
-        ValueError: an unknown strategy, or one that does not fit the number of processes.
-        TypeError: the model has no `loss`.
+        ValueError: `strategy` is unknown or does not fit the number of processes.
+        TypeError: the model has neither `loss_terms` nor `loss`.
     """
 
     def __init__(
@@ -167,14 +171,14 @@ class DataParallelLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("strategy", strategy, STRATEGIES)
-        if not callable(getattr(model, "loss", None)):
-            raise TypeError(f"model must have a method loss(tokens, mask), got {type(model).__name__}")
+        if not any(callable(getattr(model, name, None)) for name in ("loss_terms", "loss")):
+            raise TypeError(f"model must have a method loss_terms or loss, got {type(model).__name__}")
         if strategy == "single" and world.size > 1:
             raise ValueError(f"strategy must be 'ddp' or 'fsdp' with {world.size} processes, got {strategy=}")
         if strategy != "single" and not dist.is_initialized():
-            raise ValueError(f"strategy must be 'single' without torchrun's processes, got {strategy=}")
+            raise ValueError(f"strategy must be 'single' without a process group, got {strategy=}")
         self.world = world
-        self.local: nn.Module = _Loss(model)
+        self.local: nn.Module = _LossTerms(model)
         if strategy == "ddp":
             world.wrapped.append(self)
             self.local = DistributedDataParallel(self.local, find_unused_parameters=unused_parameters)
@@ -183,94 +187,101 @@ class DataParallelLoss(nn.Module):
         if world.rank:
             torch.manual_seed((torch.initial_seed() + world.rank) % 2**63)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The mean loss, in nats, over all real targets of a batch that every process is given whole.
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        """The loss of the global batch, the same scalar on every rank.
 
         Args:
-            tokens: (b, n) int, at least one row for each process.
-            mask: (b, n) bool, True = a real token.
+            inputs, options: the arguments of `model.loss`. Each tensor in them has a batch axis first, with at least
+                one row per process; scalar tensors are passed on as they are.
 
         Raises:
-            ValueError: fewer rows than processes, or a mask of another shape.
-            TypeError: a mask that is not boolean.
+            ValueError: there are fewer rows than processes, or tensors differ in the batch axis.
         """
-        check_padding(mask, tokens)
-        rows = self.world.rows(tokens)
-        real = None if mask is None else self.world.rows(mask)
-        loss: Tensor = self.local(rows, real)
+        if self.world.size > 1:
+            inputs, options = self._rows(inputs, options)
+        terms: list[LossTerm] = self.local(*inputs, **options)
+        means = torch.stack([term.mean for term in terms])
+        weights = means.new_tensor([term.weight for term in terms])
         if self.world.size == 1:
-            return loss
-        count = count_next_tokens(rows, real)
-        # The processes' gradients are averaged: scaled by their number they are summed.
-        share = loss * (count * self.world.size / self.world.sum(count).clamp(min=1))
+            return (weights * means).sum()
+        counts = torch.stack([torch.as_tensor(term.count, device=means.device) for term in terms])
+        # DDP and FSDP average gradients over the ranks: the factor `size` turns the average into a sum.
+        shares = weights * means * counts * self.world.size / self.world.sum(counts).clamp(min=1)
+        share = shares.sum()
         return share - share.detach() + self.world.sum(share) / self.world.size
 
+    def _rows(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        batches = {leaf.shape[0] for leaf in tree_leaves((inputs, options)) if isinstance(leaf, Tensor) and leaf.ndim}
+        if len(batches) > 1:
+            raise ValueError(f"inputs must have one size of the batch axis, got {sorted(batches)}")
+        return tree_map_only(Tensor, lambda x: self.world.rows(x) if x.ndim else x, (inputs, options))
+
     def unwrap(self) -> None:
-        """Let go of the other processes: what is left is the model's own loss."""
+        """Release the process group; the loss is then that of a single process."""
         if isinstance(self.local, DistributedDataParallel):
             self.local, self.world = self.local.module, World(device=self.world.device)
 
 
-class _Loss(nn.Module):
-    """torch's wrappers see what goes through `forward` alone."""
+class _LossTerms(nn.Module):
+    """The loss terms as `forward`, the only method that DDP and FSDP wrap."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
 
-    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        loss: Tensor = self.model.loss(tokens, mask)
-        return loss
+    def forward(self, *inputs: Any, **options: Any) -> list[LossTerm]:
+        return getattr(self.model, "loss_terms", self._next_token_terms)(*inputs, **options)
+
+    def _next_token_terms(self, tokens: Tensor, *, mask: Tensor | None = None) -> list[LossTerm]:
+        return [LossTerm(self.model.loss(tokens, mask=mask), count_next_tokens(tokens, mask))]
 
 
-def _shard(whole: nn.Module, units: list[nn.Module], world: World) -> None:
-    from torch.distributed.device_mesh import init_device_mesh  # importing these costs half a second
+def _shard(model: nn.Module, units: list[nn.Module], world: World) -> None:
+    from torch.distributed.device_mesh import init_device_mesh  # these imports take half a second
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    # The whole, too, puts its shards back after every forward: gathered weights that an evaluation left in their place
-    # would hide them from an optimizer made or stepped then.
-    for unit in (*units, whole):
+    # The root reshards after forward, too: after an evaluation without backward its parameters would otherwise stay
+    # unsharded and be missed by an optimizer created or stepped then.
+    for unit in (*units, model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
 def find_units(model: nn.Module) -> list[nn.Module]:
-    """The modules to shard one by one: those of the classes in `fsdp_wrap_classes`, of the model or of any module in it.
+    """Modules for FSDP to wrap: those of the classes in `fsdp_wrap_classes` of the model or any submodule.
 
-    One that shares parameters with another is left to the whole model, since a parameter has one place.
+    Modules that share a parameter with another one are excluded and belong to the root, since FSDP manages each
+    parameter in one group.
     """
     kinds = tuple({kind for module in model.modules() for kind in getattr(module, "fsdp_wrap_classes", ())})
     units = [module for module in model.modules() if isinstance(module, kinds)]
-    owners: dict[Tensor, int] = {}
-    for unit in units:
-        for parameter in unit.parameters():
-            owners[parameter] = owners.get(parameter, 0) + 1
+    owners = Counter(parameter for unit in units for parameter in unit.parameters())
     return [unit for unit in units if all(owners[parameter] == 1 for parameter in unit.parameters())]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a parameter is spread over processes."""
+    """Whether any parameter or buffer is a DTensor."""
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in model.state_dict().values())
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state_dict of a model whose parameters may be sharded, on the CPU of the first process: a collective.
+    """The full state_dict of a model that may be sharded, on the CPU of rank 0; empty on other ranks. Collective.
 
-    The other processes get an empty dict. A plain model of the same arguments loads it, and saves itself as ever.
+    A plain model of the same configuration can load it.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    return dict[str, Any](get_model_state_dict(model, options=options))
 
 
 def scatter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a plain model's whole state_dict, which every process has, where parameters are spread: a collective.
+    """Load the full state_dict of a plain model, given on every rank, into a model that may be sharded. Collective.
 
     Raises:
-        ValueError: a tensor is missing, left over or of another shape.
+        ValueError: a key is missing or unexpected, or a shape differs.
     """
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | weights.keys()):
@@ -282,7 +293,7 @@ def scatter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, spread over them as another one of its shape is: a collective."""
+    """A full tensor, equal on every rank, distributed like a DTensor of the same shape. Collective."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor) or tensor.shape != like.shape:

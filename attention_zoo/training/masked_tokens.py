@@ -1,6 +1,7 @@
-"""Masked-token training: hide some tokens, predict them from both sides.
+"""Masked-token training of bidirectional models.
 
-Paper: BERT, https://arxiv.org/abs/1810.04805 (every chosen token is hidden; none is replaced by a random one)
+Paper: BERT, https://arxiv.org/abs/1810.04805
+Differs: every selected token is replaced by the mask token; none is kept or replaced by a random one.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ def mask_tokens(
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hide real tokens at random.
+    """Replace random valid tokens by a mask token.
 
     Args:
         tokens: (b, n) int; not modified.
-        mask_token: the id that stands for a hidden token.
-        probability: with which each real token is hidden; a row whose tokens all stayed gets one hidden.
-        mask: (b, n) bool, True = a real token.
-        generator: source of randomness, on the device of the tokens.
+        mask_token: id of the mask token.
+        probability: probability that a valid token is replaced. In a row where none is selected, one is replaced.
+        mask: (b, n) bool, True = a valid token.
+        generator: random number generator, on the device of `tokens`.
 
     Returns:
-        The tokens with some hidden (b, n), and which (b, n) bool.
+        The masked tokens (b, n), and (b, n) bool, True = a replaced token.
 
     Raises:
-        ValueError: probability lies outside (0, 1].
+        ValueError: `probability` is outside (0, 1].
     """
     if not 0 < probability <= 1:
         raise ValueError(f"probability must lie in (0, 1], got {probability=}")
@@ -43,12 +44,12 @@ def mask_tokens(
     drawn = torch.rand(tokens.shape, device=tokens.device, generator=generator)
     if mask is not None:
         drawn = drawn.masked_fill(~mask, 2.0)
-    hidden = (drawn < probability) | ((drawn == drawn.amin(dim=1, keepdim=True)) & (drawn <= 1))
-    return tokens.masked_fill(hidden, mask_token), hidden
+    replaced = (drawn < probability) | ((drawn == drawn.amin(dim=1, keepdim=True)) & (drawn <= 1))
+    return tokens.masked_fill(replaced, mask_token), replaced
 
 
 def masked_token_loss(
-    model: Callable[[Tensor, Tensor | None], Tensor],
+    model: Callable[..., Tensor],
     tokens: Tensor,
     mask_token: int,
     *,
@@ -56,11 +57,11 @@ def masked_token_loss(
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Mean cross entropy in nats of the hidden tokens, given all that was not hidden.
+    """Mean cross entropy, in nats, of the replaced tokens given the masked sequence.
 
     Args:
-        model: gives logits (b, n, num_tokens) for tokens (b, n) and a mask; it sees both ways.
+        model: bidirectional; `model(tokens, mask=mask)` returns logits (b, n, num_tokens).
         tokens, mask_token, probability, mask, generator: see `mask_tokens`.
     """
     inputs, hidden = mask_tokens(tokens, mask_token, probability=probability, mask=mask, generator=generator)
-    return masked_cross_entropy(model(inputs, mask), tokens, hidden)
+    return masked_cross_entropy(model(inputs, mask=mask), tokens, hidden)

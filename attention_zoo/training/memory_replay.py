@@ -5,34 +5,37 @@ Paper: Memformer's memory replay back-propagation, https://arxiv.org/abs/2010.06
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.losses import masked_cross_entropy
+from attention_zoo.ops.losses import masked_cross_entropy, next_token_loss
 from attention_zoo.ops.precision import no_autocast
+from attention_zoo.training.random_state import random_state, set_random_state
 
 Loss = Callable[[Any, Any], Tensor]
 
 
 class ModelWithMemory(Protocol):
-    """The memory contract. A model with `takes_target` also takes `target=`, `target_mask=` and returns a `loss`."""
+    """A model that carries a memory from segment to segment.
+
+    A model whose attribute `takes_target` is true also accepts `target=` and `target_mask=` in its call.
+    """
 
     def initial_memory(self, batch: int) -> Tensor:
-        """The memory before the first segment."""
+        """The memory before the first segment, (batch, m, d)."""
 
     def __call__(self, segment: Tensor, *, memory: Tensor, mask: Tensor | None) -> Any:
-        """Anything with `.memory`, and what the loss needs."""
+        """An output with the attribute `memory`, and with `logits` unless `memory_replay` is given a loss."""
 
 
 class Replayed(NamedTuple):
-    """What `memory_replay` returns; the gradients are where `backward` leaves them.
+    """Return value of `memory_replay`; gradients are accumulated into `.grad`.
 
     Attributes:
-        loss: the sum of the segments' losses, detached.
+        loss: sum of the segments' losses, detached.
         memory: (b, m, d) after the last segment, detached.
     """
 
@@ -51,67 +54,80 @@ def memory_replay(
     loss: Loss | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Replayed:
-    """Add the gradients of the sum of all segments' losses, exactly those of full back-propagation through time.
+    """Accumulate the gradients of the summed loss of all segments, equal to full back-propagation through time.
 
-    All segments are run once without a graph, keeping their memories; then, from the last to the first, each is run
-    again with one, and the memory's gradient handed back. Dropout draws the same random numbers both times. Time: one
-    more forward pass; activation memory: one segment's, and a memory per segment. Autocast around the call holds in it.
+    A first pass runs all segments without a graph and stores their memories. A second pass, from the last segment to
+    the first, recomputes each segment with a graph and back-propagates its loss and the gradient of its memory. Dropout
+    draws the same random numbers in both passes. Autocast around the call is respected.
+
+    Cost: one additional forward pass; activations of one segment, and one memory per segment.
 
     Args:
-        model: keeps the memory contract.
+        model: see `ModelWithMemory`.
         segments: (b, n) int each, in order.
-        targets: one per segment, None for a segment without a loss; or a tensor, the target of the last segment alone.
-        masks: (b, n) bool per segment, True = a real token; None where all are.
-        target_masks: as `targets`.
-        memory: (b, m, d) to start from, which gets its gradient too; None for the model's initial one.
-        loss: `loss(output, target)`, a scalar of what the model returned; called for every segment where no targets are
-            given. None: the output's own `loss`, or cross entropy of its `logits` with the target where it has none.
-        scaler: scales the gradients, for float16.
+        targets: one per segment, None for a segment without a loss; or a tensor, the target of the last segment only.
+        masks: one per segment, (b, n) bool, True = a valid token, or None.
+        target_masks: masks of `targets`, in the same form.
+        memory: (b, m, d) to start from, which receives a gradient too. None: the model's initial memory.
+        loss: `loss(output, target)`, a scalar; called for every segment if `targets` is None. None: cross entropy of
+            `output.logits` with the target; for a model with `takes_target`, of each target token given those before
+            it.
+        scaler: gradient scaler for float16.
 
     Raises:
-        ValueError: no segments, counts that differ, or nothing to take a loss of.
+        ValueError: `segments` is empty, the numbers of arguments per segment differ, or there is neither a target nor
+            a loss.
     """
     count = len(segments)
     if not count:
         raise ValueError("segments must hold at least one segment, got none")
     if targets is None and loss is None:
         raise ValueError("targets must be given, or a loss that needs none, got targets=None, loss=None")
-    padding = _per_segment("masks", masks, count)
-    wanted = _per_segment("targets", targets, count)
-    wanted_masks = _per_segment("target_masks", target_masks, count)
-    free = targets is None
-    if not free and all(target is None for target in wanted):
+    segment_masks = _per_segment("masks", masks, count)
+    segment_targets = _per_segment("targets", targets, count)
+    segment_target_masks = _per_segment("target_masks", target_masks, count)
+    if targets is not None and all(target is None for target in segment_targets):
         raise ValueError("targets must hold at least one target, got None for every segment")
     initial = model.initial_memory(segments[0].shape[0]) if memory is None else memory
+    takes_target = getattr(model, "takes_target", False)
 
     def run(index: int, before: Tensor) -> tuple[Any, Tensor | None]:
-        inputs: dict[str, Any] = {"memory": before, "mask": padding[index]}
-        target, mask = wanted[index], wanted_masks[index]
-        if target is not None and getattr(model, "takes_target", False):
-            inputs.update(target=target, target_mask=mask)
+        inputs: dict[str, Any] = {"memory": before, "mask": segment_masks[index]}
+        target, target_mask = segment_targets[index], segment_target_masks[index]
+        if target is not None and takes_target:
+            inputs.update(target=target, target_mask=target_mask)
         output = model(segments[index], **inputs)
-        if target is None and not free:
+        if target is None and targets is not None:
             return output, None
-        return output, _loss_of(output, target, mask) if loss is None else loss(output, target)
+        if loss is not None:
+            return output, loss(output, target)
+        if getattr(output, "logits", None) is None:
+            raise ValueError("loss must be given for a model that returns no logits, got loss=None")
+        if takes_target:
+            return output, next_token_loss(output.logits[:, :-1], target, target_mask)
+        return output, masked_cross_entropy(output.logits, target, target_mask)
 
-    memories, randomness = [initial.detach()], [RandomState(initial.device)]
+    cuda = [initial.get_device()] if initial.is_cuda else []
+    memories, random_states = [initial.detach()], [random_state(cuda)]
     with torch.no_grad():
         for index in range(count - 1):
             memories.append(run(index, memories[-1])[0].memory)
-            randomness.append(RandomState(initial.device))
-    gradient: Tensor | None = None
-    total, last = None, memories[-1]
+            random_states.append(random_state(cuda))
+    gradient: Tensor | None = None  # of the memory after the segment
+    total, last = torch.zeros((), device=initial.device), memories[-1]
     for index in reversed(range(count)):
-        # Autocast keeps the copies of weights that it made without a graph: they would get no gradient.
+        # Autocast caches the cast weights of the pass without a graph, which would receive no gradient.
         torch.clear_autocast_cache()
         before = memories.pop().requires_grad_()
-        with randomness[index].restored(afterwards=index < count - 1):
+        # The generators end in the state after the last segment, which is recomputed first.
+        with torch.random.fork_rng(devices=cuda, enabled=index < count - 1):
+            set_random_state(random_states[index])
             output, part = run(index, before)
         if index == count - 1:
             last = output.memory.detach()
         roots: list[tuple[Tensor, Tensor | None]] = []
         if part is not None:
-            total = part.detach() if total is None else total + part.detach()
+            total = total + part.detach()
             roots.append((part if scaler is None else scaler.scale(part), None))
         if gradient is not None:
             roots.append((output.memory, gradient))
@@ -123,16 +139,7 @@ def memory_replay(
         gradient = before.grad
     if gradient is not None and initial.requires_grad:
         torch.autograd.backward(initial, gradient)
-    return Replayed(cast(Tensor, total), last)
-
-
-def _loss_of(output: Any, target: Tensor, mask: Tensor | None) -> Tensor:
-    own: Tensor | None = getattr(output, "loss", None)
-    if own is not None:
-        return own
-    if getattr(output, "logits", None) is None:
-        raise ValueError("loss must be given for a model that returns neither a loss nor logits, got loss=None")
-    return masked_cross_entropy(output.logits, target, mask)
+    return Replayed(total, last)
 
 
 def _per_segment(name: str, values: Sequence[Any] | Tensor | None, count: int) -> list[Any]:
@@ -143,21 +150,3 @@ def _per_segment(name: str, values: Sequence[Any] | Tensor | None, count: int) -
     if len(values) != count:
         raise ValueError(f"{name} must hold one per segment, {count}, got {len(values)}")
     return list(values)
-
-
-class RandomState:
-    """The random number generators of the CPU and of one device, as they stand."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = [device] if device.type == "cuda" else []
-        self.cpu_state = torch.get_rng_state()
-        self.cuda_states = [torch.cuda.get_rng_state(device) for device in self.cuda]
-
-    @contextmanager
-    def restored(self, *, afterwards: bool) -> Iterator[None]:
-        """Draw again from this state, and go back to the present one where `afterwards` says so."""
-        with torch.random.fork_rng(devices=self.cuda, enabled=afterwards):
-            torch.set_rng_state(self.cpu_state)
-            for device, state in zip(self.cuda, self.cuda_states, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield

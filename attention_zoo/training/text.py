@@ -1,4 +1,4 @@
-"""Text as bytes, a byte as a token: reading it, parting it for training and validation, batches, yardsticks."""
+"""Byte-level text: reading, splitting into training and validation, batches, and baselines in bits per byte."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from attention_zoo._checks import check_positive
 
-VALIDATION = 0.1  # the part of a text that is kept for validation
-# What is not code to learn from in the standard library: others' packages, tests, and tables written as Python.
-NOT_SOURCES = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data")
+VALIDATION = 0.1  # fraction of a text that is held out for validation
+# Excluded from the standard library: third-party packages, tests, and tables written as Python.
+EXCLUDED = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text in two parts, of which the second is for validation alone.
+    """A text split into training and validation.
 
     Attributes:
-        source: where it came from, for people.
-        training, validation: the bytes of each part, its files joined by newlines.
-        training_files, validation_files: how many files each part has; a single file counts in both.
+        source: human-readable description of the origin.
+        training, validation: bytes of each split, files joined by newlines.
+        training_files, validation_files: number of files in each split; a single file counts in both.
     """
 
     source: str
@@ -40,23 +40,22 @@ class Text:
 
 
 def read_text(path: str | os.PathLike[str] | None = None) -> Text:
-    """Read a text, and part it so that validation is unseen.
+    """Read a text and split it into training and validation.
 
-    The files of a folder are parted by a hash of their relative paths, so that no file is in both parts and a file
-    stays in its part whatever other files come and go. A single file is cut at 90 % of its bytes.
+    The files of a folder are split by a hash of their relative paths: the split of a file does not depend on the other
+    files. A single file is cut at 90 % of its bytes.
 
     Args:
-        path: a file, or a folder that is read with all its subfolders: the files that are UTF-8 without NUL bytes and
-            whose names, and folders' names, do not start with a dot. None: the sources of Python's own standard
-            library, without its tests and tables.
+        path: a file, or a folder that is read recursively: all UTF-8 files without NUL bytes, except hidden files and
+            folders. None: the sources of Python's standard library, without its tests and tables.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it holds no text.
+        FileNotFoundError: `path` does not exist.
+        ValueError: `path` contains no text.
     """
     if path is None:
         folder = Path(sysconfig.get_path("stdlib"))
-        files = _read_folder(folder, suffix=".py", skipped=NOT_SOURCES)
+        files = _read_folder(folder, suffix=".py", excluded=EXCLUDED)
         source = f"Python's standard library in {folder}"
     else:
         place = Path(path)
@@ -65,7 +64,7 @@ def read_text(path: str | os.PathLike[str] | None = None) -> Text:
         files = _read_folder(place) if place.is_dir() else [(place.name, place.read_bytes())]
         source = str(place)
     if not any(data for _, data in files):
-        raise ValueError(f"path must hold text: UTF-8 that is not empty, but there is none in {source}")
+        raise ValueError(f"path must hold text (non-empty UTF-8 files), but there is none in {source}")
     if len(files) == 1:
         data = files[0][1]
         cut = int(len(data) * (1 - VALIDATION))
@@ -75,66 +74,66 @@ def read_text(path: str | os.PathLike[str] | None = None) -> Text:
 
 
 def split_files(files: Sequence[tuple[str, bytes]]) -> tuple[list[bytes], list[bytes]]:
-    """Part (relative path, content) pairs by a hash of the path, about one in ten for validation, each part in order.
+    """Split (relative path, content) pairs by a hash of the path, about one in ten for validation; order is kept.
 
     Args:
-        files: at least two; each part gets at least one.
+        files: at least two; each split gets at least one.
     """
     ranks = {name: int.from_bytes(sha256(name.encode()).digest()[:8], "big") / 2**64 for name, _ in files}
     chosen = sum(rank < VALIDATION for rank in ranks.values())
     chosen = min(max(chosen, 1), len(files) - 1)
-    unseen = set(sorted(ranks, key=lambda name: ranks[name])[:chosen])
-    training = [data for name, data in files if name not in unseen]
-    return training, [data for name, data in files if name in unseen]
+    held_out = set(sorted(ranks, key=lambda name: ranks[name])[:chosen])
+    training = [data for name, data in files if name not in held_out]
+    return training, [data for name, data in files if name in held_out]
 
 
 def as_tokens(data: bytes) -> Tensor:
-    """The bytes as a uint8 tensor (n,); `random_batch` and `windows` cut it into tokens."""
+    """Bytes as a uint8 tensor (n,), the input of `random_batch` and `windows`."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def random_batch(text: Tensor, batch: int, length: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """Pieces of a text from random places.
+    """Sequences from random positions of a text.
 
     Args:
-        text: (n,) as `as_tokens` makes it.
-        batch: pieces b.
-        length: bytes in each; a loss predicts one fewer.
-        generator: source of randomness, on the CPU.
+        text: (n,) uint8, as returned by `as_tokens`.
+        batch: number of sequences b.
+        length: bytes per sequence; a language model's loss predicts length - 1 of them.
+        generator: random number generator, on the CPU.
 
     Returns:
         (b, length) int64.
 
     Raises:
-        ValueError: the text is shorter than one piece.
+        ValueError: the text is shorter than one sequence.
     """
     check_positive(batch=batch)
-    check_fits(text, length)
+    _check_text(text, length)
     starts = torch.randint(text.shape[0] - length + 1, (batch, 1), generator=generator)
     return text[starts + torch.arange(length)].long()
 
 
 def windows(text: Tensor, length: int, *, at_most: int | None = None) -> Tensor:
-    """Consecutive pieces of a text for evaluation.
+    """Consecutive windows of a text, for evaluation.
 
-    Each piece starts with the last byte of the one before, so that a loss over all of them predicts every byte but the
-    first once; a rest shorter than a piece is left out.
+    Each window starts with the last byte of the previous one, so that a loss over all windows predicts every byte but
+    the first exactly once. A remainder shorter than a window is dropped.
 
     Args:
-        text: (n,) as `as_tokens` makes it.
-        length: bytes in each piece, at least 2.
-        at_most: take this many of the pieces, evenly spread over the text. None: all.
+        text: (n,) uint8, as returned by `as_tokens`.
+        length: bytes per window, at least 2.
+        at_most: maximum number of windows, evenly spaced over the text. None: all.
 
     Returns:
-        (pieces, length) int64.
+        (windows, length) int64.
 
     Raises:
-        ValueError: the text is shorter than one piece, or length below 2.
+        ValueError: the text is shorter than one window, or `length` is below 2.
     """
     if length < 2:
-        raise ValueError(f"length must be at least 2 for a byte to be predicted, got {length=}")
+        raise ValueError(f"length must be at least 2, got {length=}")
     check_positive(at_most=at_most)
-    check_fits(text, length)
+    _check_text(text, length)
     pieces = text.unfold(0, length, length - 1)
     count = pieces.shape[0]
     if at_most is not None and at_most < count:
@@ -143,7 +142,7 @@ def windows(text: Tensor, length: int, *, at_most: int | None = None) -> Tensor:
 
 
 def unigram_entropy(data: bytes) -> float:
-    """Bits per byte of a model that knows how often each byte occurs in `data`, and nothing else."""
+    """Entropy of the byte frequencies in `data`, in bits per byte."""
     if not data:
         raise ValueError("data must hold at least one byte, got none")
     shares = [count / len(data) for count in Counter(data).values()]
@@ -151,33 +150,28 @@ def unigram_entropy(data: bytes) -> float:
 
 
 def gzip_bits_per_byte(data: bytes) -> float:
-    """Bits per byte that `gzip -9` needs for `data`."""
+    """Size of `data` compressed by `gzip -9`, in bits per byte."""
     if not data:
         raise ValueError("data must hold at least one byte, got none")
     return 8 * len(gzip.compress(data, compresslevel=9)) / len(data)
 
 
-def check_fits(text: Tensor, length: int) -> None:
-    """Refuse a text that is no 1-D byte tensor, or shorter than one piece.
-
-    Raises:
-        TypeError: it is not uint8.
-        ValueError: it has another shape, or too few bytes.
-    """
+def _check_text(text: Tensor, length: int) -> None:
+    """Check that a text is a 1-D uint8 tensor of at least `length` bytes."""
     check_positive(length=length)
     if text.dtype != torch.uint8:
-        raise TypeError(f"text must be a uint8 tensor, as as_tokens makes it, got dtype {text.dtype}")
+        raise TypeError(f"text must be a uint8 tensor, as returned by as_tokens, got dtype {text.dtype}")
     if text.ndim != 1:
         raise ValueError(f"text must be (n,), got shape {tuple(text.shape)}")
     if text.shape[0] < length:
-        raise ValueError(f"text must hold at least one piece of {length=} bytes, got {text.shape[0]} bytes")
+        raise ValueError(f"text must hold at least {length=} bytes, got {text.shape[0]} bytes")
 
 
-def _read_folder(root: Path, *, suffix: str = "", skipped: Collection[str] = ()) -> list[tuple[str, bytes]]:
-    """(relative path, content) of every text file under `root`, sorted by path."""
+def _read_folder(root: Path, *, suffix: str = "", excluded: Collection[str] = ()) -> list[tuple[str, bytes]]:
+    """(relative path, content) of every text file below `root`, sorted by path."""
     found = {}
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skipped and not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if name not in excluded and not name.startswith(".")]
         for name in names:
             path = Path(folder, name)
             if name.startswith(".") or not name.endswith(suffix) or not path.is_file():

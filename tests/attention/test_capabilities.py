@@ -1,4 +1,4 @@
-"""Every yes and every no of the table is what the contract kit finds."""
+"""Capabilities agree with the contract checks."""
 
 from __future__ import annotations
 
@@ -42,18 +42,19 @@ def subject(name: str, *, causal: bool = True) -> Subject:
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize(("capability", "check"), [("mask", "padding"), ("step", "steps"), ("map", "map")])
-def test_a_yes_passes_its_check_and_a_no_is_not_applicable(name: str, capability: str, check: str) -> None:
+def test_capabilities_agree_with_the_contract_checks(name: str, capability: str, check: str) -> None:
     expected = PASSED if getattr(FOUND[name], capability) else NOT_APPLICABLE
     assert run_check(check, subject(name)).status == expected
 
 
+@pytest.mark.slow  # test_contract.py runs the compile check on every block
 @pytest.mark.parametrize("name", BLOCKS)
-def test_compile_says_whether_the_block_traces(name: str) -> None:
+def test_compile_capability_agrees_with_torch_compile(name: str) -> None:
     assert (run_check("compile", subject(name)).status == PASSED) == FOUND[name].compile
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_every_block_is_causal_and_an_optional_one_sees_the_future_when_asked(name: str) -> None:
+def test_blocks_are_causal_unless_causal_is_optional_and_false(name: str) -> None:
     assert run_check("causality", subject(name)).status == PASSED
     if FOUND[name].causal == "optional":
         other = subject(name, causal=False)
@@ -67,7 +68,7 @@ def test_every_block_is_causal_and_an_optional_one_sees_the_future_when_asked(na
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_state_grows_as_the_table_says(name: str) -> None:
+def test_state_growth_agrees_with_capabilities(name: str) -> None:
     tested = subject(name)
     block, others = tested.block(), tested.others(60)
     with torch.no_grad():
@@ -79,7 +80,7 @@ def test_a_state_grows_as_the_table_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_second_derivatives_are_right_where_the_table_says_so_and_raise_elsewhere(name: str) -> None:
+def test_second_derivatives_agree_with_capabilities(name: str) -> None:
     tested = subject(name)
     block, x = tested.block(dtype=torch.float64), tested.x(33, dtype=torch.float64).requires_grad_()
     others = tested.others(33, dtype=torch.float64)
@@ -98,7 +99,7 @@ def test_second_derivatives_are_right_where_the_table_says_so_and_raise_elsewher
             second()
 
 
-def test_arguments_that_the_table_names_are_taken_or_refused() -> None:
+def test_constructor_arguments_agree_with_capabilities() -> None:
     columns = {"streams": "streams", "rotary": "rotary", "bias": "bias", "kv_heads": "kv_heads", "dropout": "dropout"}
     for name, found in FOUND.items():
         for column, argument in columns.items():

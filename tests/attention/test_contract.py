@@ -1,4 +1,4 @@
-"""Every block in every variant of the table keeps the whole contract."""
+"""Every layer in tests/cases.py passes every contract check."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from attention_zoo.testing import CHECKS, run_check
 from attention_zoo.testing.report import FAILED, NOT_APPLICABLE
 from tests.cases import CASES, DIM, Case
 
-# The only reasons for which a check may stand aside, for blocks that are what they say.
+# The only reasons for which a check may not apply to a layer of this library.
 REASONS = ("the block is not causal",)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_block_keeps_the_contract(case: Case, check: str) -> None:
+def test_every_case_passes_every_check(case: Case, check: str) -> None:
     outcome = run_check(check, case.subject())
     assert outcome.status != FAILED, outcome.message
     if outcome.status == NOT_APPLICABLE:
@@ -24,8 +24,8 @@ def test_block_keeps_the_contract(case: Case, check: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_batch_may_have_no_rows(case: Case) -> None:
-    """What a filter or the last shard of a data set may leave."""
+def test_an_empty_batch_runs_forward_backward_and_step(case: Case) -> None:
+    """A filter or the last shard of a data set may leave a batch without rows."""
     block, subject = case.make(), case.subject()
     streams = getattr(block, "streams", 1)
     shape = (0, 7, DIM) if streams == 1 else (0, streams, 7, DIM)
@@ -42,5 +42,5 @@ def test_a_batch_may_have_no_rows(case: Case) -> None:
         assert torch.cat((first, second), dim=-2).shape == x.shape
 
 
-def test_every_block_of_the_zoo_has_a_case() -> None:
+def test_every_registered_block_has_a_case() -> None:
     assert {case.name.partition(":")[0] for case in CASES} == set(BLOCKS)

@@ -1,4 +1,4 @@
-"""The gate loops: states of fixed size, and what they refuse."""
+"""Gate loop layers: constant state size, long sequences, invalid arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.formulas import relative_error
 
 
 @pytest.mark.parametrize("name", ["gate_loop", "simple_gate_loop"])
-def test_the_state_has_one_size_however_many_tokens_came_before(name: str) -> None:
+def test_recurrent_state_has_constant_size(name: str) -> None:
     block = BLOCKS[name](16)
     with torch.no_grad():
         _, short = block.step(torch.randn(2, 3, 16))
@@ -28,11 +28,11 @@ def test_masked_tokens_leave_the_recurrent_state_unchanged(heads: int | None) ->
     with torch.no_grad():
         _, state = block.step(torch.randn(2, 5, 16))
         _, later = block.step(torch.randn(2, 70, 16), state, mask=torch.zeros(2, 70, dtype=torch.bool))
-    torch.testing.assert_close(later.memory, state.memory, rtol=1e-6, atol=0)
+    torch.testing.assert_close(later.state, state.state, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("sub_norm", [False, True])
-def test_a_block_keeps_less_than_eight_times_its_input_for_backward(sub_norm: bool) -> None:
+def test_gate_loop_saves_at_most_seven_times_its_input_for_backward(sub_norm: bool) -> None:
     block, x = GateLoopAttention(64, sub_norm=sub_norm), torch.randn(1, 256, 64, requires_grad=True)
     known = {tensor.untyped_storage().data_ptr() for tensor in (x, *block.parameters())}
     kept = {}
@@ -50,7 +50,7 @@ def test_a_block_keeps_less_than_eight_times_its_input_for_backward(sub_norm: bo
 
 
 @pytest.mark.parametrize("heads", [None, 4])
-def test_a_run_over_100_000_tokens_in_pieces_equals_the_whole(heads: int | None) -> None:
+def test_gate_loop_over_100_000_tokens_in_chunks_equals_one_pass(heads: int | None) -> None:
     block, x, state, pieces = GateLoopAttention(8, heads=heads), torch.randn(1, 100_000, 8), None, []
     with torch.no_grad():
         whole = block(x)
@@ -61,13 +61,13 @@ def test_a_run_over_100_000_tokens_in_pieces_equals_the_whole(heads: int | None)
     assert relative_error(torch.cat(pieces, 1), whole) < 1e-5
 
 
-def test_relative_gates_give_outputs_of_order_one_at_4096_tokens() -> None:
+def test_relative_gate_outputs_are_of_order_one_at_4096_tokens() -> None:
     with torch.no_grad():
         out = RelativeGateAttention(16, heads=1, dim_head=8).values_and_output(torch.randn(1, 4096, 16)).output
     assert 1e-3 < float(out.abs().max()) < 10
 
 
-def test_the_gradient_fraction_scales_the_gradient_to_the_gates_alone() -> None:
+def test_gradient_fraction_scales_only_the_gradient_of_the_gates() -> None:
     grads = []
     for fraction in (1.0, 0.25):
         torch.manual_seed(0)
@@ -78,7 +78,7 @@ def test_the_gradient_fraction_scales_the_gradient_to_the_gates_alone() -> None:
     torch.testing.assert_close(grads[1][1], grads[0][1])
 
 
-def test_the_real_gates_error_under_autocast_is_that_of_rounding_its_inputs() -> None:
+def test_real_gate_error_under_autocast_comes_from_rounding_inputs() -> None:
     block = GateLoopAttention(32, heads=8, real_gate=True, swish_gate=False)
     x = torch.randn(3, 67, 32)
     rounded = copy.deepcopy(block)
@@ -92,12 +92,12 @@ def test_the_real_gates_error_under_autocast_is_that_of_rounding_its_inputs() ->
     assert relative_error(rounded_exactly, exact) > 2e-2  # the gate jumps from -1/2 to 1/2 where z changes its sign
 
 
-def test_bad_arguments_are_refused_by_name() -> None:
+def test_gate_loop_layers_name_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="heads must divide dim_inner, got heads=5, dim_inner=16"):
         GateLoopAttention(16, heads=5)
     with pytest.raises(ValueError, match=r"gradient_fraction must lie in \[0, 1\], got gradient_fraction=1.5"):
         GateLoopAttention(16, gradient_fraction=1.5)
     with pytest.raises(ValueError, match=r"dim_head must be even.*got dim_head=7"):
         RelativeGateAttention(16, dim_head=7)
-    with pytest.raises(ValueError, match="step needs a block built with reverse=False, got reverse=True"):
+    with pytest.raises(ValueError, match="step needs reverse=False, got reverse=True"):
         SimpleGateLoop(16, reverse=True).step(torch.randn(1, 2, 16))

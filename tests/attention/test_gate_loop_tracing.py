@@ -1,4 +1,4 @@
-"""The gate loops under torch.compile and torch.export: one graph for all lengths."""
+"""Gate loop layers under torch.compile and torch.export: one graph for all lengths."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 blocks = pytest.mark.parametrize("name", BLOCKS)
 
 
+@pytest.mark.slow  # test_tracing.py compiles each block with a mask
 @blocks
-def test_compiled_once_a_block_runs_at_every_length_forward_and_backward(name: str) -> None:
+def test_gate_loop_compiled_once_runs_at_every_length(name: str) -> None:
     block, counts = BLOCKS[name](), []
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -45,7 +46,7 @@ def test_compiled_once_a_block_runs_at_every_length_forward_and_backward(name: s
 
 
 @blocks
-def test_an_exported_block_runs_at_lengths_it_was_not_exported_with(name: str) -> None:
+def test_exported_gate_loop_runs_at_other_lengths(name: str) -> None:
     block = BLOCKS[name]().eval()
     length = torch.export.Dim("n", min=2, max=4096)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""TalkingHeadsAttention: streams, and what it refuses."""
+"""TalkingHeadsAttention: streams, mixes, invalid arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attention_zoo.ops import softmax_attention
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3])
-def test_streams_talk_within_their_own_batch_row_alone(streams: int) -> None:
+def test_streams_are_mixed_only_within_a_batch_row(streams: int) -> None:
     block = TalkingHeadsAttention(16, heads=2, dim_head=4, streams=streams).eval()
     with torch.no_grad():
         block.pre_softmax.weight.add_(torch.randn_like(block.pre_softmax.weight))
@@ -26,20 +26,21 @@ def test_streams_talk_within_their_own_batch_row_alone(streams: int) -> None:
         assert not torch.equal(block(one)[1, 1], before[1, 1])
 
 
-def test_without_mixes_it_is_plain_attention_gated_per_head_and_token() -> None:
+def test_talking_heads_without_mixes_equal_gated_softmax_attention() -> None:
     block = TalkingHeadsAttention(16, heads=2, dim_head=4, pre_softmax=None, post_softmax=None).eval()
     x, mask = torch.randn(3, 11, 16), torch.rand(3, 11) < 0.7
 
     def heads(t: Tensor) -> Tensor:
         return t.view(3, 11, 2, 4).transpose(1, 2)
 
-    out = softmax_attention(heads(block.to_q(x)), heads(block.to_k(x)), heads(block.to_v(x)), mask=mask, causal=True)
+    q, k, v = (heads(part) for part in block.to_qkv(x).chunk(3, dim=-1))
+    out = softmax_attention(q, k, v, mask=mask, causal=True)
     gated = out.transpose(1, 2) * block.to_gate(x).sigmoid()[..., None]
     torch.testing.assert_close(block(x, mask=mask), block.to_out(gated.flatten(2)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_fresh_mixes_change_nothing(kind: str) -> None:
+def test_initial_mixes_are_the_identity(kind: str) -> None:
     torch.manual_seed(1)
     plain = TalkingHeadsAttention(16, heads=2, dim_head=4, pre_softmax=None, post_softmax=None)
     mixed = TalkingHeadsAttention(16, heads=2, dim_head=4, pre_softmax=kind, post_softmax=kind)
@@ -48,7 +49,7 @@ def test_fresh_mixes_change_nothing(kind: str) -> None:
     torch.testing.assert_close(mixed(x), plain(x), rtol=1e-5, atol=1e-6)
 
 
-def test_the_scale_leaves_attention_soft_at_the_start() -> None:
+def test_initial_attention_of_talking_heads_is_nearly_uniform() -> None:
     block = TalkingHeadsAttention(64, heads=4, dim_head=64, causal=False)
     x = torch.randn(1, 64, 64)
     weights = block.attention_map(x)
@@ -64,19 +65,19 @@ def test_the_scale_leaves_attention_soft_at_the_start() -> None:
         ((2, 2, 5, 16), 1, r"x must be \(b, streams, n, dim\) with streams=1.*got shape \(2, 2, 5, 16\)"),
     ],
 )
-def test_a_stream_axis_that_does_not_match_is_refused(shape: tuple[int, ...], streams: int, message: str) -> None:
+def test_talking_heads_reject_another_number_of_streams(shape: tuple[int, ...], streams: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TalkingHeadsAttention(16, heads=2, dim_head=4, streams=streams)(torch.randn(shape))
 
 
-def test_a_mask_with_a_stream_axis_is_refused_with_the_shape_that_is_meant() -> None:
+def test_talking_heads_reject_a_mask_with_a_stream_axis() -> None:
     block = TalkingHeadsAttention(16, heads=2, dim_head=4, streams=2)
     with pytest.raises(ValueError, match=r"mask must be \(b, n\) = \(3, 5\), got shape \(3, 2, 5\)"):
         block(torch.randn(3, 2, 5, 16), mask=torch.ones(3, 2, 5, dtype=torch.bool))
 
 
-def test_an_unknown_mix_is_refused_by_name() -> None:
+def test_talking_heads_reject_an_unknown_mix() -> None:
     with pytest.raises(
-        ValueError, match=r"pre must be one of \['linear', 'mlp'\], got pre_softmax='linea'; did you mean"
+        ValueError, match=r"pre_softmax must be one of \['linear', 'mlp'\], got pre_softmax='linea'; did you mean"
     ):
         TalkingHeadsAttention(16, pre_softmax="linea")

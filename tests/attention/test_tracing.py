@@ -25,7 +25,7 @@ LAYOUT = TextImageLayout(text_len=20, height=18, width=18)
 
 
 class Plain(nn.Module):
-    """A block as torch.export takes it: tensors by position."""
+    """A block with positional arguments, as torch.export takes them."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def run_with_gradients(block: nn.Module, n: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_exported_once_runs_at_other_lengths(name: str) -> None:
+def test_exported_block_runs_at_other_lengths(name: str) -> None:
     block = make(name)
     length = Dim("length", min=2, max=LAYOUT.length)
     shapes = {"x": {1: length}, "context": {}, "mask": {1: length}}
@@ -71,9 +71,10 @@ def test_a_block_exported_once_runs_at_other_lengths(name: str) -> None:
         assert relative_error(exported(*given), block(*given)) < 1e-5
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_compiled_by_the_default_backend_equals_itself(name: str) -> None:
+def test_block_compiled_by_the_default_backend_equals_eager(name: str) -> None:
     block = make(name)
     torch.compiler.reset()
     try:
@@ -86,7 +87,7 @@ def test_a_block_compiled_by_the_default_backend_equals_itself(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_compiled_once_runs_at_other_lengths_forward_and_backward(name: str) -> None:
+def test_block_compiled_once_runs_at_other_lengths(name: str) -> None:
     block, counts = make(name), []
     counter = CompileCounterWithBackend("aot_eager")
 

@@ -1,7 +1,7 @@
-"""Run a record of an old package through the module that its weights become.
+"""Replay of a record of an upstream package by the module that loads its weights.
 
-A record holds the package, the class and its arguments, the weights, the inputs, the outputs, and the cotangents with
-which the outputs were multiplied before their sum was back-propagated.
+A record holds the package, the class and its arguments, the weights, the inputs, the outputs, and the cotangents of
+the outputs (the scalar that was differentiated is the sum of outputs times cotangents).
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.talking_heads import HeadMixer
 from attention_zoo.interop import from_upstream
+from attention_zoo.ops.losses import total_loss
 
-ABLATIONS = ("ablate_complex", "ablate_state_transition")  # of forward there, of the module here
+ABLATIONS = ("ablate_complex", "ablate_state_transition")  # arguments of forward upstream, of the constructor here
 
 
 def replay(record: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """The outputs and gradients of our module, under the record's names.
+    """The outputs and gradients of the loaded module, under the names in the record.
 
     Args:
-        record: `meta`, `state_dict`, `inputs`, `cotangents`, and where there are some `ctor_tensors`.
+        record: `meta`, `state_dict`, `inputs`, `outputs`, `cotangents`, and optionally `ctor_tensors`.
 
     Returns:
-        `outputs`, and `grads`: of each float input, and the norm of all parameters' gradients in float64.
+        `outputs`; and `grads`: the gradient of each float input, and the norm over all parameters in float64.
     """
     meta = record["meta"]
     options = dict(meta.get("forward_kwargs") or {})
@@ -49,7 +50,7 @@ def replay(record: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 def _finite(out: Tensor, cotangent: Tensor) -> Tensor:
-    """Forbidden logits are constants: -inf here, and no gradient."""
+    """Masked logits (-inf) as constants without a gradient."""
     return out.masked_fill(out < -1e30, 0.0) if out.is_floating_point() and cotangent.ndim else out
 
 
@@ -58,7 +59,7 @@ def _gradient(tensor: Tensor) -> Tensor:
 
 
 def _gradient_norm(module: nn.Module) -> Tensor:
-    """Over all parameters but the norms of non-linear talking heads, which the records leave out."""
+    """Gradient norm over all parameters except the norms of non-linear talking heads, which the records exclude."""
     left_out = {id(part.norm) for part in module.modules() if isinstance(part, HeadMixer) and part.kind == "mlp"}
     squares = [
         parameter.grad.double().square().sum()
@@ -72,20 +73,20 @@ Run = Callable[[Any, dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
 
 
 def run_block(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    """x and its mask, whose first entries count where it is longer."""
+    """x and its mask; the first entries are used where the mask is longer."""
     _only(options)
     mask = inputs.get("mask")
     return {"out": module(inputs["x"], mask=None if mask is None else mask[:, : inputs["x"].shape[1]])}
 
 
 def run_language_model(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Logits, or the loss of the next token."""
+    """Logits, or the next-token loss."""
     _only(options, "return_loss")
     return {"out": module.loss(inputs["x"]) if options.get("return_loss") else module(inputs["x"])}
 
 
 def run_talking_heads(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Rows (b s), the streams of one row beside each other; the map before the last mix is the second output."""
+    """Rows (b s); the second output is the attention map before the mix after the softmax."""
     _only(options)
     block = module.block
     x, mask = inputs["x"], inputs.get("mask")
@@ -96,7 +97,7 @@ def run_talking_heads(module: Any, inputs: dict[str, Tensor], options: dict[str,
 
 
 def run_multi_stream(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Logits; a mask may have a row per stream. The package's diversity loss, whose logarithm was none, is not ours."""
+    """Logits; a mask may have a row per stream. Upstream's diversity loss has no equivalent here."""
     _only({name: value for name, value in options.items() if value})
     mask = inputs.get("mask")
     if mask is not None and mask.shape[0] != inputs["x"].shape[0]:
@@ -105,21 +106,22 @@ def run_multi_stream(module: Any, inputs: dict[str, Tensor], options: dict[str, 
 
 
 def run_memformer_attention(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Every input is an argument of the same name."""
+    """Inputs are arguments of the same name."""
     return {"out": module(**inputs, **options)}
 
 
 def run_memformer(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Features, memory, and the loss where there is a target."""
+    """Features, memory, and with a target the loss."""
     _only(options)
     names = {"src": "source", "tgt": "target", "mems": "memory", "src_mask": "mask", "tgt_mask": "target_mask"}
-    output = module(**{names[name]: tensor for name, tensor in inputs.items()})
+    arguments = {names[name]: tensor for name, tensor in inputs.items()}
+    output = module(**{name: tensor for name, tensor in arguments.items() if not name.startswith("target")})
     found = {"enc_out": output.encoded, "mem": output.memory}
-    return found if output.loss is None else {**found, "dec_out": output.loss}
+    return {**found, "dec_out": total_loss(module.loss_terms(**arguments))} if "target" in arguments else found
 
 
 def run_dalle(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Logits, the lowest number for those of the wrong kind, or the loss."""
+    """Logits, with the lowest finite number for tokens of the other kind, or the loss."""
     _only(options, "return_loss")
     if options.get("return_loss"):
         return {"out": module.loss(inputs["text"], inputs["image"])}

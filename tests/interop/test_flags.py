@@ -1,4 +1,4 @@
-"""Every class with its flags one by one: the loaded module against the slow formulas over the old names of weights."""
+"""Loaded modules equal explicit formulas over the upstream weight names, for every class and option."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.interop.formulas import cosine, dalle, gateloop, memformer, quartic
 from tests.interop.replay import replay
-from tests.interop.slow import cosine, dalle, gateloop, memformer, quartic
 from tests.interop.test_parity import RECORDS, check
 
-SLOW = {
+FORMULAS = {
     (module.PACKAGE, cls): found for module in (cosine, dalle, gateloop, memformer, quartic)
     for cls, found in module.CLASSES.items()
 }  # fmt: skip
 
 
 def draw(shapes: dict[str, Any]) -> dict[str, Tensor]:
-    """Random weights; norms near 1, and one tensor under both names where a name stands for a shape."""
+    """Random weights, norms near 1; a name in place of a shape repeats that tensor."""
     weights: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if shape == "one number":
@@ -38,11 +38,11 @@ def draw(shapes: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def run(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the outputs and gradients of the slow formulas."""
+    """The record with the outputs and gradients of the formulas."""
     meta, options = record["meta"], record["meta"]["forward_kwargs"]
     arguments = {**meta["kwargs"], **record["ctor_tensors"]}
-    _, formula = SLOW[meta["package"], meta["cls"]]
-    constant = ("rotary_emb.freqs", "fn.0.scale")  # what was no weight to train, or is left out of the norm
+    _, formula = FORMULAS[meta["package"], meta["cls"]]
+    constant = ("rotary_emb.freqs", "fn.0.scale")  # not trained, or excluded from the gradient norm
     leaves: dict[int, Tensor] = {}
     weights = {}
     for name, tensor in record["state_dict"].items():
@@ -63,10 +63,12 @@ def run(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_the_slow_formulas_give_the_recorded_numbers(path: Path) -> None:
+def test_the_formulas_reproduce_the_recorded_numbers(path: Path) -> None:
     record = torch.load(path, weights_only=True)
-    slow = run({"ctor_tensors": {}, **record})
-    check({"outputs": {name: slow["outputs"][name] for name in record["outputs"]}, "grads": slow["grads"]}, record)
+    computed = run({"ctor_tensors": {}, **record})
+    check(
+        {"outputs": {name: computed["outputs"][name] for name in record["outputs"]}, "grads": computed["grads"]}, record
+    )
 
 
 SMALL = {"dim": 24, "heads": 3, "dim_head": 8}
@@ -228,7 +230,7 @@ def make_input(name: str, shape: Any, arguments: dict[str, Any]) -> Tensor:
         return text
     if name == "image":
         return torch.randint(17, (2, shape))
-    if shape == "padded":  # longer than x, whose share of it counts
+    if shape == "padded":  # longer than x; the first entries are used
         return torch.rand(2, 40) < 0.7
     if shape == "streams":
         return (torch.rand(2, 19) < 0.7).repeat_interleave(2, 0)
@@ -238,14 +240,14 @@ def make_input(name: str, shape: Any, arguments: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize(("package", "cls", "arguments", "inputs", "options"), CASES)
-def test_a_loaded_module_computes_what_its_class_did(
+def test_a_loaded_module_equals_the_formulas_of_its_class(
     package: str, cls: str, arguments: dict[str, Any], inputs: dict[str, Any], options: dict[str, Any]
 ) -> None:
     tensors = {name: torch.rand(size, size) < 0.8 for name, size in arguments.items() if name == "static_mask"}
     for tensor in tensors.values():
         tensor.fill_diagonal_(True)  # a row without any key is 0 here, and was a mean there
     plain = {name: value for name, value in arguments.items() if name not in tensors}
-    shapes, _ = SLOW[package, cls]
+    shapes, _ = FORMULAS[package, cls]
     made = {name: make_input(name, shape, arguments) for name, shape in inputs.items()}
     if package == "quartic-transformer" and "mask" in made:
         made["mask"][:, 0] = True  # as above

@@ -1,4 +1,4 @@
-"""What the door lets in, what it refuses, and the files that it writes."""
+"""Errors of weights and arguments that do not fit, and conversion of files."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def build(meta: dict[str, Any], weights: dict[str, Tensor], **changes: Any) -> t
     return from_upstream(meta["package"], meta["cls"], weights, **{**meta["kwargs"], **changes})
 
 
-def test_a_weight_left_over_is_named() -> None:
+def test_an_unexpected_weight_raises_an_error_with_its_name() -> None:
     meta, weights = record("gateloop_simple")
-    with pytest.raises(ValueError, match=r"also has \['to_surprise.weight'\]"):
+    with pytest.raises(ValueError, match=r"unexpected keys \['to_surprise.weight'\]"):
         build(meta, {**weights, "to_surprise.weight": torch.ones(3)})
 
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*.pt")), ids=lambda path: path.stem)
-def test_a_missing_weight_is_named_whichever_it_is(path: Path) -> None:
+def test_each_missing_weight_raises_an_error_with_its_name(path: Path) -> None:
     meta, weights = record(path.stem)
-    unused = ("pos_emb", "transformer.pos_emb")  # rebuilt
+    unused = ("pos_emb", "transformer.pos_emb")  # recomputed
     ablated = [name for name in weights if "to_a" in name] if "ablate" in path.stem else []
     for name in weights:
         if name in unused or (meta["package"] == "gateloop-transformer" and name in ablated):
@@ -45,13 +45,13 @@ def test_a_missing_weight_is_named_whichever_it_is(path: Path) -> None:
             build(meta, rest, **(meta["forward_kwargs"] if ablated else {}))
 
 
-def test_a_weight_of_another_shape_is_named_with_both_shapes() -> None:
+def test_a_weight_of_the_wrong_shape_raises_an_error_with_both_shapes() -> None:
     meta, weights = record("gateloop_simple")
-    with pytest.raises(ValueError, match=r"to_qkva.0.weight \(72, 24\) cannot become a \(36, 12\) to_qkva.weight"):
+    with pytest.raises(ValueError, match=r"to_qkva.0.weight \(72, 24\) cannot become to_qkva.weight \(36, 12\)"):
         build(meta, {**weights, "norm.gamma": torch.ones(12)}, dim=12)
 
 
-def test_shared_layers_must_hold_the_same_numbers() -> None:
+def test_shared_layers_must_have_equal_weights() -> None:
     meta, weights = record("dalle_transformer_norotary")
     attention = "fn.fn.fn.to_qkv.weight"
     same = {name: weights[name.replace("layers.layers.2.0.fn.fn", "layers.layers.0.0.fn.fn")] for name in weights}
@@ -63,26 +63,26 @@ def test_shared_layers_must_hold_the_same_numbers() -> None:
         build(meta, changed, **arguments)
 
 
-def test_an_image_autoencoder_in_the_file_is_left_out() -> None:
+def test_weights_of_the_image_autoencoder_are_left_out() -> None:
     meta, weights = record("dalle_model_logits")
     model = build(meta, {**weights, "vae.codebook.weight": torch.ones(3)})
     assert not [name for name, _ in model.named_parameters() if "vae" in name]
 
 
-def test_older_names_of_the_image_positions_are_understood() -> None:
+def test_older_names_of_the_image_positions_load() -> None:
     meta, weights = record("dalle_model_loss")
     older = {name.replace("image_pos_emb.weights.", "image_pos_emb.weights_"): weights[name] for name in weights}
     torch.testing.assert_close(build(meta, older).state_dict(), build(meta, weights).state_dict(), rtol=0, atol=0)
 
 
-def test_a_module_has_the_dtype_of_its_weights_and_eval_mode() -> None:
+def test_a_loaded_module_has_the_dtype_of_its_weights_and_is_in_eval_mode() -> None:
     meta, weights = record("cosine_transformer_postnorm")
     model = build(meta, {name: tensor.double() for name, tensor in weights.items()})
     assert not model.training
     assert model(torch.ones(1, 3, dtype=torch.int64)).dtype == torch.float64
 
 
-def test_the_caller_s_weights_are_not_shared_with_the_module() -> None:
+def test_a_loaded_module_does_not_share_memory_with_the_given_weights() -> None:
     meta, weights = record("gateloop_simple")
     block = build(meta, weights)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_the_caller_s_weights_are_not_shared_with_the_module() -> None:
         ),
         (
             "DALLE-pytorch", "Transformer",
-            {"dim": 8, "depth": 1, "seq_len": 320, "attn_types": ["sparse"], "image_fmap_size": 8}, "in no file",
+            {"dim": 8, "depth": 1, "seq_len": 320, "attn_types": ["sparse"], "image_fmap_size": 8}, "not saved",
         ),
         ("DALLE-pytorch", "Transformer", {"dim": 8, "depth": 1, "seq_len": 30}, "image_fmap_size must be given"),
         ("DALLE-pytorch", "Transformer", {"dim": 8, "depth": 1, "seq_len": 30, "attn_types": ["ful"]}, "mean 'full'"),
@@ -115,36 +115,36 @@ def test_the_caller_s_weights_are_not_shared_with_the_module() -> None:
         ("DALLE-pytorch", "SparseConvCausalAttention", {"dim": 8, "seq_len": 31}, "image_size must leave text"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_loaded_is_answered_with_a_sentence(
+def test_arguments_that_cannot_be_loaded_raise_an_error_with_the_reason(
     package: str, cls: str, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         from_upstream(package, cls, {}, **arguments)
 
 
-def test_the_norm_of_non_linear_talking_heads_must_be_one_number() -> None:
+def test_the_norm_of_non_linear_talking_heads_must_have_equal_entries() -> None:
     meta, weights = record("quartic_attention_mlp")
     scale = torch.linspace(0.5, 1.5, 19)
-    with pytest.raises(ValueError, match="one number to be loaded, got 19 different ones: it lay along the keys"):
+    with pytest.raises(ValueError, match="equal entries, got 19 different ones: it lies along the keys"):
         build(meta, {**weights, "pre_talking_heads.fn.0.scale": scale})
 
 
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("name", ["quartic_attention_linear", "quartic_attention_mlp"])
-def test_heads_that_were_mixed_over_two_rows_are_refused_for_other_numbers_of_streams(streams: int, name: str) -> None:
+def test_weights_that_mix_two_rows_raise_an_error_unless_there_are_two_streams(streams: int, name: str) -> None:
     meta, weights = record(name)
-    with pytest.raises(ValueError, match=f"num_streams must be 2, .* got {streams}: the package mixed rows two by two"):
+    with pytest.raises(ValueError, match=f"num_streams must be 2, .* got {streams}: the package mixes rows two by two"):
         build(meta, weights, num_streams=streams)
 
 
-def test_a_static_mask_that_lies_with_the_weights_hides_what_it_hid() -> None:
+def test_a_static_mask_in_the_state_dict_is_applied() -> None:
     meta, weights = record("dalle_attention_causal_mask")
-    x, seen = torch.randn(2, 22, 24), torch.rand(22, 22).fill_diagonal_(0) < 0.5
-    want = build(meta, weights, static_mask=seen)(x)
-    torch.testing.assert_close(build(meta, {**weights, "static_mask": seen})(x), want, rtol=0, atol=0)
+    x, pattern = torch.randn(2, 22, 24), torch.rand(22, 22).fill_diagonal_(0) < 0.5
+    want = build(meta, weights, static_mask=pattern)(x)
+    torch.testing.assert_close(build(meta, {**weights, "static_mask": pattern})(x), want, rtol=0, atol=0)
     assert not torch.allclose(build(meta, weights)(x), want)
     with pytest.raises(ValueError, match="static_mask must be the one in the state_dict"):
-        build(meta, {**weights, "static_mask": seen}, static_mask=~seen)
+        build(meta, {**weights, "static_mask": pattern}, static_mask=~pattern)
 
 
 def test_a_state_dict_must_map_names_to_tensors() -> None:
@@ -153,7 +153,7 @@ def test_a_state_dict_must_map_names_to_tensors() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*.pt")), ids=lambda path: path.stem)
-def test_what_is_converted_loads_again_and_computes_the_same(path: Path, tmp_path: Path) -> None:
+def test_a_converted_folder_loads_with_the_same_weights(path: Path, tmp_path: Path) -> None:
     meta, weights = record(path.stem)
     torch.save(weights, tmp_path / "old.pt")
     account = convert(meta["package"], meta["cls"], tmp_path / "old.pt", tmp_path / "new", arguments=meta["kwargs"])
@@ -163,7 +163,7 @@ def test_what_is_converted_loads_again_and_computes_the_same(path: Path, tmp_pat
     torch.testing.assert_close(dict(again.state_dict()), dict(direct.state_dict()), rtol=0, atol=0)
 
 
-def test_shared_weights_and_embeddings_survive_conversion(tmp_path: Path) -> None:
+def test_shared_embeddings_survive_conversion(tmp_path: Path) -> None:
     meta, weights = record("dalle_model_logits")
     arguments = {**meta["kwargs"], "share_input_output_emb": True}
     shared = {name: tensor for name, tensor in weights.items() if not name.endswith("_emb.weight")}
@@ -176,7 +176,7 @@ def test_shared_weights_and_embeddings_survive_conversion(tmp_path: Path) -> Non
     torch.testing.assert_close(model.state_dict()["to_logits.weight"], weights["to_logits.1.weight"], rtol=0, atol=0)
 
 
-def test_a_trainer_s_file_brings_its_own_arguments(tmp_path: Path) -> None:
+def test_a_training_checkpoint_supplies_its_arguments(tmp_path: Path) -> None:
     meta, weights = record("dalle_model_logits")
     given = {name: meta["kwargs"][name] for name in ("num_image_tokens", "image_fmap_size")}
     hparams = {name: value for name, value in meta["kwargs"].items() if name not in given}
@@ -187,7 +187,7 @@ def test_a_trainer_s_file_brings_its_own_arguments(tmp_path: Path) -> None:
 
 
 class RunsCode:
-    """A pickle of it calls a function when it is read."""
+    """A pickle of this class calls a function when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -196,40 +196,42 @@ class RunsCode:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(
+def test_a_pickle_that_runs_code_raises_an_error_and_is_not_executed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"to_q.weight": RunsCode(tmp_path / "ran")}, tmp_path / "evil.pt")
     call = ["convert", "memformer", "Attention", str(tmp_path / "evil.pt"), str(tmp_path / "new")]
     assert cli.main(call) == 2
-    assert "run code of its own: it is refused" in capsys.readouterr().err
+    assert "as it runs code" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_converts_and_prints_what_became_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_convert_command_prints_the_new_name_of_each_weight(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     meta, weights = record("gateloop_transformer")
     torch.save(weights, tmp_path / "old.pt")
     (tmp_path / "arguments.json").write_text(json.dumps(meta["kwargs"]))
     call = ["convert", meta["package"], meta["cls"], str(tmp_path / "old.pt"), str(tmp_path / "new")]
     assert cli.main([*call, "--arguments", str(tmp_path / "arguments.json")]) == 0
-    said = capsys.readouterr().out
-    assert "layers.1.0.norm.gamma" in said
-    assert "stack.layers.1.sublayers.0.residual.norm.weight" in said
+    printed = capsys.readouterr().out
+    assert "layers.1.0.norm.gamma" in printed
+    assert "stack.layers.1.sublayers.0.residual.norm.weight" in printed
     assert load(tmp_path / "new").num_tokens == 41
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no weights", "must be a file of torch.save|run code"), (b"", "must be a file of torch.save")],
+    [(b"no weights", "must be a file of torch.save|runs code"), (b"", "must be a file of torch.save")],
 )
-def test_a_damaged_file_is_answered_with_a_sentence(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_damaged_file_raises_a_value_error(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "old.pt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         convert("memformer", "Attention", tmp_path / "old.pt", tmp_path / "new", arguments={"dim": 8})
 
 
-def test_a_converted_folder_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_converted_folder_raises_a_value_error(tmp_path: Path) -> None:
     meta, weights = record("gateloop_simple")
     torch.save(weights, tmp_path / "old.pt")
     convert(meta["package"], meta["cls"], tmp_path / "old.pt", tmp_path, arguments=meta["kwargs"])
@@ -241,7 +243,7 @@ def test_a_converted_folder_that_was_tampered_with_is_refused(tmp_path: Path) ->
         load(tmp_path)
 
 
-def test_every_package_and_class_of_old_has_a_loader() -> None:
+def test_every_upstream_class_has_a_loader() -> None:
     assert {package: sorted(classes) for package, classes in PACKAGES.items()} == {
         "quartic-transformer": ["Attention", "MultiStreamTransformer"],
         "flash-cosine-sim-attention": ["Attention", "CosineSimCausalTransformer"],

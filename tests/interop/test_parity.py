@@ -1,4 +1,4 @@
-"""Every record of an old package: its weights, loaded here, give its outputs and gradients."""
+"""Loaded weights reproduce the outputs and gradients that were recorded with the upstream packages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ RECORDS = sorted((Path(__file__).parents[1] / "data" / "upstream").glob("*.pt"))
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """The 2-norm of the difference over that of the record, in float64."""
+    """Relative 2-norm of the difference, in float64."""
     assert got.shape == want.shape, f"shapes {tuple(got.shape)} and {tuple(want.shape)}"
     got, want = got.double(), want.double()
     return float((got - want).norm() / want.norm().clamp(min=1e-30))
 
 
 def check(got: dict[str, Any], record: dict[str, Any]) -> None:
-    """Outputs at the rows that count, and gradients, are the record's."""
+    """Compare outputs, where they are defined, and gradients with a record."""
     assert set(got["outputs"]) == set(record["outputs"])
     for name, want in record["outputs"].items():
         out, counts = got["outputs"][name], record.get("compare", {}).get(name)
@@ -37,6 +37,6 @@ def check(got: dict[str, Any], record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_old_weights_give_the_outputs_and_gradients_of_their_package(path: Path) -> None:
+def test_loaded_weights_reproduce_the_recorded_outputs_and_gradients(path: Path) -> None:
     record: dict[str, Any] = torch.load(path, weights_only=True)
     check(replay(record), record)

@@ -49,12 +49,12 @@ def test_output_and_gradients_equal_the_formula(kind: type[FeedForward], bias: b
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_the_multiple_may_be_a_fraction(kind: type[FeedForward]) -> None:
+def test_feedforward_mult_may_be_a_fraction(kind: type[FeedForward]) -> None:
     assert kind(6, mult=8 / 3).to_hidden.out_features == 16
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_dropout_drops_hidden_features_in_training_alone(kind: type[FeedForward]) -> None:
+def test_feedforward_dropout_is_active_only_in_training(kind: type[FeedForward]) -> None:
     layer, x = kind(8, dropout=0.5), torch.randn(64, 8)
     whole = kind(8)
     whole.load_state_dict(layer.state_dict())
@@ -77,6 +77,6 @@ def test_dropout_drops_hidden_features_in_training_alone(kind: type[FeedForward]
         ({"dim": 4, "dropout": -0.1}, ValueError, r"dropout must lie in \[0, 1\), got dropout=-0.1"),
     ],
 )
-def test_sizes_that_make_no_layer_are_refused(arguments: dict, error: type[Exception], message: str) -> None:
+def test_feedforward_rejects_invalid_sizes(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         FeedForward(**arguments)

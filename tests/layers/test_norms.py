@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, computed in float32 at least whatever the input's dtype."""
+"""RMSNorm and LayerNorm, computed in at least float32."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_output_and_gradients_equal_the_formula(kind: type[nn.Module], dtype: to
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", FORMULAS)
-def test_half_precision_is_rounded_once_at_the_end(kind: type[nn.Module], dtype: torch.dtype) -> None:
+def test_norms_round_half_precision_once_at_the_end(kind: type[nn.Module], dtype: torch.dtype) -> None:
     norm, x = learned(kind, 64), torch.randn(32, 64).to(dtype)  # weights of float32, as under mixed precision
     wide = [p.double() for p in norm.parameters()]
     want = FORMULAS[kind](x.double(), wide[0], wide[1] if len(wide) == 2 else None)
@@ -69,7 +69,7 @@ def test_half_precision_is_rounded_once_at_the_end(kind: type[nn.Module], dtype:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", FORMULAS)
 @pytest.mark.parametrize("value", [0.0, 6e4])
-def test_constant_rows_small_and_large_stay_finite(kind: type[nn.Module], dtype: torch.dtype, value: float) -> None:
+def test_norms_of_constant_rows_are_finite(kind: type[nn.Module], dtype: torch.dtype, value: float) -> None:
     x = torch.full((1, 2, 16), value, dtype=dtype, requires_grad=True)
     out = kind(16).to(dtype)(x)
     out.float().sum().backward()
@@ -79,7 +79,7 @@ def test_constant_rows_small_and_large_stay_finite(kind: type[nn.Module], dtype:
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
-def test_autocast_changes_neither_dtype_nor_precision(kind: type[nn.Module]) -> None:
+def test_norms_keep_dtype_and_precision_under_autocast(kind: type[nn.Module]) -> None:
     norm, x = kind(16), torch.randn(2, 5, 16)
     want = norm(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -94,18 +94,18 @@ def test_norms_are_twice_differentiable(kind: type[nn.Module]) -> None:
     assert torch.autograd.gradgradcheck(norm, torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True))
 
 
-def test_a_norm_is_made_by_name_or_by_the_users_function() -> None:
+def test_make_norm_takes_a_name_or_a_function() -> None:
     assert isinstance(make_norm("rms", 8), RMSNorm)
     assert isinstance(make_norm("layer", 8), LayerNorm)
     assert isinstance(make_norm(nn.Identity, 8), nn.Identity)
 
 
-def test_an_unknown_norm_is_refused_with_the_nearest_known_one() -> None:
+def test_make_norm_rejects_an_unknown_name_and_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"norm must be one of \['rms', 'layer'\], got norm='layers'.*mean 'layer'"):
         make_norm("layers", 8)
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
-def test_a_norm_of_no_features_is_refused(kind: type[nn.Module]) -> None:
+def test_norms_reject_zero_features(kind: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="dim must be at least 1, got dim=0"):
         kind(0)

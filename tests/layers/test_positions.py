@@ -33,7 +33,7 @@ def rotary(dim_head: int, *args: object, **kwargs: object) -> Rotary:
     return part
 
 
-def test_learned_positions_count_from_one_and_padding_before_stands_at_the_first() -> None:
+def test_learned_positions_count_valid_tokens_and_give_leading_padding_the_first_position() -> None:
     table = LearnedPositions(5, 3)
     got = table(torch.tensor([[0, 0, 1, 2], [1, 2, 3, 5]]))
     assert torch.equal(got, table.weight[torch.tensor([[0, 0, 0, 1], [0, 1, 2, 4]])])
@@ -44,13 +44,13 @@ def test_learned_positions_count_from_one_and_padding_before_stands_at_the_first
     ("options", "features", "width"),
     [({}, 8, 8), ({}, 7, 6), ({"dim": 4}, 8, 4), ({"theta": 500.0}, 8, 8), ({"dim": 4, "freqs": [0.5, 0.1]}, 8, 4)],
 )
-def test_rotary_turns_every_pair_by_its_own_speed(options: dict, features: int, width: int, start: int) -> None:
+def test_rotary_rotates_every_pair_by_its_own_frequency(options: dict, features: int, width: int, start: int) -> None:
     x = torch.randn(2, 3, 11, features)
     rest = {key: value for key, value in options.items() if key != "dim"}
     assert relative_error(rotary(features, **options)(x, start), turned(x, start, width=width, **rest)) < 1e-6
 
 
-def test_scores_of_rotated_queries_and_keys_depend_on_the_distance_alone() -> None:
+def test_scores_of_rotated_queries_and_keys_depend_only_on_the_distance() -> None:
     part = rotary(8)
     q, k = torch.randn(8), torch.randn(8)
     scores = part(q.expand(1, 1, 50, 8))[0, 0] @ part(k.expand(1, 1, 50, 8))[0, 0].t()
@@ -61,7 +61,7 @@ def test_scores_of_rotated_queries_and_keys_depend_on_the_distance_alone() -> No
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("start", [257, 10_000])
-def test_a_model_in_half_precision_keeps_the_table_exact(dtype: torch.dtype, start: int) -> None:
+def test_casting_a_model_leaves_the_rotary_table_in_float32(dtype: torch.dtype, start: int) -> None:
     block = FullAttention(16, heads=2, dim_head=8, rotary=Rotary()).to(dtype)
     x = torch.randn(1, 2, 5, 8).to(dtype)
     # what is left is the rounding of the result, and of angles in float32 far out
@@ -69,14 +69,14 @@ def test_a_model_in_half_precision_keeps_the_table_exact(dtype: torch.dtype, sta
     assert all(table.dtype == torch.float32 for table in block.rotary.table(0, 5, 8, CPU))
 
 
-def test_the_table_is_neither_parameter_nor_buffer() -> None:
+def test_rotary_table_is_neither_parameter_nor_buffer() -> None:
     part = rotary(8)
     part(torch.randn(1, 1, 5, 8))
     assert not part.state_dict()
     assert not list(part.buffers())
 
 
-def test_a_block_made_on_the_meta_device_has_the_right_table() -> None:
+def test_rotary_of_a_layer_constructed_on_meta_has_the_right_table() -> None:
     real = FullAttention(16, heads=2, dim_head=8, rotary=Rotary())
     with torch.device("meta"):
         block = FullAttention(16, heads=2, dim_head=8, rotary=Rotary())
@@ -87,7 +87,7 @@ def test_a_block_made_on_the_meta_device_has_the_right_table() -> None:
     assert torch.equal(block(x), real(x))
 
 
-def test_growing_leaves_earlier_positions_as_they_were() -> None:
+def test_growing_the_rotary_table_keeps_earlier_positions() -> None:
     part = rotary(8)
     before = [table.clone() for table in part.table(0, 40, 8, CPU)]
     part.table(0, 1000, 8, CPU)
@@ -97,7 +97,7 @@ def test_growing_leaves_earlier_positions_as_they_were() -> None:
     assert relative_error(part(x, 997), turned(x, 997, width=8)) < 1e-4  # float32 angles of some 1000 radians
 
 
-def test_the_table_is_built_anew_only_when_it_has_to_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotary_table_is_rebuilt_only_to_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     part, built = rotary(8), []
     build = part._build
     monkeypatch.setattr(part, "_build", lambda *args: built.append(args) or build(*args))
@@ -106,7 +106,7 @@ def test_the_table_is_built_anew_only_when_it_has_to_grow(monkeypatch: pytest.Mo
     assert len(built) <= 6
 
 
-def test_one_part_serves_heads_of_different_sizes() -> None:
+def test_one_rotary_module_serves_heads_of_different_sizes() -> None:
     part = Rotary()
     for size in (8, 6):
         part.prepare(size)
@@ -116,13 +116,13 @@ def test_one_part_serves_heads_of_different_sizes() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
-def test_a_copy_rotates_alike(duplicate) -> None:
+def test_copied_rotary_module_rotates_identically(duplicate) -> None:
     part, x = rotary(8), torch.randn(1, 1, 5, 8)
     want = part(x)
     assert torch.equal(duplicate(part)(x), want)
 
 
-def test_a_table_first_asked_for_in_inference_mode_serves_training() -> None:
+def test_rotary_table_built_in_inference_mode_works_in_training() -> None:
     part, x = rotary(8), torch.randn(1, 1, 5, 8, requires_grad=True)
     with torch.inference_mode():
         part(x)
@@ -155,7 +155,7 @@ def test_rotary_compiles_as_one_graph_at_any_start() -> None:
         ),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(make, message: str) -> None:
+def test_position_modules_name_invalid_arguments(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -186,14 +186,14 @@ def t5_bucket(distance: int, *, buckets: int, max_distance: int, causal: bool) -
 @pytest.mark.parametrize(
     ("buckets", "max_distance"), [(32, 128), (32, 20), (32, 1000), (8, 64), (33, 100), (16, 128), (4, 3)]
 )
-def test_buckets_are_those_of_t5(buckets: int, max_distance: int, causal: bool) -> None:
+def test_relative_bias_buckets_equal_those_of_t5(buckets: int, max_distance: int, causal: bool) -> None:
     bias = RelativeBias(1, buckets=buckets, max_distance=max_distance, causal=causal)
     distances = range(-max_distance - 60, max_distance + 61)
     want = [t5_bucket(d, buckets=buckets, max_distance=max_distance, causal=causal) for d in distances]
     assert bias.bucket(torch.tensor(distances)).tolist() == want
 
 
-def test_distances_from_max_distance_on_share_the_last_bucket() -> None:
+def test_relative_bias_distances_beyond_max_distance_share_the_last_bucket() -> None:
     assert RelativeBias(1, max_distance=50).bucket(torch.tensor([-50, -51, -5000])).tolist() == [31, 31, 31]
     both = RelativeBias(1, max_distance=50, causal=False)
     assert both.bucket(torch.tensor([-5000, -50, 50, 5000])).tolist() == [15, 15, 31, 31]
@@ -202,7 +202,7 @@ def test_distances_from_max_distance_on_share_the_last_bucket() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 150), (7, 150), (150, 7)])
-def test_every_pair_gets_the_number_of_its_bucket_and_head(queries: int, keys: int, causal: bool) -> None:
+def test_relative_bias_of_every_pair_is_that_of_its_bucket_and_head(queries: int, keys: int, causal: bool) -> None:
     bias = RelativeBias(3, causal=causal)
     pairs = bias(queries, keys, CPU).pairs(queries, keys)
     for i in range(queries):
@@ -212,7 +212,7 @@ def test_every_pair_gets_the_number_of_its_bucket_and_head(queries: int, keys: i
             assert torch.equal(pairs[:, i, j], bias.weight[bucket])
 
 
-def test_gradients_in_half_precision_are_summed_in_float32() -> None:
+def test_relative_bias_gradients_are_summed_in_float32() -> None:
     bias = RelativeBias(2).bfloat16()
     out = bias(1031, 1031, CPU).pairs(1031, 1031)
     out.sum().backward()
@@ -221,7 +221,7 @@ def test_gradients_in_half_precision_are_summed_in_float32() -> None:
     assert relative_error(bias.weight.grad, wide.weight.grad) < 4e-3  # one rounding to bfloat16
 
 
-def test_the_bias_is_learned_through_a_block() -> None:
+def test_relative_bias_gets_gradients_through_a_layer() -> None:
     block = FullAttention(8, heads=2, dim_head=4, bias=RelativeBias(2))
     block(torch.randn(1, 5, 8)).sum().backward()
     used = block.bias.weight.grad.any(-1)
@@ -229,7 +229,7 @@ def test_the_bias_is_learned_through_a_block() -> None:
     assert not used[5:].any()
 
 
-def test_the_frequencies_are_those_of_rotary_embedding_torch() -> None:
+def test_rotary_frequencies_equal_those_of_rotary_embedding_torch() -> None:
     library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding(8)
     x = torch.randn(1, 2, 5, 8)
     torch.testing.assert_close(rotary(8)(x), library.rotate_queries_or_keys(x), atol=1e-6, rtol=0)

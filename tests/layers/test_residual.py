@@ -1,4 +1,4 @@
-"""Residual rules."""
+"""Residual connections."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
-def test_the_two_halves_make_the_rule(kind) -> None:
+def test_residual_halves_compose_to_the_formula(kind) -> None:
     rule = kind(DIM, norm="layer", depth=3).double()
     for parameter in rule.parameters():
         nn.init.normal_(parameter)
@@ -40,13 +40,13 @@ def test_the_two_halves_make_the_rule(kind) -> None:
     assert relative_error(rule.merge(x, branch(rule.branch(x))), FORMULAS[kind](x, rule)) < 1e-13
 
 
-def test_every_rule_has_a_name_and_only_those_that_leave_the_stream_bare_ask_for_a_final_norm() -> None:
+def test_residuals_are_registered_and_only_pre_norm_and_sandwich_need_a_final_norm() -> None:
     assert {"pre": PreNorm, "post": PostNorm, "sandwich": SandwichNorm, "deepnorm": DeepNorm} == RESIDUALS
     assert {name for name, rule in RESIDUALS.items() if rule.final_norm} == {"pre", "sandwich"}
 
 
 @pytest.mark.parametrize("kind", [PreNorm, PostNorm, SandwichNorm])
-def test_plain_rules_leave_fresh_weights_alone(kind) -> None:
+def test_residuals_without_initialisation_keep_the_weights(kind) -> None:
     block = FullAttention(DIM, heads=2, dim_head=4)
     before = {name: value.clone() for name, value in block.state_dict().items()}
     kind(DIM, depth=3).initialize(block)
@@ -55,7 +55,7 @@ def test_plain_rules_leave_fresh_weights_alone(kind) -> None:
 
 @pytest.mark.parametrize("depth", [1, 6])
 @pytest.mark.parametrize("make", [FullAttention, FeedForward, GEGLU])
-def test_deepnorm_starts_weights_with_the_gains_of_the_paper(make, depth: int) -> None:
+def test_deepnorm_initialises_weights_with_the_gains_of_the_paper(make, depth: int) -> None:
     block = make(128)
     DeepNorm(128, depth=depth).initialize(block)
     for name, module in block.named_modules():

@@ -1,4 +1,4 @@
-"""Reversible streams: the gradients of plain back-propagation, without its memory."""
+"""Reversible streams: gradients of plain backpropagation without its memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attention_zoo import Stack
 from attention_zoo.layers.reversible import run_forward
+from attention_zoo.models.stack import BlockInputs
 from attention_zoo.testing.subject import seeded
 from tests.formulas import relative_error
 
@@ -23,7 +24,7 @@ def stack(depth: int = 3, dim: int = 16, **options: Any) -> Stack:
 
 
 def plain(model: Stack, x: Tensor) -> Tensor:
-    inputs = {"mask": None, "context": None, "context_mask": None}
+    inputs = BlockInputs()
     subs = [sub for layer in model.layers for sub in layer.sublayers]
     first, second = run_forward([lambda x, sub=sub: sub.delta(x, inputs) for sub in subs], x, x)
     return model.norm((first + second) / 2)
@@ -37,14 +38,14 @@ def gradients(model: Stack, out: Tensor, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [{}, {"shared_ff_ids": [0], "residual": "sandwich"}], ids=["plain", "shared"])
-def test_gradients_equal_those_of_plain_back_propagation(options: dict[str, Any], training: bool) -> None:
+def test_reversible_gradients_equal_those_of_plain_backpropagation(options: dict[str, Any], training: bool) -> None:
     model = stack(**options).double().train(training)
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
     for got, want in zip(gradients(model, model(x), x), gradients(model, plain(model, x), x), strict=True):
         assert relative_error(got, want) < 1e-10
 
 
-def test_dropout_is_replayed_and_the_random_numbers_go_on_undisturbed() -> None:
+def test_reversible_streams_replay_dropout_and_restore_the_random_state() -> None:
     model = stack(ff_dropout=0.5).double()
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
     found = []
@@ -54,7 +55,7 @@ def test_dropout_is_replayed_and_the_random_numbers_go_on_undisturbed() -> None:
     assert all(relative_error(got, want) < 1e-10 for got, want in zip(*found, strict=True))
 
 
-def test_gradients_under_autocast_are_those_of_plain_back_propagation_under_autocast() -> None:
+def test_reversible_gradients_under_autocast_equal_those_of_plain_backpropagation() -> None:
     model = stack()
     x = torch.randn(2, 9, 16, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -63,7 +64,7 @@ def test_gradients_under_autocast_are_those_of_plain_back_propagation_under_auto
         assert relative_error(a, b) < 3e-2
 
 
-def test_a_frozen_part_and_an_input_without_gradient_are_no_trouble() -> None:
+def test_reversible_streams_handle_frozen_modules_and_inputs_without_gradient() -> None:
     model = stack()
     model.layers[1].requires_grad_(False)
     model(torch.randn(2, 5, 16)).sum().backward()
@@ -71,7 +72,7 @@ def test_a_frozen_part_and_an_input_without_gradient_are_no_trouble() -> None:
     assert model.layers[1].sublayers[0].block.to_qkv.weight.grad is None
 
 
-def test_what_is_kept_for_backward_does_not_grow_with_the_depth() -> None:
+def test_memory_saved_by_reversible_streams_is_independent_of_depth() -> None:
     def kept(depth: int) -> int:
         model, sizes = stack(depth), []
         parameters = {p.data_ptr() for p in model.parameters()}
@@ -88,10 +89,10 @@ def test_what_is_kept_for_backward_does_not_grow_with_the_depth() -> None:
     assert kept(2) == kept(8)
 
 
-def test_a_second_derivative_raises() -> None:
+def test_second_derivative_of_reversible_streams_raises() -> None:
     model = stack()
     x = torch.randn(1, 5, 16, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no second derivative: build the stack with reversible=False"):
+    with pytest.raises(RuntimeError, match="no second derivative: use reversible=False"):
         torch.autograd.grad(model(x).square().sum() + x.square().sum(), x, create_graph=True)
 
 
@@ -108,7 +109,8 @@ def train_a_part(rank: int, store: str, parts: Tensor, out: str) -> None:
     os._exit(0)  # threads of gloo that are still there abort an interpreter that shuts down in order
 
 
-def test_ddp_averages_the_gradients_of_both_processes(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_ddp_averages_gradients_of_reversible_streams(tmp_path: Path) -> None:
     parts = torch.randn(2, 2, 9, 16)
     arguments = (str(tmp_path / "store"), parts, str(tmp_path / "grads.pt"))
     torch.multiprocessing.spawn(train_a_part, arguments, nprocs=2)
@@ -125,6 +127,6 @@ def test_ddp_averages_the_gradients_of_both_processes(tmp_path: Path) -> None:
         ({"attention": [["full", "cross"]]}, "reversible must be False with blocks that read a context"),
     ],
 )
-def test_what_cannot_be_reversed_is_refused(options: dict[str, Any], message: str) -> None:
+def test_stack_rejects_options_that_cannot_be_reversible(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stack(**options)

@@ -1,4 +1,4 @@
-"""A decoding state is a value: what it holds never changes, however the keys and values behind it grow."""
+"""Decoding states are values: their contents never change when later steps append to the shared buffer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from attention_zoo import FullAttention, KeyValueState
 from attention_zoo.layers import state as state_module
-from attention_zoo.layers.state import SMALLEST_ROOM, State, count_tokens
+from attention_zoo.layers.state import MIN_BUFFER, State, count_tokens
 
 MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 Held = tuple[Tensor, Tensor]
@@ -47,7 +47,7 @@ def assert_holds(state: KeyValueState, held: Held) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("counts", [(1, 1, 1), (7, 1, 200, 1), (63, 1, 1), (1, 63, 1), (64, 64, 64)])
-def test_every_state_of_a_chain_keeps_what_it_held(mode: str, counts: tuple[int, ...]) -> None:
+def test_states_of_a_chain_keep_their_contents(mode: str, counts: tuple[int, ...]) -> None:
     with MODES[mode]():
         states, held = grown(*counts)
         for state, want in zip(states, held, strict=True):
@@ -56,7 +56,7 @@ def test_every_state_of_a_chain_keeps_what_it_held(mode: str, counts: tuple[int,
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_stepping_an_older_state_again_leaves_the_newer_ones_as_they_were(mode: str) -> None:
+def test_stepping_an_older_state_keeps_newer_states(mode: str) -> None:
     with MODES[mode]():
         states, held = grown(5, 1, 1, 1)
         other, more = tokens(2), tokens(1)
@@ -71,23 +71,23 @@ def test_stepping_an_older_state_again_leaves_the_newer_ones_as_they_were(mode: 
 
 
 @torch.no_grad()
-def test_growing_without_gradients_copies_rarely() -> None:
+def test_appending_without_gradients_copies_rarely() -> None:
     state = KeyValueState(*tokens(1))
     buffers = set()
     for _ in range(500):
         state = state.append(*tokens(1), None)
         buffers.add(state.keys.untyped_storage().data_ptr())
-    assert len(buffers) <= 4  # room for 64, 130, 262 and 526 tokens
+    assert len(buffers) <= 4  # buffers for 64, 130, 262 and 526 tokens
 
 
 @torch.no_grad()
-def test_one_token_more_copies_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_appending_a_token_copies_only_that_token(monkeypatch: pytest.MonkeyPatch) -> None:
     states, _ = grown(100, 1)
-    monkeypatch.setattr(state_module.Room, "around", lambda *args: pytest.fail("the whole state was copied"))
+    monkeypatch.setattr(state_module.Buffer, "copy_of", lambda *args: pytest.fail("the whole state was copied"))
     states[-1].append(*tokens(1), None)
 
 
-def test_with_gradients_every_state_of_a_chain_can_be_differentiated_afterwards() -> None:
+def test_states_recorded_with_gradients_can_be_differentiated_later() -> None:
     parts = [tuple(part.requires_grad_() for part in tokens(count)) for count in (3, 2, 1)]
     state, total = KeyValueState(*parts[0]), torch.zeros(())
     for part in parts[1:]:
@@ -114,7 +114,7 @@ def test_steps_recorded_one_by_one_have_the_gradients_of_the_full_pass() -> None
 
 @pytest.mark.parametrize("first", MODES)
 @pytest.mark.parametrize("second", MODES)
-def test_a_state_of_one_mode_goes_on_in_another(first: str, second: str) -> None:
+def test_state_created_in_one_grad_mode_continues_in_another(first: str, second: str) -> None:
     with MODES[first]():
         states, held = grown(3, 1, 1)
     with MODES[second]():
@@ -129,7 +129,7 @@ def test_a_state_of_one_mode_goes_on_in_another(first: str, second: str) -> None
         assert_holds(states[-1], held[-1])
 
 
-def test_a_block_decodes_on_after_inference_mode_and_may_then_be_trained() -> None:
+def test_layer_decoded_in_inference_mode_can_be_trained_afterwards() -> None:
     block = FullAttention(16, heads=2, dim_head=4).eval()
     x = torch.randn(1, 6, 16)
     with torch.inference_mode():
@@ -142,7 +142,7 @@ def test_a_block_decodes_on_after_inference_mode_and_may_then_be_trained() -> No
     torch.testing.assert_close(torch.cat((out, recorded), 1), block(x)[:, 4:], rtol=1e-5, atol=1e-6)
 
 
-def test_a_mask_is_remembered_and_filled_where_none_was_given() -> None:
+def test_state_fills_missing_masks_with_valid_tokens() -> None:
     late = KeyValueState(*tokens(2)).append(*tokens(1), None).append(*tokens(2), torch.tensor([[0, 1], [1, 1]]).bool())
     assert late.mask.tolist() == [[True, True, True, False, True], [True] * 5]
     early = KeyValueState(*tokens(2), torch.tensor([[0, 1], [1, 1]]).bool()).append(*tokens(1), None)
@@ -151,7 +151,7 @@ def test_a_mask_is_remembered_and_filled_where_none_was_given() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_reorder_picks_rows_and_may_repeat_them(mode: str) -> None:
+def test_reorder_selects_and_repeats_rows(mode: str) -> None:
     with MODES[mode]():
         states, held = grown(3, 1)
         index = torch.tensor([1, 1, 0])
@@ -161,20 +161,20 @@ def test_reorder_picks_rows_and_may_repeat_them(mode: str) -> None:
         assert_holds(states[-1], held[-1])
 
 
-def test_reorder_takes_the_mask_along() -> None:
+def test_reorder_selects_rows_of_the_mask() -> None:
     mask = torch.tensor([[False, True], [True, True]])
     assert torch.equal(KeyValueState(*tokens(2), mask).reorder(torch.tensor([1, 0])).mask, mask.flip(0))
 
 
 @torch.no_grad()
-def test_nbytes_counts_tokens_and_not_the_room_to_grow() -> None:
+def test_nbytes_excludes_spare_buffer_space() -> None:
     states, _ = grown(3, 1)
     assert states[-1].nbytes == 2 * 2 * 4 * (5 + 3) * 4  # b, h, n, features of key and value, bytes of a float32
     masked = KeyValueState(*tokens(4), torch.ones(2, 4, dtype=torch.bool))
     assert masked.nbytes == states[-1].nbytes + 2 * 4
 
 
-def test_detach_cuts_the_graph_and_keeps_the_numbers() -> None:
+def test_detach_keeps_values_and_drops_the_graph() -> None:
     keys, values = (part.requires_grad_() for part in tokens(3))
     state = KeyValueState(keys * 1, values * 1).append(*tokens(1), None)
     free = state.detach()
@@ -196,7 +196,7 @@ def by_pickle(state: State) -> State:
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, by_pickle, by_torch])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_copy_holds_the_same_tokens_and_grows_on_its_own(mode: str, copied) -> None:
+def test_copied_state_is_equal_and_independent(mode: str, copied) -> None:
     with MODES[mode]():
         states, held = grown(3, 1)
         twin = copied(states[-1])
@@ -210,12 +210,12 @@ def test_a_copy_holds_the_same_tokens_and_grows_on_its_own(mode: str, copied) ->
 
 
 @torch.no_grad()
-def test_a_pickle_holds_no_room_to_grow() -> None:
+def test_pickled_state_excludes_spare_buffer_space() -> None:
     states, _ = grown(3, 1)
-    assert len(pickle.dumps(states[-1])) < SMALLEST_ROOM * 2 * 2 * 5 * 4
+    assert len(pickle.dumps(states[-1])) < MIN_BUFFER * 2 * 2 * 5 * 4
 
 
-def test_a_state_is_a_pytree_of_its_exact_tensors() -> None:
+def test_state_is_a_pytree_of_its_tensors() -> None:
     with torch.no_grad():
         states, held = grown(3, 1)
     leaves, spec = pytree.tree_flatten(states[-1])
@@ -224,7 +224,7 @@ def test_a_state_is_a_pytree_of_its_exact_tensors() -> None:
 
 
 @torch.no_grad()
-def test_a_state_passes_through_compiled_code() -> None:
+def test_state_passes_through_compiled_code() -> None:
     def longer(state: KeyValueState, keys: Tensor, values: Tensor) -> KeyValueState:
         return state.append(keys, values, None)
 
@@ -235,7 +235,7 @@ def test_a_state_passes_through_compiled_code() -> None:
     assert_holds(states[-1], held[-1])
 
 
-def test_tokens_are_counted_in_a_tensor_without_axes() -> None:
+def test_token_count_is_a_tensor_without_axes() -> None:
     assert count_tokens(None, 3).item() == 3
     assert count_tokens(torch.tensor(3), 2).item() == 5
     assert count_tokens(None, 3).ndim == 0

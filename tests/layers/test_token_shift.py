@@ -1,4 +1,4 @@
-"""Token shift: which features come from which neighbour."""
+"""Token shift against its definition."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shifted(x: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 9, 12, 19])
-def test_features_come_from_the_neighbours_of_the_definition_in_forward_and_in_steps(n: int) -> None:
+def test_token_shift_equals_its_definition_in_forward_and_step(n: int) -> None:
     shift = TokenShift(nn.Identity(), 8, layout=LAYOUT)
     x = torch.randn(2, n, 8)
     for mask in (None, torch.rand(2, n) < 0.6):
@@ -44,7 +44,7 @@ def test_features_come_from_the_neighbours_of_the_definition_in_forward_and_in_s
             assert state.length == n
 
 
-def test_an_old_state_keeps_its_meaning() -> None:
+def test_token_shift_step_keeps_older_states() -> None:
     shift = TokenShift(nn.Identity(), 8, layout=LAYOUT)
     x = torch.randn(2, 9, 8)
     _, old = shift.step(x[:, :6])
@@ -53,10 +53,10 @@ def test_an_old_state_keeps_its_meaning() -> None:
     assert torch.equal(shift.step(x[:, 6:7], old)[0], first)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_token_shift_rejects_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="dim must be divisible by 4 for token shift, got dim=6"):
         TokenShift(nn.Identity(), 6, layout=LAYOUT)
-    with pytest.raises(TypeError, match="block must not read a context to be shifted, got CrossAttention"):
+    with pytest.raises(TypeError, match="block must not take a context with token shift, got CrossAttention"):
         TokenShift(CrossAttention(8, context_dim=8), 8, layout=LAYOUT)
     shift = TokenShift(nn.Identity(), 8, layout=LAYOUT)
     with pytest.raises(ValueError, match="x must hold at most the 19 tokens"):

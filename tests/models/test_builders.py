@@ -1,4 +1,4 @@
-"""The models of the papers, against the formula of the whole transformer."""
+"""Models of the builders against the definition of the whole transformer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import LanguageModel, cosine_sim_lm
-from tests.formulas import attend_one_by_one, relative_error, unit_slices, what_is_seen
+from tests.formulas import allowed_pairs, attend_one_by_one, relative_error, unit_slices
 
 
 def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
@@ -32,7 +32,7 @@ def transformer(
         scale = q.shape[-1] ** -0.5
         if cosine_sim:
             q, k, scale = unit_slices(q, 2, 1e-12), unit_slices(k, 2, 1e-12), 3.0
-        seen = what_is_seen((*q.shape[:3], q.shape[2]), mask=None, causal=True)
+        seen = allowed_pairs((*q.shape[:3], q.shape[2]), mask=None, causal=True)
         return linear(attend_one_by_one(q, k, v, seen, None, scale).transpose(1, 2).flatten(2), f"{name}.to_out")
 
     def feedforward(x: Tensor, name: str) -> Tensor:
@@ -57,7 +57,7 @@ def small(**options: object) -> LanguageModel:
 
 @pytest.mark.parametrize("cosine_sim", [True, False])
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_logits_and_gradients_equal_the_definition(pre_norm: bool, cosine_sim: bool) -> None:
+def test_cosine_sim_lm_logits_and_gradients_equal_the_definition(pre_norm: bool, cosine_sim: bool) -> None:
     model = small(scale=3.0, groups=2, pre_norm=pre_norm, cosine_sim=cosine_sim).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -77,7 +77,7 @@ def spread(weight: Tensor) -> float:
     return weight.detach().std().item()
 
 
-def test_postnorm_weights_start_as_deepnet_and_upstream_have_them() -> None:
+def test_deepnorm_initialization_equals_deepnet_and_upstream() -> None:
     model = cosine_sim_lm(num_tokens=256, dim=128, depth=4, max_seq_len=128, dim_head=16)
     near = {"rel": 0.03}  # a standard deviation estimated from 16384 numbers or more
     assert spread(model.token_embedding.weight) == pytest.approx(1e-5, **near)
@@ -96,12 +96,12 @@ def test_postnorm_weights_start_as_deepnet_and_upstream_have_them() -> None:
         assert spread(weight) == pytest.approx(factor * math.sqrt(2 / sum(weight.shape)), **near)
 
 
-def test_scale_and_groups_have_upstreams_defaults() -> None:
+def test_scale_and_groups_default_to_upstreams_values() -> None:
     block = small().stack.layers[0].sublayers[0].block
     assert (block.scale, block.groups) == (8.0, 1)
 
 
-def test_the_builder_gives_models_that_train() -> None:
+def test_cosine_sim_lm_overfits_a_sequence() -> None:
     model = small(groups=2)
     tokens = torch.randint(19, (1, 17))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

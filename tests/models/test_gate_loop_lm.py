@@ -1,4 +1,4 @@
-"""The language model of gate loops: hybrids, padded prompts, states, and what it refuses."""
+"""`gate_loop_lm`: hybrids, padded prompts, states, errors."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def build(kind: str) -> LanguageModel:
 
 
 @kinds
-def test_steps_over_any_split_equal_the_whole_with_padding_too(kind: str) -> None:
+def test_steps_over_any_split_equal_forward_with_padding(kind: str) -> None:
     model, tokens = build(kind), torch.randint(31, (2, 70))
     mask = torch.ones(2, 70, dtype=torch.bool)
     mask[1, :23] = False
     with torch.no_grad():
-        whole = model(tokens, mask)
+        whole = model(tokens, mask=mask)
         for split in ([70], [1] * 70, [23, 40, 7]):
             state, outs = None, []
             for part, seen in zip(tokens.split(split, 1), mask.split(split, 1), strict=True):
@@ -41,7 +41,7 @@ def test_steps_over_any_split_equal_the_whole_with_padding_too(kind: str) -> Non
 
 
 @kinds
-def test_left_padded_prompts_continue_as_each_prompt_alone(kind: str) -> None:
+def test_left_padded_prompts_generate_the_same_tokens_as_unpadded_prompts(kind: str) -> None:
     model, prompts = build(kind), [torch.randint(31, (1, n)) for n in (3, 9, 17)]
     padded = torch.cat([torch.nn.functional.pad(prompt, (17 - prompt.shape[1], 0)) for prompt in prompts])
     mask = torch.arange(17) >= 17 - torch.tensor([[3], [9], [17]])
@@ -50,7 +50,7 @@ def test_left_padded_prompts_continue_as_each_prompt_alone(kind: str) -> None:
         assert torch.equal(together[row : row + 1], generate(model, prompt, 12, temperature=0))
 
 
-def test_a_hybrid_has_the_blocks_it_names_and_trains() -> None:
+def test_hybrid_has_the_named_blocks_and_gradients_for_all_parameters() -> None:
     model = gate_loop_lm(num_tokens=31, dim=32, depth=6, **HYBRID)
     kinds = [type(part) for part in model.modules() if isinstance(part, (GateLoopAttention, FullAttention))]
     assert kinds == [GateLoopAttention, GateLoopAttention, FullAttention] * 2
@@ -58,7 +58,7 @@ def test_a_hybrid_has_the_blocks_it_names_and_trains() -> None:
     assert all(part.grad is not None and bool(part.grad.isfinite().all()) for part in model.parameters())
 
 
-def test_the_state_of_a_model_of_gate_loops_alone_has_one_size() -> None:
+def test_state_size_of_gate_loops_does_not_depend_on_the_length() -> None:
     for kind, numbers in (("one gate per channel", 2 * 32), ("heads", 2 * 32 * 8), ("simple", 32)):
         model = build(kind)
         with torch.no_grad():
@@ -67,7 +67,7 @@ def test_the_state_of_a_model_of_gate_loops_alone_has_one_size() -> None:
         assert 0 < size - 3 * 4 * numbers < 100  # beside the memories of three layers, counts of tokens
 
 
-def test_head_sizes_are_refused_where_no_block_has_them() -> None:
+def test_head_sizes_that_no_block_takes_raise() -> None:
     with pytest.raises(ValueError, match="dim_head must be taken by at least one block, but none of 'gate_loop'"):
         gate_loop_lm(num_tokens=31, dim=32, depth=2, dim_head=8)
     with pytest.raises(ValueError, match=r"heads must be taken by at least one block.*simple_gate_loop"):

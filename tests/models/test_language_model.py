@@ -1,4 +1,4 @@
-"""Language models from any blocks."""
+"""`LanguageModel` with any blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POSITIONS = ("auto", "rotary", "learned", "t5", None)
 
 
 class Plain(nn.Module):
-    """A block of a user's own that takes no shared part."""
+    """A user-defined block without shared arguments."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -47,18 +47,18 @@ def block_of(model: LanguageModel, layer: int) -> nn.Module:
     return model.stack.layers[layer].sublayers[0].block
 
 
-def test_logits_have_a_column_per_token() -> None:
+def test_forward_returns_one_logit_per_token_id() -> None:
     assert build()(ids(3, 7)).shape == (3, 7, 17)
 
 
-def test_no_logit_depends_on_a_later_token() -> None:
+def test_logits_do_not_depend_on_later_tokens() -> None:
     model, tokens = build(attention=["full", "cosine_sim"]), ids(2, 9)
     changed = tokens.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % 17
     assert torch.equal(model(tokens)[:, :5], model(changed)[:, :5])
 
 
-def test_auto_gives_rotary_to_the_blocks_that_take_it_and_nothing_to_the_others() -> None:
+def test_auto_positions_give_rotary_only_to_blocks_that_take_it() -> None:
     model = LanguageModel(num_tokens=17, dim=12, depth=2, attention=["full", Plain])
     assert isinstance(block_of(model, 0).rotary, Rotary)
     assert model.positions is None
@@ -66,7 +66,7 @@ def test_auto_gives_rotary_to_the_blocks_that_take_it_and_nothing_to_the_others(
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_only_a_model_with_positions_knows_the_order_of_its_past(positions: str | None) -> None:
+def test_only_models_with_positions_depend_on_the_order_of_the_past(positions: str | None) -> None:
     model = build(positions=positions, depth=1).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -76,7 +76,7 @@ def test_only_a_model_with_positions_knows_the_order_of_its_past(positions: str 
     assert same == (positions is None)
 
 
-def test_t5_is_one_bias_for_all_blocks() -> None:
+def test_t5_positions_share_one_bias_between_all_blocks() -> None:
     model = build(positions="t5", attention=["full", "cosine_sim"])
     assert isinstance(block_of(model, 0).bias, RelativeBias)
     assert block_of(model, 0).bias is block_of(model, 1).bias
@@ -91,7 +91,7 @@ def test_learned_positions_are_added_to_the_embedding() -> None:
     assert torch.equal(seen[0], model.token_embedding.weight[tokens] + model.positions.weight[:7])
 
 
-def test_tied_embeddings_are_one_table_that_learns_from_both_ends() -> None:
+def test_tied_embeddings_get_gradients_from_inputs_and_logits() -> None:
     model, tokens = build(tie_embeddings=True), ids(2, 7)
     assert model.to_logits is None
     assert sum(p.shape == (17, 12) for p in model.parameters()) == 1
@@ -99,21 +99,21 @@ def test_tied_embeddings_are_one_table_that_learns_from_both_ends() -> None:
     model.stack.register_forward_hook(lambda module, inputs, output: hidden.append(output))
     assert relative_error(model(tokens), hidden[0] @ model.token_embedding.weight.t()) < 1e-6
     model.loss(tokens).backward()
-    assert model.token_embedding.weight.grad.any(-1).all()  # tokens that never occur learn as answers
+    assert model.token_embedding.weight.grad.any(-1).all()  # tokens outside the input get gradients as targets
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("hybrid", HYBRIDS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_gets_the_logits_of_its_tokens_alone(side: str, hybrid: str, positions: str | None) -> None:
+def test_padded_rows_have_the_logits_of_unpadded_rows(side: str, hybrid: str, positions: str | None) -> None:
     model, tokens = build(positions=positions, **HYBRIDS[hybrid]).double(), ids(3, 11)
     lengths = (11, 4, 1)
     mask = torch.stack([torch.arange(11) < length for length in lengths])
     mask = mask.flip(1) if side == "left" else mask
-    got = model(tokens, mask)
+    got = model(tokens, mask=mask)
     for row, real in enumerate(mask):
         want = model(tokens[row, real][None])[0]
-        # other positions at the same distances: rotary's angles are of float32
+        # the positions differ: rotary angles are float32
         torch.testing.assert_close(got[row, real], want, atol=1e-7, rtol=0)
 
 
@@ -125,7 +125,7 @@ def test_steps_equal_the_full_pass(splits: list[int], hybrid: str, positions: st
     model, tokens = build(positions=positions, **HYBRIDS[hybrid]).double(), ids(2, 11)
     mask = torch.ones(2, 11, dtype=torch.bool)
     mask[0, :2] = False
-    want = model(tokens, mask)
+    want = model(tokens, mask=mask)
     outs, state, start = [], None, 0
     for count in splits:
         part = slice(start, start + count)
@@ -138,7 +138,7 @@ def test_steps_equal_the_full_pass(splits: list[int], hybrid: str, positions: st
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
-def test_an_old_state_may_be_continued_or_reordered_after_newer_steps(positions: str | None) -> None:
+def test_older_states_remain_valid_after_newer_steps(positions: str | None) -> None:
     model, tokens = build(positions=positions).double(), ids(3, 9)
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[2, :3] = False
@@ -148,48 +148,57 @@ def test_an_old_state_may_be_continued_or_reordered_after_newer_steps(positions:
         _, newer = model.step(ids(3, 1), newer)
     index = torch.tensor([2, 0, 0, 1])
     got, _ = model.step(tokens[index, 5:], old.reorder(index))
-    torch.testing.assert_close(got, model(tokens[index], mask[index])[:, 5:], atol=1e-12, rtol=0)
+    torch.testing.assert_close(got, model(tokens[index], mask=mask[index])[:, 5:], atol=1e-12, rtol=0)
     again, _ = model.step(tokens[:, 5:], old)
-    torch.testing.assert_close(again, model(tokens, mask)[:, 5:], atol=1e-12, rtol=0)
+    torch.testing.assert_close(again, model(tokens, mask=mask)[:, 5:], atol=1e-12, rtol=0)
 
 
-def surprises(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) for (n, num_tokens) logits."""
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target), (n,), for logits (n, num_tokens)."""
     powers = logits.exp()
     return -(powers.gather(-1, targets[:, None])[:, 0] / powers.sum(-1)).log()
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_loss_is_the_mean_surprise_of_real_tokens(masked: bool) -> None:
+def test_loss_is_the_mean_cross_entropy_of_valid_tokens(masked: bool) -> None:
     model, tokens = build(positions="learned").double(), ids(3, 8)
     mask = None
     rows = list(tokens)
     if masked:
         mask = torch.stack([torch.arange(8) >= 8 - length for length in (8, 3, 2)])
         rows = [row[real] for row, real in zip(tokens, mask, strict=True)]
-    want = torch.cat([surprises(model(row[None, :-1])[0], row[1:]) for row in rows]).mean()
-    assert relative_error(model.loss(tokens, mask), want) < 1e-12
+    want = torch.cat([cross_entropies(model(row[None, :-1])[0], row[1:]) for row in rows]).mean()
+    assert relative_error(model.loss(tokens, mask=mask), want) < 1e-12
 
 
-def test_what_stands_in_the_padding_changes_neither_loss_nor_gradients() -> None:
+def test_loss_terms_have_the_count_of_targets() -> None:
+    model, tokens = build(), ids(2, 8)
+    mask = torch.tensor([[False] * 3 + [True] * 5, [True] * 8])
+    for given, count in ((None, 14), (mask, 11)):
+        (term,) = model.loss_terms(tokens, mask=given)
+        assert (int(term.count), term.weight) == (count, 1.0)
+        assert torch.equal(term.mean, model.loss(tokens, mask=given))
+
+
+def test_tokens_in_padding_change_neither_loss_nor_gradients() -> None:
     model, tokens = build(), ids(2, 8)
     mask = torch.tensor([[False] * 3 + [True] * 5, [True] * 6 + [False] * 2])
     results = []
     for filler in (0, 9):
         model.zero_grad()
-        loss = model.loss(tokens.masked_fill(~mask, filler), mask)
+        loss = model.loss(tokens.masked_fill(~mask, filler), mask=mask)
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     assert all(map(torch.equal, *results))
 
 
-def test_ids_may_be_int32() -> None:
+def test_int32_ids_are_accepted() -> None:
     model, tokens = build(), ids(2, 7)
     assert torch.equal(model(tokens.int()), model(tokens))
     assert torch.equal(model.loss(tokens.int()), model.loss(tokens))
 
 
-def test_dropouts_reach_their_places_in_training_alone() -> None:
+def test_dropout_is_applied_in_training_only() -> None:
     model, tokens = build(attn_dropout=0.3, ff_dropout=0.2, attention=["full", "cosine_sim"]), ids(2, 7)
     for layer in model.stack.layers:
         assert layer.sublayers[0].block.dropout == 0.3
@@ -200,23 +209,23 @@ def test_dropouts_reach_their_places_in_training_alone() -> None:
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_half_precision_models_come_close_to_float64(positions: str | None) -> None:
+def test_bfloat16_models_are_close_to_float64(positions: str | None) -> None:
     model, tokens = build(positions=positions, attention=["full", "cosine_sim"]), ids(2, 31)
     mask = torch.ones(2, 31, dtype=torch.bool)
     mask[0, :5] = False
-    nn.init.normal_(model.token_embedding.weight)  # of the size that the norms expect, so that little is amplified
+    nn.init.normal_(model.token_embedding.weight)  # large enough that the norms do not amplify rounding
     wide = copy.deepcopy(model).bfloat16().double()
     model = model.bfloat16()
-    logits = model(tokens, mask)
+    logits = model(tokens, mask=mask)
     assert logits.dtype == torch.bfloat16
-    assert relative_error(logits[mask], wide(tokens, mask)[mask]) < 3e-2
-    model.loss(tokens, mask).backward()
-    wide.loss(tokens, mask).backward()
+    assert relative_error(logits[mask], wide(tokens, mask=mask)[mask]) < 3e-2
+    model.loss(tokens, mask=mask).backward()
+    wide.loss(tokens, mask=mask).backward()
     grads = [torch.cat([p.grad.double().flatten() for p in m.parameters()]) for m in (model, wide)]
     assert relative_error(*grads) < 5e-2
 
 
-def test_autocast_gives_the_dtype_of_a_linear_layer() -> None:
+def test_autocast_returns_bfloat16_logits_and_a_float32_loss() -> None:
     model, tokens = build(positions="t5"), ids(2, 9)
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss = model(tokens), model.loss(tokens)
@@ -229,7 +238,7 @@ def test_autocast_gives_the_dtype_of_a_linear_layer() -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_a_copy_computes_the_same_with_weights_of_its_own(duplicate, positions: str | None) -> None:
+def test_copies_compute_the_same_with_separate_weights(duplicate, positions: str | None) -> None:
     model, tokens = build(positions=positions, tie_embeddings=True), ids(2, 7)
     want = model(tokens)
     twin = duplicate(model)
@@ -238,7 +247,7 @@ def test_a_copy_computes_the_same_with_weights_of_its_own(duplicate, positions: 
     assert torch.equal(model(tokens), want)
 
 
-def test_a_model_learns_a_sequence_by_heart() -> None:
+def test_model_overfits_a_sequence() -> None:
     model = build(attention=["full", "cosine_sim"], dim=24).train()
     tokens = ids(1, 20)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -250,7 +259,7 @@ def test_a_model_learns_a_sequence_by_heart() -> None:
     assert loss.item() < 0.1  # log 17 = 2.8 at the start
 
 
-def test_a_sequence_may_be_as_long_as_max_seq_len_and_no_longer() -> None:
+def test_sequences_longer_than_max_seq_len_raise() -> None:
     for positions in POSITIONS:
         model = build(positions=positions, max_seq_len=7)
         assert model(ids(1, 7)).shape[1] == 7
@@ -263,7 +272,7 @@ def test_a_sequence_may_be_as_long_as_max_seq_len_and_no_longer() -> None:
             model.step(ids(1, 1), state)
 
 
-def test_without_max_seq_len_there_is_no_limit() -> None:
+def test_model_without_max_seq_len_has_no_length_limit() -> None:
     assert build(max_seq_len=None)(ids(1, 600)).shape[1] == 600
 
 
@@ -290,7 +299,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_constructors_arguments_that_do_not_fit_are_named(case: str) -> None:
+def test_invalid_constructor_arguments_raise(case: str) -> None:
     changes, error, message = BAD[case]
     options = {**SMALL, **changes}
     if options.get("attention") is Plain:
@@ -318,27 +327,27 @@ BAD_INPUTS = {
 
 @pytest.mark.parametrize("how", ["forward", "loss", "step"])
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_inputs_that_do_not_fit_are_named(case: str, how: str) -> None:
+def test_invalid_inputs_raise(case: str, how: str) -> None:
     changes, error, message = BAD_INPUTS[case]
     with pytest.raises(error, match=message):
         getattr(build(), how)(**{"tokens": torch.zeros(2, 5, dtype=torch.int64), **changes})
 
 
-def test_a_loss_needs_two_tokens() -> None:
+def test_loss_of_one_token_raises() -> None:
     with pytest.raises(ValueError, match=r"tokens must hold at least two tokens for a loss, got shape \(2, 1\)"):
         build().loss(ids(2, 1))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_state_of_another_batch_is_refused(positions: str | None, batch: int) -> None:
+def test_state_of_another_batch_raises(positions: str | None, batch: int) -> None:
     model = build(positions=positions)
     _, state = model.step(ids(3, 4))
     with pytest.raises(ValueError, match=r"state must come from this (block|model) and batch"):
         model.step(ids(batch, 1), state)
 
 
-def test_a_state_of_another_model_is_refused() -> None:
+def test_state_of_another_model_raises() -> None:
     _, state = build().step(ids(3, 4))
     with pytest.raises(TypeError, match="state must be a LanguageModelState, got StackState"):
         build().step(ids(3, 1), state.stack)

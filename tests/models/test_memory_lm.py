@@ -1,4 +1,4 @@
-"""MemoryLanguageModel: one law over segments, with any blocks."""
+"""`MemoryLanguageModel`: decoding, loss and memory over segments, with any blocks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attention_zoo import MemoryLanguageModel, generate
 
@@ -42,11 +43,11 @@ def over_segments(model: MemoryLanguageModel, mask: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_steps_over_any_split_equal_the_segments(name: str, padded: bool) -> None:
+def test_steps_over_any_split_equal_forward_over_segments(name: str, padded: bool) -> None:
     model = small(name)
     mask = torch.arange(13) >= torch.tensor([[0], [7]]) if padded else None
     want = over_segments(model, mask)
-    real = torch.ones_like(TOKENS, dtype=torch.bool) if mask is None else mask
+    valid = torch.ones_like(TOKENS, dtype=torch.bool) if mask is None else mask
     for splits in ([13], [1] * 13, [4, 1, 8], [5, 5, 3]):
         logits, state, start = [], None, 0
         for size in splits:
@@ -54,11 +55,38 @@ def test_steps_over_any_split_equal_the_segments(name: str, padded: bool) -> Non
             out, state = model.step(TOKENS[:, start : start + size], state, mask=part)
             logits.append(out)
             start += size
-        torch.testing.assert_close(torch.cat(logits, 1)[real], want[real], rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat(logits, 1)[valid], want[valid], rtol=0, atol=1e-5)
         assert state.length == 13
 
 
-def test_an_older_state_keeps_its_meaning() -> None:
+@pytest.mark.parametrize("length", [2, 5, 6, 7, 13])
+@pytest.mark.parametrize("padded", [False, True])
+def test_loss_is_the_mean_cross_entropy_of_the_logits_of_steps(length: int, padded: bool) -> None:
+    model, tokens = small("mixed"), TOKENS[:, :length]
+    mask = torch.arange(length) >= torch.tensor([[0], [min(7, length - 2)]]) if padded else None
+    logits, _ = model.step(tokens[:, :-1], mask=None if mask is None else mask[:, :-1])
+    each = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    want = each.mean() if mask is None else each[mask[:, 1:] & mask[:, :-1]].mean()
+    torch.testing.assert_close(model.loss(tokens, mask=mask), want, rtol=0, atol=1e-5)
+    (term,) = model.loss_terms(tokens, mask=mask)
+    assert int(term.count) == (each.numel() if mask is None else int((mask[:, 1:] & mask[:, :-1]).sum()))
+
+
+def test_loss_reads_the_given_memory_and_has_gradients_for_all_parameters() -> None:
+    model, memory = small().train(), torch.randn(2, 3, 16, requires_grad=True)
+    assert not torch.equal(model.loss(TOKENS, memory=memory), model.loss(TOKENS))
+    model.loss(TOKENS, memory=memory).backward()
+    assert memory.grad is not None
+    model.loss(TOKENS).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_loss_of_one_token_raises() -> None:
+    with pytest.raises(ValueError, match="tokens must hold at least two tokens"):
+        small().loss(TOKENS[:, :1])
+
+
+def test_older_state_remains_valid() -> None:
     model = small()
     _, state = model.step(TOKENS[:, :4])
     want, _ = model.step(TOKENS[:, 4:7], state)
@@ -67,7 +95,7 @@ def test_an_older_state_keeps_its_meaning() -> None:
     assert torch.equal(got, want)
 
 
-def test_what_stood_in_the_first_segment_is_heard_in_the_third() -> None:
+def test_logits_of_the_third_segment_depend_on_the_first() -> None:
     model = small()
     changed = TOKENS.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 11
@@ -75,7 +103,7 @@ def test_what_stood_in_the_first_segment_is_heard_in_the_third() -> None:
     assert not torch.equal(got[:, 10:], want[:, 10:])
 
 
-def test_it_generates_over_many_segments_at_a_bounded_state() -> None:
+def test_generation_over_many_segments_has_a_state_of_constant_size() -> None:
     model = small()
     new = generate(model, TOKENS[:, :3], 30, temperature=0)
     with torch.no_grad():
@@ -88,7 +116,7 @@ def test_it_generates_over_many_segments_at_a_bounded_state() -> None:
     assert len(set(sizes)) == 1
 
 
-def test_a_thousand_segments_stay_finite() -> None:
+def test_memory_stays_finite_over_a_thousand_segments() -> None:
     model, memory = small(), None
     with torch.no_grad():
         for _ in range(1000):
@@ -96,14 +124,14 @@ def test_a_thousand_segments_stay_finite() -> None:
     assert float(memory.abs().max()) < 1e3
 
 
-def test_a_saved_model_comes_back(tmp_path: Path) -> None:
+def test_loaded_model_computes_the_same(tmp_path: Path) -> None:
     model = small("mixed")
     model.save(tmp_path)
     again = MemoryLanguageModel.load(tmp_path).eval()
     assert torch.equal(again.step(TOKENS)[0], model.step(TOKENS)[0])
 
 
-def test_bad_input_is_refused_by_name() -> None:
+def test_invalid_inputs_raise() -> None:
     model = small()
     with pytest.raises(ValueError, match="segment_len=5"):
         model(TOKENS)

@@ -1,4 +1,4 @@
-"""MultiStreamTransformer: streams, embeddings, causal decoding, the diversity loss."""
+"""`MultiStreamTransformer`: streams, embeddings, causal decoding, the diversity loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from attention_zoo import MultiStreamTransformer, generate
-from attention_zoo.training import mask_tokens, masked_token_loss
 from tests.formulas import relative_error
 
 
@@ -34,11 +33,11 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_steps_over_any_split_equal_the_whole_pass_padded_on_the_left_too(changes: dict[str, Any]) -> None:
+def test_steps_over_any_split_equal_forward_with_left_padding(changes: dict[str, Any]) -> None:
     model, tokens = small(**changes), torch.randint(0, 31, (3, 70))
     mask = torch.arange(70) >= torch.tensor([[0], [9], [66]])
     with torch.no_grad():
-        whole = model(tokens, mask)
+        whole = model(tokens, mask=mask)
         for splits in ([70], [1, 66, 3], [64, 1, 5]):
             state, outs, start = None, [], 0
             for size in splits:
@@ -52,14 +51,14 @@ def test_steps_over_any_split_equal_the_whole_pass_padded_on_the_left_too(change
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_generation_of_padded_prompts_equals_each_prompt_alone(changes: dict[str, Any]) -> None:
+def test_left_padded_prompts_generate_the_same_tokens_as_unpadded_prompts(changes: dict[str, Any]) -> None:
     model, prompt = small(**changes), torch.randint(0, 31, (2, 8))
     mask = torch.arange(8) >= torch.tensor([[0], [5]])
     together = generate(model, prompt, 6, temperature=0, mask=mask)
     assert torch.equal(together[1:], generate(model, prompt[1:, 5:], 6, temperature=0))
 
 
-def test_reordering_a_state_reorders_rows_with_all_their_streams() -> None:
+def test_reordered_state_has_all_streams_of_each_row() -> None:
     model, tokens = small(attention=["full", "talking_heads"]), torch.randint(0, 31, (3, 7))
     index = torch.tensor([2, 0, 0])
     with torch.no_grad():
@@ -69,7 +68,7 @@ def test_reordering_a_state_reorders_rows_with_all_their_streams() -> None:
     torch.testing.assert_close(got, want[index], rtol=1e-5, atol=1e-6)
 
 
-def test_no_logit_of_a_causal_model_depends_on_a_later_token() -> None:
+def test_logits_of_a_causal_model_do_not_depend_on_later_tokens() -> None:
     model, tokens = small(), torch.randint(0, 31, (1, 20))
     changed = tokens.clone()
     changed[:, 11:] = torch.randint(0, 31, (1, 9))
@@ -78,14 +77,25 @@ def test_no_logit_of_a_causal_model_depends_on_a_later_token() -> None:
     assert not torch.equal(both_ways(tokens)[:, :11], both_ways(changed)[:, :11])
 
 
-def test_padding_does_not_count_in_the_loss() -> None:
+def test_loss_ignores_padding() -> None:
     model, tokens = small(), torch.randint(0, 31, (1, 9))
     padded = torch.cat((torch.randint(0, 31, (1, 4)), tokens), dim=1)
     mask = torch.arange(13)[None] >= 4
-    torch.testing.assert_close(model.loss(padded, mask), model.loss(tokens), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.loss(padded, mask=mask), model.loss(tokens), rtol=1e-5, atol=1e-6)
 
 
-def test_the_diversity_loss_is_added_with_its_weight_and_reaches_queries_and_keys() -> None:
+def test_loss_terms_have_the_counts_of_targets_and_of_queries() -> None:
+    model, tokens = small(), torch.randint(0, 31, (2, 9))
+    mask = torch.arange(9) >= torch.tensor([[0], [4]])
+    for given, counts in ((None, [16, 16]), (mask, [12, 12])):
+        terms = model.loss_terms(tokens, mask=given, diversity_weight=0.1)
+        assert [int(term.count) for term in terms] == counts
+        assert [term.weight for term in terms] == [1.0, 0.1]
+        total = sum(term.weight * term.mean for term in terms)
+        torch.testing.assert_close(model.loss(tokens, mask=given, diversity_weight=0.1), total)
+
+
+def test_diversity_loss_is_a_weighted_term_with_gradients_to_queries_and_keys() -> None:
     model, tokens = small(), torch.randint(0, 31, (2, 9))
     diversity = model.diversity(tokens[:, :-1])
     assert diversity < 0
@@ -98,50 +108,26 @@ def test_the_diversity_loss_is_added_with_its_weight_and_reaches_queries_and_key
     assert small(streams=1).diversity(tokens) == 0
 
 
-def test_a_model_comes_back_from_its_folder(tmp_path: Path) -> None:
+def test_loaded_model_computes_the_same(tmp_path: Path) -> None:
     model, tokens = small(streams=3, separate_embeddings=False, tie_embeddings=True), torch.randint(0, 31, (2, 9))
     model.save(tmp_path)
     assert torch.equal(MultiStreamTransformer.load(tmp_path).eval()(tokens), model(tokens))
 
 
-def test_some_real_tokens_are_hidden_and_no_others_and_the_input_stays_as_it_was() -> None:
-    tokens, mask = torch.randint(0, 30, (50, 20)), torch.rand(50, 20) < 0.5
-    mask[:, 0] = True
-    before = tokens.clone()
-    hidden, which = mask_tokens(tokens, 30, probability=0.3, mask=mask)
-    assert torch.equal(tokens, before)
-    assert not (which & ~mask).any()
-    assert which.any(dim=1).all()
-    assert torch.equal(hidden, torch.where(which, torch.full_like(tokens, 30), tokens))
-    assert 0.2 < which.sum() / mask.sum() < 0.45
-
-
-def test_a_bidirectional_model_learns_to_fill_in_hidden_tokens() -> None:
-    model = small(causal=False).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    tokens = (torch.arange(12) + torch.randint(0, 18, (16, 1))) % 30  # each token tells its neighbours
-    losses = []
-    for _ in range(60):
-        loss = masked_token_loss(model, tokens, 30)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: small(separate_embeddings=True, tie_embeddings=True), "tie_embeddings needs one token table"),
+        (
+            lambda: small(separate_embeddings=True, tie_embeddings=True),
+            "tie_embeddings needs separate_embed",
+        ),
         (lambda: small(streams=0), "streams must be at least 1, got streams=0"),
         (lambda: small()(torch.zeros(1, 81, dtype=torch.int64)), "max_seq_len=80, got a sequence of 81"),
         (lambda: small(causal=False).loss(torch.zeros(1, 3, dtype=torch.int64)), "loss needs causal=True"),
         (lambda: small(causal=False).step(torch.zeros(1, 3, dtype=torch.int64)), "step needs .*causal=True"),
         (lambda: small(cross_stream=False).diversity(torch.zeros(1, 3, dtype=torch.int64)), "diversity needs streams"),
-        (lambda: mask_tokens(torch.zeros(1, 3), 1, probability=0), r"probability must lie in \(0, 1\]"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(call: Any, message: str) -> None:
+def test_invalid_arguments_raise(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Stacks: which blocks stand where, what reaches them, and that decoding equals the full pass."""
+"""`Stack`: the blocks of its layers, their arguments and inputs, and decoding."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from attention_zoo import (
     SwiGLU,
 )
 from attention_zoo.layers import PreNorm, SandwichNorm
+from attention_zoo.models.stack import BlockInputs
 from tests.formulas import relative_error
 
 DIM = 12
@@ -31,7 +32,7 @@ SMALL = {"heads": 2, "dim_head": 6}
 
 
 class Mean(nn.Module):
-    """A block of a user's own: the mean of all tokens so far."""
+    """A user-defined block: the mean of all tokens so far."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ def make_full(dim: int, rotary: Rotary | None = None) -> FullAttention:
 
 
 def kinds(stack: Stack) -> list[list[str]]:
-    """The classes of the blocks of every layer, feedforwards left out."""
+    """The classes of the blocks of every layer, without feedforwards."""
     return [
         [type(sub.block).__name__ for sub in layer.sublayers if not isinstance(sub.block, FeedForward)]
         for layer in stack.layers
@@ -63,12 +64,12 @@ FULL, COSINE, CROSS, MEAN = ["FullAttention"], ["CosineSimAttention"], ["CrossAt
 FORMS = {
     "a name": ("cosine_sim", [COSINE] * 3),
     "a name and options": (("full", {"kv_heads": 1}), [FULL] * 3),
-    "a name and options as JSON has them": (["full", {"kv_heads": 1}], [FULL] * 3),
+    "a name and options read from JSON": (["full", {"kv_heads": 1}], [FULL] * 3),
     "a class": (CosineSimAttention, [COSINE] * 3),
-    "a class of the user's own": (Mean, [MEAN] * 3),
+    "a user-defined class": (Mean, [MEAN] * 3),
     "a function": (make_full, [FULL] * 3),
     "a partial": (partial(FullAttention, kv_heads=1), [FULL] * 3),
-    "a list that is cycled": (["full", "cosine_sim"], [FULL, COSINE, FULL]),
+    "a cycled list": (["full", "cosine_sim"], [FULL, COSINE, FULL]),
     "a list longer than the stack": (["full", "full", "cosine_sim", "cross"], [FULL, FULL, COSINE]),
     "a tuple of names": (("full", "cosine_sim"), [FULL, COSINE, FULL]),
     "a mixed list": (["full", ("cosine_sim", {"groups": 2}), Mean], [FULL, COSINE, MEAN]),
@@ -78,38 +79,38 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_naming_blocks_is_understood(form: str) -> None:
+def test_stack_accepts_every_form_of_attention_spec(form: str) -> None:
     attention, want = FORMS[form]
     assert kinds(Stack(DIM, 3, attention=attention)) == want
 
 
-def test_options_reach_their_block_alone() -> None:
+def test_options_apply_to_their_block_only() -> None:
     stack = Stack(DIM, 2, attention=[("cosine_sim", {"groups": 3, "scale": 1.5}), "cosine_sim"], **SMALL)
     first, _, second, _ = blocks(stack)
     assert (first.groups, first.scale) == (3, 1.5)
     assert (second.groups, second.scale) == (1, 8.0)
 
 
-def test_options_of_a_block_go_before_what_all_share() -> None:
+def test_options_of_a_block_take_precedence_over_shared_arguments() -> None:
     stack = Stack(DIM, 2, attention=["full", ("full", {"heads": 3, "dropout": 0.5})], attn_dropout=0.1, **SMALL)
     first, _, second, _ = blocks(stack)
     assert (first.heads, first.dropout) == (2, 0.1)
     assert (second.heads, second.dropout, second.dim_head) == (3, 0.5, 6)
 
 
-def test_what_a_partial_has_settled_is_not_overruled() -> None:
+def test_arguments_set_by_a_partial_take_precedence() -> None:
     attention = [partial(FullAttention, causal=False, heads=3), "full"]
     first, _, second, _ = blocks(Stack(DIM, 2, attention=attention, **SMALL))
     assert (first.causal, first.heads) == (False, 3)
     assert (second.causal, second.heads) == (True, 2)
 
 
-def test_sizes_not_given_are_each_blocks_own_defaults() -> None:
+def test_blocks_keep_their_default_sizes() -> None:
     block = blocks(Stack(DIM, 1))[0]
     assert (block.heads, block.dim_head, block.dropout) == (8, 64, 0.0)
 
 
-def test_a_shared_part_goes_to_every_block_that_has_a_name_for_it() -> None:
+def test_shared_part_is_given_to_every_block_with_that_argument() -> None:
     rotary = Rotary()
     stack = Stack(DIM, 4, attention=["full", "cross", make_full, Mean], rotary=rotary, heads=2, dim_head=6)
     full, _, cross, _, made, _, mean, _ = blocks(stack)
@@ -119,7 +120,7 @@ def test_a_shared_part_goes_to_every_block_that_has_a_name_for_it() -> None:
     assert not hasattr(mean, "rotary")
 
 
-def test_a_shared_bias_is_one_set_of_weights() -> None:
+def test_shared_bias_is_one_parameter() -> None:
     stack = Stack(DIM, 3, bias=RelativeBias(2), **SMALL)
     assert sum(p.shape == (32, 2) for p in stack.parameters()) == 1
 
@@ -133,7 +134,7 @@ def test_a_shared_bias_is_one_set_of_weights() -> None:
         ({"rotry": Rotary()}, "rotry must be taken by at least one block"),
     ],
 )
-def test_a_part_that_no_block_takes_is_refused(options: dict, message: str) -> None:
+def test_shared_part_that_no_block_takes_raises(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Stack(DIM, 1, **options)
 
@@ -141,7 +142,7 @@ def test_a_part_that_no_block_takes_is_refused(options: dict, message: str) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("residual", ["pre", "post", "sandwich", "deepnorm"])
 @pytest.mark.parametrize("feedforward", ["gelu", None])
-def test_a_stack_is_its_sublayers_in_their_residuals(
+def test_stack_equals_its_sublayers_applied_in_order(
     residual: str, feedforward: str | None, dtype: torch.dtype
 ) -> None:
     stack = Stack(DIM, 2, attention=["full", ["cosine_sim", Mean]], residual=residual, feedforward=feedforward).to(
@@ -165,7 +166,7 @@ def test_a_stack_is_its_sublayers_in_their_residuals(
     assert relative_error(stack(x, mask=mask), want) < (1e-13 if dtype == torch.float64 else 1e-6)
 
 
-def test_norm_residual_and_feedforward_may_be_chosen() -> None:
+def test_norm_residual_and_feedforward_are_configurable_by_name() -> None:
     stack = Stack(DIM, 1, norm="rms", residual="sandwich", feedforward=("swiglu", {"mult": 2, "bias": True}))
     sub = stack.layers[0].sublayers[1]
     assert isinstance(sub.residual, SandwichNorm)
@@ -176,7 +177,7 @@ def test_norm_residual_and_feedforward_may_be_chosen() -> None:
     assert isinstance(stack.norm, RMSNorm)
 
 
-def test_norms_and_feedforwards_may_be_the_users_own() -> None:
+def test_norms_and_feedforwards_may_be_functions() -> None:
     stack = Stack(DIM, 1, norm=lambda dim: LayerNorm(dim, eps=0.5), feedforward=lambda dim: GEGLU(dim, mult=3))
     sub = stack.layers[0].sublayers[1]
     assert isinstance(sub.residual, PreNorm)
@@ -184,7 +185,7 @@ def test_norms_and_feedforwards_may_be_the_users_own() -> None:
     assert sub.block.to_out.in_features == 3 * DIM
 
 
-def test_a_stack_that_is_bidirectional_makes_its_blocks_so() -> None:
+def test_bidirectional_stack_has_bidirectional_blocks() -> None:
     stack = Stack(DIM, 2, attention=["full", "cosine_sim"], causal=False, **SMALL).eval()
     x = torch.randn(1, 5, DIM)
     changed = x.clone()
@@ -194,7 +195,7 @@ def test_a_stack_that_is_bidirectional_makes_its_blocks_so() -> None:
         stack.step(x)
 
 
-def test_a_causal_block_of_the_users_own_is_refused_in_a_bidirectional_stack() -> None:
+def test_always_causal_block_in_a_bidirectional_stack_raises() -> None:
     class Always(Mean):
         causal = True
 
@@ -203,7 +204,7 @@ def test_a_causal_block_of_the_users_own_is_refused_in_a_bidirectional_stack() -
 
 
 @pytest.mark.parametrize("attention", ["cross", [["full", "cross"]], ["full", "cross"]])
-def test_a_context_and_its_mask_reach_the_blocks_that_read_one(attention) -> None:
+def test_context_and_context_mask_are_given_to_cross_attention(attention) -> None:
     stack = Stack(DIM, 2, attention=attention, **SMALL).eval()
     x, context = torch.randn(2, 5, DIM), torch.randn(2, 7, DIM)
     mask = torch.tensor([[True] * 4 + [False] * 3, [True] * 7])
@@ -215,7 +216,7 @@ def test_a_context_and_its_mask_reach_the_blocks_that_read_one(attention) -> Non
     assert not torch.allclose(stack(x, context=changed, context_mask=mask), want)
 
 
-def test_a_context_of_other_features_goes_where_an_option_says_so() -> None:
+def test_context_may_have_another_dim() -> None:
     stack = Stack(DIM, 2, attention=[["full", ("cross", {"context_dim": 5})]], **SMALL)
     assert stack(torch.randn(1, 3, DIM), context=torch.randn(1, 4, 5)).shape == (1, 3, DIM)
     assert isinstance(stack.layers[0].sublayers[1].block, CrossAttention)
@@ -236,7 +237,7 @@ def test_steps_equal_the_full_pass(hybrid: str, splits: list[int], residual: str
     stack = Stack(DIM, 3, attention=HYBRIDS[hybrid], residual=residual, rotary=Rotary(), **SMALL).double().eval()
     x = torch.randn(2, 11, DIM, dtype=torch.float64)
     mask = torch.ones(2, 11, dtype=torch.bool)
-    mask[0, :3] = False  # padded on the left
+    mask[0, :3] = False
     context = {"context": torch.randn(2, 7, DIM, dtype=torch.float64)} if stack.takes_context else {}
     outs, state, start = [], None, 0
     with torch.set_grad_enabled(grad):
@@ -251,7 +252,27 @@ def test_steps_equal_the_full_pass(hybrid: str, splits: list[int], residual: str
 
 
 @torch.no_grad()
-def test_beams_may_be_reordered_in_the_middle() -> None:
+def test_steps_of_reversible_layers_equal_forward() -> None:
+    stack = Stack(DIM, 3, attention=["full", ["cosine_sim", "full"]], reversible=True, **SMALL).double().eval()
+    x = torch.randn(2, 7, DIM, dtype=torch.float64)
+    outs, state = [], None
+    for part in x.split([3, 1, 1, 2], dim=1):
+        out, state = stack.step(part, state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), stack(x), atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_sublayer_adds_its_output_to_the_given_stream() -> None:
+    sublayer = Stack(DIM, 1, **SMALL).sublayers()[0]
+    x, stream = torch.randn(2, 2, 5, DIM)
+    want = stream + sublayer.delta(x, BlockInputs())
+    torch.testing.assert_close(sublayer(x, BlockInputs(), into=stream), want)
+    torch.testing.assert_close(sublayer.step(x, None, BlockInputs(), into=stream)[0], want)
+
+
+@torch.no_grad()
+def test_reordered_state_continues_the_selected_rows() -> None:
     stack = Stack(DIM, 2, attention=["full", ["cosine_sim", "cross"]], rotary=Rotary(), **SMALL).eval()
     x, context = torch.randn(3, 7, DIM), torch.randn(3, 4, DIM)
     index = torch.tensor([2, 0, 0])
@@ -290,7 +311,11 @@ BAD = {
     "pattern dtype": ({"attention": ("full", {"pattern": torch.ones(3, 3)})}, TypeError, r"pattern must be a boolean"),
     "attn_dropout": ({"attn_dropout": 1.0}, ValueError, r"attn_dropout must lie in \[0, 1\), got attn_dropout=1.0"),
     "ff_dropout": ({"ff_dropout": -0.5}, ValueError, r"ff_dropout must lie in \[0, 1\), got ff_dropout=-0.5"),
-    "ff_dropout of nothing": ({"feedforward": None, "ff_dropout": 0.1}, ValueError, r"ff_dropout must be 0 beside"),
+    "ff_dropout of nothing": (
+        {"feedforward": None, "ff_dropout": 0.1},
+        ValueError,
+        r"ff_dropout must be 0 with feedforward=None",
+    ),
     "ff_mult": ({"ff_mult": 0}, ValueError, r"mult must give at least one hidden feature"),
     "norm": ({"norm": "batch"}, ValueError, r"norm must be one of \['rms', 'layer'\], got norm='batch'"),
     "residual": ({"residual": "prenorm"}, ValueError, r"residual must be one of \['pre', .*got residual='prenorm'"),
@@ -305,7 +330,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_constructors_arguments_that_do_not_fit_are_named(case: str) -> None:
+def test_invalid_constructor_arguments_raise(case: str) -> None:
     changes, error, message = BAD[case]
     with pytest.raises(error, match=message):
         Stack(**{"dim": DIM, "depth": 2, **changes})
@@ -327,14 +352,14 @@ BAD_INPUTS = {
         r"mask must be \(b, n\) = \(2, 3\), got shape \(2, 4\)",
     ),
     "mask dtype": ({"mask": torch.ones(2, 3)}, TypeError, r"mask must be a boolean tensor.*got dtype torch.float32"),
-    "a context nobody reads": ({"context": X}, ValueError, r"context must be read by a block of the stack"),
+    "a context nobody reads": ({"context": X}, ValueError, r"context must be None for a stack without"),
     "a mask of no context": ({"context_mask": X.bool()[..., 0]}, ValueError, r"context_mask must come with a context"),
 }
 
 
 @pytest.mark.parametrize("how", ["forward", "step"])
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_inputs_that_do_not_fit_are_named(case: str, how: str) -> None:
+def test_invalid_inputs_raise(case: str, how: str) -> None:
     changes, error, message = BAD_INPUTS[case]
     stack = Stack(DIM, 1, **SMALL)
     with pytest.raises(error, match=message):
@@ -342,7 +367,7 @@ def test_inputs_that_do_not_fit_are_named(case: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["forward", "step"])
-def test_a_context_that_is_missing_or_does_not_fit_is_named(how: str) -> None:
+def test_missing_or_invalid_context_raises(how: str) -> None:
     stack = Stack(DIM, 1, attention="cross", **SMALL)
     run = getattr(stack, how)
     with pytest.raises(ValueError, match="context must be given"):
@@ -355,7 +380,7 @@ def test_a_context_that_is_missing_or_does_not_fit_is_named(how: str) -> None:
         run(X, context=torch.zeros(2, 4, DIM), context_mask=torch.ones(2, 5).bool())
 
 
-def test_a_state_of_something_else_is_refused() -> None:
+def test_invalid_state_raises() -> None:
     stack, other, wide = (Stack(DIM, depth, **SMALL) for depth in (1, 2, 1))
     _, state = stack.step(X)
     with pytest.raises(TypeError, match="state must be a StackState of 2 blocks, got one of 1 blocks"):
@@ -370,7 +395,7 @@ def test_a_state_of_something_else_is_refused() -> None:
         wide.step(X[:1], state)
 
 
-def test_a_block_without_step_is_named_when_decoding() -> None:
+def test_decoding_with_a_block_without_step_raises() -> None:
     stack = Stack(DIM, 2, attention=["full", Mean])
     assert stack(X).shape == X.shape
     with pytest.raises(TypeError, match="every block must have step to decode, but Mean has none"):
@@ -378,7 +403,7 @@ def test_a_block_without_step_is_named_when_decoding() -> None:
 
 
 @pytest.mark.parametrize("attention", ["full", "talking_heads", ["gate_loop", "full"]])
-def test_checkpointed_layers_give_the_same_loss_and_gradients_with_dropout(attention: Any) -> None:
+def test_checkpointed_layers_have_the_same_loss_and_gradients_with_dropout(attention: Any) -> None:
     found = []
     for saving in (False, True):
         torch.manual_seed(0)
@@ -391,7 +416,7 @@ def test_checkpointed_layers_give_the_same_loss_and_gradients_with_dropout(atten
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
-def test_checkpointed_layers_keep_little_more_than_their_inputs() -> None:
+def test_checkpointed_layers_save_little_more_than_their_inputs() -> None:
     def kept(*, saving: bool) -> int:
         sizes: dict[int, int] = {}
 
@@ -411,12 +436,12 @@ def test_checkpointed_layers_keep_little_more_than_their_inputs() -> None:
     assert kept(saving=False) >= 50 * x
 
 
-def test_checkpointing_beside_reversible_streams_is_refused() -> None:
+def test_checkpointing_of_reversible_streams_raises() -> None:
     with pytest.raises(ValueError, match="checkpoint_layers must be False with reversible=True"):
         Stack(16, 2, reversible=True, checkpoint_layers=True)
 
 
-def test_a_mask_that_a_block_would_ignore_is_refused_by_the_block_s_name() -> None:
+def test_mask_for_a_block_that_does_not_take_it_raises() -> None:
     stack = Stack(16, 1, attention=lambda dim: nn.Linear(dim, dim))
     with pytest.raises(ValueError, match="mask must be None with Linear, whose forward takes no mask"):
         stack(torch.randn(1, 3, 16), mask=torch.ones(1, 3, dtype=torch.bool))

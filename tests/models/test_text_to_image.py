@@ -1,4 +1,4 @@
-"""The model that draws: its sequence, its loss, decoding step by step, and what it refuses."""
+"""`TextToImageTransformer`: sequence, loss, decoding, generation, errors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from attention_zoo import (
     TextToImageTransformer,
     generate_image_tokens,
     generate_images,
-    generate_text,
-    write_and_draw,
 )
 from attention_zoo.testing.subject import seeded
 from tests.formulas import relative_error
 
-KINDS = ["full", "axial_row", "axial_col", "conv"]
+BLOCKS = ["full", "axial_row", "axial_col", "conv"]
 TEXT_LEN, HEIGHT, WIDTH, WORDS, SHADES = 5, 3, 4, 11, 7
 
 
 def small(**options: Any) -> TextToImageTransformer:
-    settings: dict[str, Any] = {"attention": KINDS, "depth": 4, "heads": 2, "dim_head": 8, **options}
+    settings: dict[str, Any] = {"attention": BLOCKS, "depth": 4, "heads": 2, "dim_head": 8, **options}
     with seeded(0):
         model = TextToImageTransformer(
             num_text_tokens=WORDS,
@@ -61,7 +59,7 @@ def in_steps(model: TextToImageTransformer, tokens: Tensor, sizes: list[int], ma
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "all kinds": {},
+    "all blocks": {},
     "learned positions, sandwich": {"positions": "learned", "residual": "sandwich"},
     "no shift, block-sparse": {
         "token_shift": False,
@@ -100,7 +98,7 @@ def test_steps_over_any_split_equal_the_full_pass(options: dict[str, Any], split
             assert relative_error(got.masked_fill(~finite, 0), want.masked_fill(~finite, 0)) < 1e-5
 
 
-def test_nothing_depends_on_what_comes_later() -> None:
+def test_logits_do_not_depend_on_later_tokens() -> None:
     model, (text, image) = small(), sample()
     other = sample(seed=2)[1]
     for known in (0, 1, 5):
@@ -109,7 +107,7 @@ def test_nothing_depends_on_what_comes_later() -> None:
         assert torch.equal(model(text, image)[:, :until], model(text, mixed)[:, :until])
 
 
-def test_a_token_of_the_wrong_kind_has_no_probability() -> None:
+def test_ids_of_the_other_modality_have_no_probability() -> None:
     model, (text, image) = small(), sample()
     logits = model(text, image)
     assert logits.shape == (3, 17, WORDS + TEXT_LEN + SHADES)
@@ -120,7 +118,7 @@ def test_a_token_of_the_wrong_kind_has_no_probability() -> None:
     assert bool(logits[:, TEXT_LEN:, ids:].isfinite().all())
 
 
-def test_the_loss_weighs_text_and_image() -> None:
+def test_loss_is_the_weighted_mean_of_text_and_image() -> None:
     model, (text, image) = small(image_loss_weight=3.0), sample()
     logits, tokens = model(text, image), model.tokens(text, image)
     each = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
@@ -128,7 +126,17 @@ def test_the_loss_weighs_text_and_image() -> None:
     assert relative_error(model.loss(text, image), want) < 1e-6
 
 
-def test_padding_at_each_place_is_an_id_of_its_own() -> None:
+def test_loss_terms_are_those_of_text_and_image() -> None:
+    model, (text, image) = small(image_loss_weight=3.0), sample()
+    mask = torch.arange(TEXT_LEN) < torch.tensor([[3], [5], [1]])
+    for given, count in ((None, 15), (mask, 9)):
+        terms = model.loss_terms(text, image, mask=given)
+        assert [int(term.count) for term in terms] == [count, 3 * HEIGHT * WIDTH]
+        assert [term.weight for term in terms] == [0.25, 0.75]
+        torch.testing.assert_close(0.25 * terms[0].mean + 0.75 * terms[1].mean, model.loss(text, image, mask=given))
+
+
+def test_padding_has_its_own_id_at_each_position() -> None:
     model, (text, image) = small(), sample()
     tokens = model.tokens(text, image)
     assert tokens[:, 0].tolist() == [0, 0, 0]
@@ -136,7 +144,7 @@ def test_padding_at_each_place_is_an_id_of_its_own() -> None:
     assert torch.equal(tokens[:, 6:] - WORDS - TEXT_LEN, image)
 
 
-def test_null_prob_drops_whole_texts_and_leaves_the_caller_s_alone() -> None:
+def test_null_prob_replaces_texts_and_does_not_modify_the_input() -> None:
     model, (text, image) = small(), sample(64)
     before = text.clone()
     nothing = model.loss(torch.zeros_like(text), image)
@@ -146,64 +154,13 @@ def test_null_prob_drops_whole_texts_and_leaves_the_caller_s_alone() -> None:
     assert relative_error(almost_all, nothing) < 1e-6
 
 
-def test_drawing_greedily_takes_the_likeliest_token_of_every_full_pass() -> None:
-    model, (text, _) = small(), sample()
-    drawn = generate_image_tokens(model, text, temperature=0)
-    image = torch.empty(3, 0, dtype=torch.int64)
-    for _ in range(HEIGHT * WIDTH):
-        image = torch.cat((image, model(text, image)[:, -1:].argmax(-1) - model.num_text_ids), dim=1)
-    assert torch.equal(drawn, image)
-
-
-def test_guidance_moves_the_logits_away_from_those_without_text() -> None:
-    model, (text, image) = small(), sample()
-    prime, before = image[:, :5].clone(), text.clone()
-    drawn = generate_image_tokens(model, text, prime=prime, guidance=3.0, temperature=0)
-    want = prime
-    for _ in range(HEIGHT * WIDTH - 5):
-        cond, null = (model(words, want)[:, -1, model.num_text_ids :] for words in (text, torch.zeros_like(text)))
-        want = torch.cat((want, (null + 3 * (cond - null)).argmax(-1)[:, None]), dim=1)
-    assert torch.equal(drawn, want)
-    assert torch.equal(text, before)
-    assert torch.equal(prime, image[:, :5])
-
-
-def test_filters_choose_among_the_ids_that_are_allowed() -> None:
-    model, (text, _) = small(), sample()
-    assert torch.equal(generate_image_tokens(model, text, top_k=1), generate_image_tokens(model, text, temperature=0))
-    drawn = generate_image_tokens(model, text, top_p=0.5, generator=torch.Generator().manual_seed(0))
-    assert drawn.shape == (3, HEIGHT * WIDTH)
-    assert int(drawn.min()) >= 0
-    assert int(drawn.max()) < SHADES
-
-
-def test_text_is_written_greedily_and_then_drawn() -> None:
-    model, (text, _) = small(), sample()
-    written, drawn = write_and_draw(model, text[:, :2], temperature=0)
-    tokens = model.tokens(text[:, :2])
-    for _ in range(TEXT_LEN - 2):
-        logits = in_steps(model, tokens, [tokens.shape[1]])
-        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
-    assert torch.equal(written, torch.where(tokens[:, 1:] < WORDS, tokens[:, 1:], 0).masked_fill(written == 0, 0))
-    assert torch.equal(drawn, generate_image_tokens(model, written, temperature=0))
-    assert generate_text(model, torch.empty(2, 0, dtype=torch.int64)).shape == (2, TEXT_LEN)
-
-
-def test_drawing_puts_the_training_mode_back() -> None:
-    model, (text, _) = small().train(), sample()
-    model.stack.layers[0].eval()
-    generate_image_tokens(model, text)
-    assert model.training
-    assert not model.stack.layers[0].training
-
-
-def test_a_saved_model_computes_the_same(tmp_path: Path) -> None:
+def test_loaded_model_computes_the_same(tmp_path: Path) -> None:
     model, (text, image) = small(shared_attn_ids=[0, 1, 2, 3, 0], tie_embeddings=True), sample()
     model.save(tmp_path)
     assert torch.equal(TextToImageTransformer.load(tmp_path).eval()(text, image), model(text, image))
 
 
-def test_bfloat16_is_near_float32() -> None:
+def test_bfloat16_logits_are_close_to_float32() -> None:
     model, (text, image) = small(), sample()
     want = model(text, image)
     got = model.bfloat16()(text, image)
@@ -211,16 +168,7 @@ def test_bfloat16_is_near_float32() -> None:
     assert relative_error(got.masked_fill(~want.isfinite(), 0), want.masked_fill(~want.isfinite(), 0)) < 5e-2
 
 
-def test_grey_images_survive_their_tokenizer() -> None:
-    tokenizer = GreyTokenizer(height=2, width=3, levels=17)
-    images = torch.randint(0, 17, (4, 2, 3)) / 16
-    assert torch.equal(tokenizer.decode(tokenizer.encode(images)), images)
-    model, (text, _) = small(), sample()
-    drawn = generate_images(model, GreyTokenizer(height=HEIGHT, width=WIDTH, levels=SHADES), text, temperature=0)
-    assert torch.equal(drawn.flatten(1) * (SHADES - 1), generate_image_tokens(model, text, temperature=0).float())
-
-
-def refusals() -> dict[str, tuple[Any, str]]:
+def invalid_calls() -> dict[str, tuple[Any, str]]:
     text, image = sample()
     wrong_shades = GreyTokenizer(height=HEIGHT, width=WIDTH, levels=5)
     return {
@@ -243,7 +191,7 @@ def refusals() -> dict[str, tuple[Any, str]]:
         "positions": (lambda m: small(positions="t5"), "positions must be one of"),
         "unlike layers": (
             lambda m: small(shared_attn_ids=[0]),
-            "shared_attn_ids must give one id to layers of one",
+            "shared_attn_ids must give the same id only to layers of one kind",
         ),
         "shift": (lambda m: TextToImageTransformer(**{**m.arguments, "dim": 18}), "dim must be divisible by 4"),
         "levels": (lambda m: GreyTokenizer(height=2, width=2, levels=1), "levels must be at least 2"),
@@ -251,8 +199,8 @@ def refusals() -> dict[str, tuple[Any, str]]:
     }
 
 
-@pytest.mark.parametrize("name", refusals())
-def test_what_does_not_fit_is_refused_with_its_name_and_value(name: str) -> None:
-    call, message = refusals()[name]
+@pytest.mark.parametrize("name", invalid_calls())
+def test_invalid_arguments_raise(name: str) -> None:
+    call, message = invalid_calls()[name]
     with pytest.raises((ValueError, TypeError), match=message):
         call(small())

@@ -1,4 +1,4 @@
-"""Decoding under torch.compile and torch.export: no graph per token, and a state that crosses the border as a value."""
+"""Decoding under torch.compile and torch.export: no recompilation per token, and states as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ causal = pytest.mark.parametrize("name", [name for name in BLOCKS if name != "cr
 
 
 @causal
-def test_compiled_decoding_stops_compiling_after_the_first_few_tokens(name: str) -> None:
+def test_compiled_step_does_not_recompile_after_the_first_tokens(name: str) -> None:
     torch.compiler.reset()
     model, counter = make(name), CompileCounter()
     compiled = torch.compile(model.step, backend=counter, fullgraph=True)
@@ -69,7 +69,7 @@ def growing(state: LanguageModelState, longer: LanguageModelState) -> ShapesColl
 
 
 @causal
-def test_an_exported_step_runs_at_other_lengths_and_returns_a_state(name: str) -> None:
+def test_exported_step_runs_at_other_lengths_and_returns_a_state(name: str) -> None:
     model, tokens = make(name), torch.randint(0, 64, (2, 20))
     with torch.no_grad():
         (_, state), (_, longer) = model.step(tokens[:, :7]), model.step(tokens[:, :8])
@@ -84,8 +84,9 @@ def test_an_exported_step_runs_at_other_lengths_and_returns_a_state(name: str) -
             assert new.length == n + 1
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_training_compiled_by_the_default_backend_has_the_losses_of_eager_at_every_length() -> None:
+def test_training_compiled_by_inductor_has_the_losses_of_eager_at_every_length() -> None:
     def train(compiling: bool) -> list[float]:
         torch.manual_seed(0)
         model = LanguageModel(num_tokens=64, dim=32, depth=2, heads=2, attention=["full", "gate_loop"])

@@ -1,4 +1,4 @@
-"""Which implementation runs, and the context that forces the reference."""
+"""The choice of the implementation and the `reference()` context."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attention_zoo.ops import cosine_sim_attention, softmax_attention
 from attention_zoo.ops.implementation import choose
 
 
-def test_the_callers_choice_stands_outside_the_context() -> None:
+def test_the_callers_choice_is_kept_outside_the_context() -> None:
     assert choose("auto", ("sdpa",)) == "auto"
     assert choose("sdpa", ("sdpa",)) == "sdpa"
 
@@ -21,7 +21,7 @@ def test_every_choice_becomes_the_reference_inside_the_context() -> None:
         assert choose("sdpa", ("sdpa",)) == "reference"
 
 
-def test_contexts_nest_and_the_outer_one_stays_in_force() -> None:
+def test_the_outer_context_stays_active_when_a_nested_one_ends() -> None:
     with attention_zoo.reference():
         with attention_zoo.reference():
             pass
@@ -35,16 +35,16 @@ def test_an_exception_ends_the_context() -> None:
     assert choose("auto", ()) == "auto"
 
 
-@pytest.mark.parametrize("forced", [False, True])
-def test_an_unknown_implementation_is_refused_everywhere(forced: bool) -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_unknown_implementation_raises_inside_and_outside_the_context(inside: bool) -> None:
     q = torch.randn(1, 1, 3, 4)
-    context = attention_zoo.reference() if forced else torch.enable_grad()
+    context = attention_zoo.reference() if inside else torch.enable_grad()
     with context, pytest.raises(ValueError, match=r"impl must be one of .*'sdpa'.*got impl='flash'"):
         softmax_attention(q, q, q, impl="flash")
 
 
 @pytest.mark.parametrize("op", [softmax_attention, cosine_sim_attention])
-def test_ops_run_their_reference_inside_the_context(op, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_run_their_reference_inside_the_context(op, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("a fused kernel ran")
 

@@ -1,4 +1,4 @@
-"""Rotating pairs of features."""
+"""Rotary position embedding."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from tests.formulas import relative_error
 
 
 def table(angle: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of (n, r / 2) angles as `rotate` wants them."""
+    """cos and sin of (n, r / 2) angles in the layout of `rotate`."""
     sign = torch.tensor([-1.0, 1.0]).repeat(angle.shape[-1])
     return angle.cos().repeat_interleave(2, -1), angle.sin().repeat_interleave(2, -1) * sign
 
 
-def turn_as_complex_numbers(x: Tensor, angle: Tensor) -> Tensor:
+def rotate_complex(x: Tensor, angle: Tensor) -> Tensor:
     width = 2 * angle.shape[-1]
     pairs = torch.complex(x[..., 0:width:2].double(), x[..., 1:width:2].double())
-    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle).to(pairs.dtype)).flatten(-2)
-    return torch.cat((turned, x[..., width:].double()), dim=-1)
+    rotated = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle).to(pairs.dtype)).flatten(-2)
+    return torch.cat((rotated, x[..., width:].double()), dim=-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("features", "pairs"), [(8, 4), (11, 4), (7, 3), (2, 1)])
-def test_pairs_turn_as_complex_numbers_and_the_rest_stays(dtype: torch.dtype, features: int, pairs: int) -> None:
+def test_rotation_multiplies_pairs_as_complex_numbers_and_keeps_the_other_features(
+    dtype: torch.dtype, features: int, pairs: int
+) -> None:
     x = torch.randn(2, 3, 5, features).to(dtype).requires_grad_()
     angle = 100 * torch.randn(5, pairs)
-    out, want = rotate(x, *table(angle)), turn_as_complex_numbers(x, angle)
+    out, want = rotate(x, *table(angle)), rotate_complex(x, angle)
     cotangent = torch.randn(out.shape)
     (grad,) = torch.autograd.grad(out, x, cotangent.to(dtype))
     (want_grad,) = torch.autograd.grad(want, x, cotangent.to(dtype).double())
@@ -39,14 +41,14 @@ def test_pairs_turn_as_complex_numbers_and_the_rest_stays(dtype: torch.dtype, fe
     assert relative_error(grad, want_grad) < tolerance
 
 
-def test_an_input_without_contiguous_memory_is_read_right_and_left_alone() -> None:
+def test_inputs_may_be_non_contiguous_and_are_not_modified() -> None:
     x = torch.randn(2, 5, 3, 8).transpose(1, 2)
     before, angle = x.clone(), torch.randn(5, 4)
-    assert relative_error(rotate(x, *table(angle)), turn_as_complex_numbers(before, angle)) < 1e-6
+    assert relative_error(rotate(x, *table(angle)), rotate_complex(before, angle)) < 1e-6
     assert torch.equal(x, before)
 
 
-def test_autocast_leaves_the_precision_of_the_input() -> None:
+def test_autocast_does_not_change_the_rotation() -> None:
     x, angle = torch.randn(1, 2, 5, 8), torch.randn(5, 4)
     want = rotate(x, *table(angle))
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""What huggingface_hub's mixin writes our own load reads, and the other way round."""
+"""Models written by huggingface_hub's mixin and by `save` are read by both."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model() -> LanguageModel:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_load_reads_what_save_pretrained_wrote_and_from_pretrained_what_save_wrote(tmp_path: Path, name: str) -> None:
+def test_save_and_save_pretrained_write_the_same_files(tmp_path: Path, name: str) -> None:
     model = MODELS[name]
     assert model.save_pretrained(tmp_path / "theirs") is None
     model.save(tmp_path / "ours")
@@ -51,7 +51,7 @@ def test_load_reads_what_save_pretrained_wrote_and_from_pretrained_what_save_wro
         assert (tmp_path / "theirs" / file).read_bytes() == (tmp_path / "ours" / file).read_bytes()
 
 
-def test_the_card_tells_the_configuration_and_the_facts(tmp_path: Path, model: LanguageModel) -> None:
+def test_card_holds_the_configuration_and_the_facts(tmp_path: Path, model: LanguageModel) -> None:
     model.save_pretrained(tmp_path, data="two poems", score="1.5 bits per byte", command="python train.py")
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "attention-zoo"
@@ -62,12 +62,12 @@ def test_the_card_tells_the_configuration_and_the_facts(tmp_path: Path, model: L
     assert f"{sum(weight.numel() for weight in model.parameters()):,} parameters" in card.text
 
 
-def test_what_a_card_is_not_told_it_says_so(tmp_path: Path, model: LanguageModel) -> None:
+def test_card_states_missing_facts(tmp_path: Path, model: LanguageModel) -> None:
     model.save_pretrained(tmp_path)
     assert "## Score\n\nNot stated." in (tmp_path / "README.md").read_text()
 
 
-def test_a_readme_that_is_there_is_kept_and_all_else_is_replaced(tmp_path: Path, model: LanguageModel) -> None:
+def test_existing_readme_is_kept_and_other_files_are_replaced(tmp_path: Path, model: LanguageModel) -> None:
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
     other = LanguageModel(num_tokens=20, **{**SMALL, "depth": 2})
@@ -77,7 +77,7 @@ def test_a_readme_that_is_there_is_kept_and_all_else_is_replaced(tmp_path: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
-def test_a_full_disk_leaves_the_last_model_whole(
+def test_full_disk_does_not_change_the_last_model(
     tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.save_pretrained(tmp_path)
@@ -96,7 +96,7 @@ def test_a_full_disk_leaves_the_last_model_whole(
 
 
 class Api:
-    """Takes what would go to the hub."""
+    """Records uploads."""
 
     sent: dict[str, Any]
 
@@ -111,7 +111,7 @@ class Api:
         return f"commit of {repo_id}"
 
 
-def test_what_is_pushed_is_what_is_saved(tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushed_files_equal_saved_files(tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     assert model.push_to_hub("me/model", score="best") == "commit of me/model"
     first = Api.sent
@@ -119,23 +119,21 @@ def test_what_is_pushed_is_what_is_saved(tmp_path: Path, model: LanguageModel, m
     assert Api.sent == first == {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
 
 
-def test_a_readme_of_ones_own_is_what_is_pushed(
-    tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_existing_readme_is_pushed(tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model", private=True)
     assert Api.sent["README.md"].endswith(b"mine")
 
 
-def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path, model: LanguageModel) -> None:
+def test_files_of_a_killed_save_are_removed_by_the_next_save(tmp_path: Path, model: LanguageModel) -> None:
     (tmp_path / ".saving.x").mkdir()
     (tmp_path / ".saving.x" / "model.safetensors").write_text("half")
     model.save_pretrained(tmp_path)
     assert not (tmp_path / ".saving.x").exists()
 
 
-def test_options_that_nothing_would_look_at_are_refused(tmp_path: Path, model: LanguageModel) -> None:
+def test_unused_options_raise(tmp_path: Path, model: LanguageModel) -> None:
     with pytest.raises(TypeError, match=r"options must come with push_to_hub=True, got scor"):
         model.save_pretrained(tmp_path, scor="best")
     model.save(tmp_path)
@@ -144,16 +142,16 @@ def test_options_that_nothing_would_look_at_are_refused(tmp_path: Path, model: L
 
 
 class Own(LanguageModel):
-    """A model of one's own."""
+    """A user's subclass."""
 
 
-def test_the_card_of_ones_own_model_imports_it_from_where_it_is(tmp_path: Path) -> None:
+def test_card_of_a_subclass_names_its_module(tmp_path: Path) -> None:
     Own(num_tokens=20, **SMALL).save_pretrained(tmp_path)
     assert f"from {Own.__module__} import Own" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff"])
-def test_a_damaged_configuration_is_refused_in_a_folder_and_from_the_hub(
+def test_damaged_configuration_raises_for_folders_and_the_hub(
     tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     model.save(tmp_path)
@@ -167,14 +165,12 @@ def test_a_damaged_configuration_is_refused_in_a_folder_and_from_the_hub(
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "runs/of/mine"])
-def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name: str) -> None:
+def test_missing_folder_is_not_requested_from_the_hub(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
         LanguageModel.from_pretrained(name)
 
 
-def test_a_model_is_fetched_from_the_hub_by_its_name(
-    tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_is_downloaded_by_its_name(tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model.save(tmp_path)
     asked = []
 
@@ -188,7 +184,7 @@ def test_a_model_is_fetched_from_the_hub_by_its_name(
     assert asked == [("me/model", "v1")]
 
 
-def test_a_model_of_another_class_or_a_folder_without_one_is_refused(tmp_path: Path, model: LanguageModel) -> None:
+def test_folder_without_a_model_or_of_another_class_raises(tmp_path: Path, model: LanguageModel) -> None:
     with pytest.raises(FileNotFoundError):
         LanguageModel.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
@@ -196,7 +192,7 @@ def test_a_model_of_another_class_or_a_folder_without_one_is_refused(tmp_path: P
         Memformer.from_pretrained(tmp_path)
 
 
-def test_without_huggingface_hub_the_extra_is_named(
+def test_missing_huggingface_hub_raises_and_names_the_extra(
     tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
@@ -212,6 +208,6 @@ def test_without_huggingface_hub_the_extra_is_named(
     assert same(LanguageModel.from_pretrained(tmp_path), model), "a folder needs no hub"
 
 
-def test_importing_the_zoo_does_not_import_huggingface_hub() -> None:
+def test_importing_the_package_does_not_import_huggingface_hub() -> None:
     code = "import sys, attention_zoo; sys.exit('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Blocks broken on purpose, each in one way, with the check that must catch it."""
+"""Attention layers with one defect each, and the check that must detect it."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from tests.cases import DIM
 
 
 class Base(FullAttention):
-    """A sound block, small."""
+    """A small layer without defects."""
 
     def __init__(self) -> None:
         super().__init__(DIM, heads=2, dim_head=8)
 
 
 class LeaksOneToken(Base):
-    """Every token sees the next one as well."""
+    """Each query also attends to the next token."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         i, j = q.shape[-2], k.shape[-2]
-        seen = torch.ones(i, j, dtype=torch.bool).tril(j - i + 1)[None, None]
-        return softmax_attention(q, k, v, mask=seen if mask is None else seen & mask[:, None, None])
+        allowed = torch.ones(i, j, dtype=torch.bool).tril(j - i + 1)[None, None]
+        return softmax_attention(q, k, v, mask=allowed if mask is None else allowed & mask[:, None, None])
 
 
 class LeaksAtATileEdge(Base):
-    """Token 63 sees token 64, and no other sees its future."""
+    """Query 63 attends to key 64; all others are causal."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         i, j = q.shape[-2], k.shape[-2]
-        seen = torch.ones(i, j, dtype=torch.bool).tril(j - i)
+        allowed = torch.ones(i, j, dtype=torch.bool).tril(j - i)
         if i == j and i > 64:
-            seen[63, 64] = True
-        return softmax_attention(q, k, v, mask=seen[None, None] if mask is None else seen & mask[:, None, None])
+            allowed[63, 64] = True
+        return softmax_attention(q, k, v, mask=allowed[None, None] if mask is None else allowed & mask[:, None, None])
 
 
 class LeaksInTheGradient(Base):
-    """The output is right, but a gradient flows back from it to the next token."""
+    """The output is right, but has a gradient to the next token."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         later = F.pad(x[:, 1:], (0, 0, 0, 1))
@@ -58,7 +58,7 @@ class IgnoresItsMask(Base):
 
 
 class HidesPaddingSoftly(Base):
-    """Padding keeps a small weight, as a fill of -8 in place of minus infinity leaves it."""
+    """Padding keeps a small weight: its scores get -8 instead of minus infinity."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         bias = None if mask is None else -8.0 * (~mask)[:, None, None].to(q.dtype)
@@ -66,7 +66,7 @@ class HidesPaddingSoftly(Base):
 
 
 class CacheOffByOne(Base):
-    """Decoding forgets the first token."""
+    """Decoding drops the first token."""
 
     def step(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, KeyValueState]:
         if state is not None and state.length > 1:
@@ -76,14 +76,14 @@ class CacheOffByOne(Base):
 
 
 class ForgetsTheEarlierMask(Base):
-    """Decoding sees the padding of earlier steps."""
+    """Decoding attends to the padding of earlier steps."""
 
     def step(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, KeyValueState]:
         return super().step(x, state if state is None else replace(state, mask=None), mask=mask)
 
 
 class ChangesAnOldState(Base):
-    """A newer step writes over the last key that the older state holds."""
+    """A newer step overwrites the last key of the older state."""
 
     def step(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, KeyValueState]:
         out, new = super().step(x, state, mask=mask)
@@ -93,7 +93,7 @@ class ChangesAnOldState(Base):
 
 
 class EditsItsInput(Base):
-    """The input is normalised where it lies."""
+    """The input is normalised in place."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         with torch.no_grad():
@@ -102,48 +102,48 @@ class EditsItsInput(Base):
 
 
 class NaNOnAnEmptyRow(Base):
-    """Scores of minus infinity everywhere go through a bare softmax."""
+    """Softmax over scores that are all minus infinity."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         i, j = q.shape[-2], k.shape[-2]
-        seen = torch.ones(i, j, dtype=torch.bool).tril(j - i)
-        seen = seen if mask is None else seen & mask[:, None, None]
-        return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf")).softmax(-1) @ v
+        allowed = torch.ones(i, j, dtype=torch.bool).tril(j - i)
+        allowed = allowed if mask is None else allowed & mask[:, None, None]
+        return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, float("-inf")).softmax(-1) @ v
 
 
 class AveragesAnEmptyRow(Base):
-    """A finite fill in place of minus infinity: a row with nothing to see attends to all of it."""
+    """A finite fill instead of minus infinity: a row without valid tokens attends to all of them."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         i, j = q.shape[-2], k.shape[-2]
-        seen = torch.ones(i, j, dtype=torch.bool).tril(j - i)
-        seen = seen if mask is None else seen & mask[:, None, None]
-        return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -1e9).softmax(-1) @ v
+        allowed = torch.ones(i, j, dtype=torch.bool).tril(j - i)
+        allowed = allowed if mask is None else allowed & mask[:, None, None]
+        return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, -1e9).softmax(-1) @ v
 
 
 class MixesBatchRows(Base):
-    """Every row gets a little of the batch's mean."""
+    """A fraction of the mean over the batch is added to every row."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         return super().forward(x + 1e-3 * x.mean(dim=0, keepdim=True), mask=mask)
 
 
 class ReturnsFloat32(Base):
-    """Whatever comes in, float32 goes out."""
+    """The output is float32 for every input dtype."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         return super().forward(x, mask=mask).float()
 
 
 class OverflowsInHalf(Base):
-    """Squares that float16 cannot hold."""
+    """Squares that overflow in float16."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         return super().forward(x, mask=mask) * ((x * 1000).square().mean() / (x * 1000).square().mean())
 
 
 class FastPathIsOff(Base):
-    """The fast path takes another scale than the reference."""
+    """The fast path uses another scale than the reference."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scale = 8**-0.5 if choose("auto", ()) == "reference" else 8**-0.5 * 1.001
@@ -151,7 +151,7 @@ class FastPathIsOff(Base):
 
 
 class _Square(torch.autograd.Function):
-    """x^2 whose backward hides from a second derivative."""
+    """x^2 with a backward that detaches x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -165,14 +165,14 @@ class _Square(torch.autograd.Function):
 
 
 class SecondDerivativeIsWrong(Base):
-    """Its own backward is right once, and silently wrong twice."""
+    """The first derivative is right, the second is wrong without an error."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         return super().forward(_Square.apply(x), mask=mask)
 
 
 class DecidesOnValues(Base):
-    """A branch on what a tensor holds, which no trace can follow."""
+    """A branch on the values of a tensor, which cannot be traced."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         out = super().forward(x, mask=mask)
@@ -191,21 +191,21 @@ class ForgetsAWeight(Base):
 
 
 class TakesAnyMask(Base):
-    """No argument is looked at."""
+    """Arguments are not validated."""
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        """Look away."""
+        """Accept everything."""
 
 
 class MapOfSomethingElse(Base):
-    """The map shows the scores without their scale."""
+    """The attention map is computed with another scale."""
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         return super().weights(q * 8**0.5, k, mask)
 
 
 class MapShowsTheFuture(Base):
-    """The map is that of the bidirectional block."""
+    """The attention map is that of the bidirectional layer."""
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         return softmax_attention_weights(q, k, mask=mask)

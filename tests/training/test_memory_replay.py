@@ -1,4 +1,4 @@
-"""Memory replay gives the gradients of full back-propagation through time, at the activation memory of one segment."""
+"""Memory replay equals full back-propagation through time, at the activation memory of one segment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attention_zoo import Memformer, MemoryLanguageModel
 from attention_zoo.cli._bench.measure import peak_bytes
-from attention_zoo.ops.losses import masked_cross_entropy
+from attention_zoo.ops.losses import masked_cross_entropy, next_token_loss
 from attention_zoo.training import memory_replay
 from tests.formulas import relative_error
 
@@ -46,7 +46,7 @@ def expect_same(model: nn.Module, want: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("targets", ["every", "last", "middle"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_loss_and_memory_are_those_of_full_back_propagation(targets: str, dropout: float) -> None:
+def test_replay_equals_full_back_propagation(targets: str, dropout: float) -> None:
     model = seq2seq(ff_dropout=dropout, attn_dropout=dropout)
     start = torch.randn(2, 3, 16).double().requires_grad_()
     wanted = {
@@ -58,7 +58,9 @@ def test_gradients_loss_and_memory_are_those_of_full_back_propagation(targets: s
     memory, total = start, torch.zeros(()).double()
     for segment, target, mask in zip(SEGMENTS, wanted, MASKS, strict=True):
         out = model(segment, target, memory=memory, mask=mask)
-        memory, total = out.memory, total + (0 if out.loss is None else out.loss)
+        memory = out.memory
+        if target is not None:
+            total = total + next_token_loss(out.logits[:, :-1], target)
     total.backward()
     want, want_start, after = gradients(model), start.grad.clone(), torch.get_rng_state()
     start.grad = None
@@ -72,7 +74,7 @@ def test_gradients_loss_and_memory_are_those_of_full_back_propagation(targets: s
     expect_same(model, want)
 
 
-def test_an_encoder_alone_learns_from_the_users_loss_and_its_initial_memory_too() -> None:
+def test_replay_with_a_custom_loss_equals_full_back_propagation() -> None:
     model = Memformer(**SIZES).double()
 
     def loss(output: Any, target: Tensor | None) -> Tensor:
@@ -88,7 +90,7 @@ def test_an_encoder_alone_learns_from_the_users_loss_and_its_initial_memory_too(
     expect_same(model, want)
 
 
-def test_a_language_model_learns_from_shifted_tokens() -> None:
+def test_replay_of_a_language_model_equals_full_back_propagation() -> None:
     model = MemoryLanguageModel(
         num_tokens=11, dim=16, depth=1, memory_slots=3, segment_len=6, heads=2, dim_head=8, memory_heads=2
     ).double()
@@ -103,7 +105,7 @@ def test_a_language_model_learns_from_shifted_tokens() -> None:
     expect_same(model, want)
 
 
-def test_a_scaler_scales_the_gradients_and_not_the_loss() -> None:
+def test_scaler_scales_gradients_but_not_the_loss() -> None:
     model = seq2seq()
     loss = memory_replay(model, SEGMENTS, TARGETS).loss
     want = [8 * grad for grad in gradients(model)]
@@ -112,31 +114,31 @@ def test_a_scaler_scales_the_gradients_and_not_the_loss() -> None:
     expect_same(model, want)
 
 
-def test_under_autocast_every_weight_gets_its_gradient_to_the_precision_of_bfloat16() -> None:
+def test_gradients_under_autocast_are_close_to_float32() -> None:
     model = seq2seq().float()
     memory_replay(model, SEGMENTS, TARGETS)
     want = gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
         memory_replay(model, SEGMENTS, TARGETS)
     for got, expected in zip(gradients(model), want, strict=True):
-        if expected.norm() > 1e-3:  # the others are 0 but for rounding
+        if expected.norm() > 1e-3:  # smaller gradients are rounding errors
             assert relative_error(got, expected) <= 0.15
 
 
-def test_activation_memory_is_that_of_one_segment_however_many_there_are() -> None:
+def test_activation_memory_does_not_grow_with_the_number_of_segments() -> None:
     model = seq2seq()
     segment, target = torch.zeros(2, 64, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int64)
 
     def peak(count: int) -> int:
         return peak_bytes(lambda: memory_replay(model, [segment] * count, [target] * count), torch.device("cpu"))
 
-    peak(2)  # the weights' gradients stay from here on
+    peak(2)  # allocates the weights' gradients
     few, many = peak(2), peak(12)
-    per_segment = 2 * 3 * 16 * 8 + 6000  # its memory, and the state of the random numbers
+    per_segment = 2 * 3 * 16 * 8 + 6000  # memory and random state
     assert many - few <= 10 * per_segment
 
 
-def test_bad_input_is_refused_by_name() -> None:
+def test_replay_rejects_invalid_arguments() -> None:
     model = seq2seq()
     with pytest.raises(ValueError, match="segments"):
         memory_replay(model, [], TARGETS)

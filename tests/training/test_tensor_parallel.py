@@ -1,8 +1,9 @@
-"""Two processes that share heads and hidden features compute what one computes."""
+"""Tensor parallelism on two processes equals the plain model on one."""
 
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from attention_zoo import FullAttention, LanguageModel, TextImageLayout, TextToImageTransformer, generate
+from attention_zoo import FullAttention, LanguageModel, TextToImageTransformer, generate
 from attention_zoo.attention.base import SelfAttention
 from attention_zoo.training import gather_weights, scatter_weights, tensor_parallel_plan
 from attention_zoo.training.tensor_parallel import rows_by_process
 from tests.formulas import relative_error
 
 HEADS: dict[str, Any] = {"heads": 4, "dim_head": 8}
-LAYOUT = TextImageLayout(text_len=8, height=3, width=3)
 
 
 def language_model() -> nn.Module:
@@ -43,12 +43,12 @@ def image_model() -> nn.Module:
 
 
 def loss_of(model: Any, k: int) -> Tensor:
-    """The loss on the k-th batch, which all processes see whole, dropout the same."""
+    """Loss of the k-th batch, equal on all ranks, with the same dropout."""
     torch.manual_seed(k)
     if isinstance(model, LanguageModel):
         mask = torch.ones(2, 13, dtype=torch.bool)
         mask[0, 9:] = False
-        return model.loss(torch.randint(32, (2, 13)), mask)
+        return model.loss(torch.randint(32, (2, 13)), mask=mask)
     return model.loss(torch.randint(1, 20, (2, 4)), torch.randint(9, (2, 16)))
 
 
@@ -68,7 +68,7 @@ def train(model: nn.Module) -> list[float]:
 
 
 def work(rank: int, folder: Path) -> None:
-    """One of two processes."""
+    """Run by each of two processes."""
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -90,12 +90,12 @@ def work(rank: int, folder: Path) -> None:
             found["text"] = generate(again.eval(), torch.arange(5)[None], 6, temperature=0)
             model.train()
             found["dropout"] = loss_of(model, 9).item()
-    with pytest.raises(ValueError, match=r"model must be whole, but stack\.layers\.0\.\S+ is split already"):
+    with pytest.raises(ValueError, match=r"model must not be parallelized already, but stack\.layers\.0\.\S+ is"):
         tensor_parallel_plan(again, 2)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    os._exit(0)  # threads of gloo that are still there abort an interpreter that shuts down in order
+    os._exit(0)  # gloo's threads may abort a regular interpreter shutdown
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [language_model, image_model])
-def test_losses_and_trained_weights_are_those_of_the_plain_model(folder: Path, make: Any) -> None:
+def test_training_equals_the_plain_model(folder: Path, make: Any) -> None:
     torch.manual_seed(0)
     model = make()
     want = train(model)
@@ -123,14 +124,16 @@ def test_losses_and_trained_weights_are_those_of_the_plain_model(folder: Path, m
         assert relative_error(weights[name], weight) < 1e-4, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [language_model, image_model])
-def test_it_loads_what_the_plain_model_saved_and_gives_it_back(folder: Path, make: Any) -> None:
+def test_gathered_weights_equal_the_scattered_weights(folder: Path, make: Any) -> None:
     loaded = torch.load(folder / "0.pt")[make.__name__, "loaded"]
     for name, weight in torch.load(folder / f"{make.__name__}.pt").items():
         assert torch.equal(loaded[name], weight), name
 
 
-def test_it_writes_the_text_of_the_plain_model(folder: Path) -> None:
+@pytest.mark.slow
+def test_generated_text_equals_that_of_the_plain_model(folder: Path) -> None:
     model = language_model().eval()
     model.load_state_dict(torch.load(folder / "language_model.pt"))
     want = generate(model, torch.arange(5)[None], 6, temperature=0)
@@ -138,21 +141,39 @@ def test_it_writes_the_text_of_the_plain_model(folder: Path) -> None:
         assert torch.equal(torch.load(folder / f"{rank}.pt")["text"], want)
 
 
-def test_both_processes_draw_one_dropout(folder: Path) -> None:
+@pytest.mark.slow
+def test_dropout_is_equal_on_all_ranks(folder: Path) -> None:
     first, second = (torch.load(folder / f"{rank}.pt")["dropout"] for rank in (0, 1))
     assert first == second
 
 
-def test_every_process_gets_its_heads_of_queries_keys_and_values() -> None:
+@pytest.mark.parametrize("make", [language_model, image_model])
+def test_mesh_of_one_process_equals_the_plain_model(make: Any) -> None:
+    torch.manual_seed(0)
+    plain = make()
+    parallel = deepcopy(plain)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallelize_module(parallel, init_device_mesh("cpu", (1,)), tensor_parallel_plan(parallel, 1))
+        assert loss_of(parallel.eval(), 0).item() == pytest.approx(loss_of(plain.eval(), 0).item(), abs=1e-6)
+        for want in (plain.state_dict(), make().state_dict()):
+            scatter_weights(parallel, want)
+            for name, weight in gather_weights(parallel).items():
+                assert torch.equal(weight, want[name]), name
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_rows_of_each_process_are_contiguous() -> None:
     rows = rows_by_process({"q": 4, "k": 2, "v": 2}, 2)
     assert rows.tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
 
 
 class Own(FullAttention):
-    """A block whose heads may well depend on each other."""
+    """A user-defined block, whose heads may depend on each other."""
 
 
-def test_what_cannot_be_split_is_left_whole() -> None:
+def test_plan_leaves_modules_with_dependent_heads_replicated() -> None:
     def planned(**options: Any) -> set[str]:
         plan = tensor_parallel_plan(LanguageModel(num_tokens=8, dim=16, depth=1, **options), 2)
         return {name.rpartition(".")[2] for name in plan}
@@ -165,7 +186,7 @@ def test_what_cannot_be_split_is_left_whole() -> None:
     assert issubclass(Own, SelfAttention)
 
 
-def test_what_cannot_be_shared_evenly_is_refused_before_anything_is_split() -> None:
+def test_plan_rejects_sizes_that_are_not_divisible() -> None:
     def plan(processes: int, attention: Any = "full", **options: Any) -> None:
         tensor_parallel_plan(LanguageModel(num_tokens=8, dim=16, depth=1, attention=attention, **options), processes)
 
@@ -177,5 +198,5 @@ def test_what_cannot_be_shared_evenly_is_refused_before_anything_is_split() -> N
         plan(2, ff_mult=25 / 16)
     with pytest.raises(ValueError, match="processes must be at least 1, got processes=0"):
         plan(0)
-    with pytest.raises(ValueError, match="model must contain the modules to split, and not be one"):
+    with pytest.raises(ValueError, match="model must contain the modules to parallelize, not be one"):
         tensor_parallel_plan(FullAttention(16), 2)

@@ -1,4 +1,4 @@
-"""Text: what is read, how it is parted, and what the batches and windows hold."""
+"""Byte-level text: files read, training and validation splits, batches, windows, and baselines."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def write_files(folder: Path, names: list[str]) -> None:
         (folder / name).write_text(f"<{name}>")
 
 
-def files_of(part: bytes) -> list[str]:
-    return [line.strip("<>") for line in part.decode().split("\n")]
+def files_of(split: bytes) -> list[str]:
+    return [line.strip("<>") for line in split.decode().split("\n")]
 
 
 NAMES = [f"{folder}{index:02d}.txt" for folder in ("", "a/", "a/b/") for index in range(20)]
 
 
-def test_every_file_of_a_folder_is_in_exactly_one_part(tmp_path: Path) -> None:
+def test_every_file_of_a_folder_is_in_exactly_one_split(tmp_path: Path) -> None:
     write_files(tmp_path, NAMES)
     text = read_text(tmp_path)
     training, validation = files_of(text.training), files_of(text.validation)
@@ -39,12 +39,12 @@ def test_every_file_of_a_folder_is_in_exactly_one_part(tmp_path: Path) -> None:
     assert (len(training), len(validation)) == (text.training_files, text.validation_files)
 
 
-def test_about_a_tenth_of_many_files_is_for_validation(tmp_path: Path) -> None:
+def test_about_a_tenth_of_many_files_is_held_out_for_validation(tmp_path: Path) -> None:
     write_files(tmp_path, [f"{index}.txt" for index in range(400)])
     assert 20 <= read_text(tmp_path).validation_files <= 60
 
 
-def test_a_file_stays_in_its_part_when_other_files_come(tmp_path: Path) -> None:
+def test_adding_files_does_not_change_the_split_of_a_file(tmp_path: Path) -> None:
     write_files(tmp_path, NAMES)
     before = read_text(tmp_path)
     write_files(tmp_path, [f"more/{index}.txt" for index in range(40)])
@@ -53,7 +53,7 @@ def test_a_file_stays_in_its_part_when_other_files_come(tmp_path: Path) -> None:
     assert set(files_of(before.validation)) <= set(files_of(after.validation))
 
 
-def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path, NAMES)
     walk = os.walk
     monkeypatch.setattr(os, "walk", lambda root: ((f, sorted(s), sorted(n)) for f, s, n in walk(root)))
@@ -63,7 +63,7 @@ def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_few_files_leave_at_least_one_for_each_part(tmp_path: Path, count: int) -> None:
+def test_each_split_gets_at_least_one_of_few_files(tmp_path: Path, count: int) -> None:
     write_files(tmp_path, [f"{index}.txt" for index in range(count)])
     text = read_text(tmp_path)
     assert text.training
@@ -71,16 +71,16 @@ def test_few_files_leave_at_least_one_for_each_part(tmp_path: Path, count: int) 
     assert text.training_files + text.validation_files == count
 
 
-@pytest.mark.parametrize("within_a_folder", [False, True])
-def test_a_single_file_is_cut_at_nine_tenths(tmp_path: Path, within_a_folder: bool) -> None:
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_single_file_is_split_at_ninety_percent(tmp_path: Path, in_folder: bool) -> None:
     data = bytes(range(32, 127)) * 10
     (tmp_path / "one.txt").write_bytes(data)
-    text = read_text(tmp_path if within_a_folder else tmp_path / "one.txt")
+    text = read_text(tmp_path if in_folder else tmp_path / "one.txt")
     assert text.training + text.validation == data
     assert len(text.training) == 855
 
 
-def test_a_folder_is_read_without_binary_hidden_and_empty_files(tmp_path: Path) -> None:
+def test_read_text_skips_binary_hidden_and_empty_files(tmp_path: Path) -> None:
     write_files(tmp_path, ["a.txt", "b/c.md", ".hidden", ".git/config"])
     (tmp_path / "nul").write_bytes(b"abc\0")
     (tmp_path / "latin").write_bytes("ä".encode("latin-1"))
@@ -89,12 +89,12 @@ def test_a_folder_is_read_without_binary_hidden_and_empty_files(tmp_path: Path) 
     assert sorted(files_of(text.training) + files_of(text.validation)) == ["a.txt", "b/c.md"]
 
 
-def test_the_default_text_is_the_standard_library_without_its_tests() -> None:
+def test_default_text_is_the_standard_library_without_its_tests() -> None:
     text = read_text()
     both = text.training + text.validation
     assert b"class OrderedDict(dict):" in both
     assert b"class ArgumentParser(" in both
-    assert b"class TestCase(object):" in both  # unittest itself is no test
+    assert b"class TestCase(object):" in both  # the package unittest is included
     assert b"class AutoCompleteWindowTest(" not in both
     assert b"\0" not in both
     assert 0.05 < text.validation_files / (text.training_files + text.validation_files) < 0.2
@@ -110,13 +110,13 @@ def test_the_default_text_is_the_standard_library_without_its_tests() -> None:
     ],
     ids=["missing", "no text", "empty"],
 )
-def test_a_place_without_text_is_refused(tmp_path: Path, make, error: type[Exception], message: str) -> None:
+def test_read_text_rejects_a_path_without_text(tmp_path: Path, make, error: type[Exception], message: str) -> None:
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(error, match=message):
         read_text(make(tmp_path))
 
 
-def test_batches_are_pieces_of_the_text() -> None:
+def test_batch_rows_are_substrings_of_the_text() -> None:
     data = os.urandom(300)
     batch = random_batch(as_tokens(data), 16, 20)
     assert batch.dtype == torch.int64
@@ -124,7 +124,7 @@ def test_batches_are_pieces_of_the_text() -> None:
     assert all(bytes(row.tolist()) in data for row in batch)
 
 
-def test_a_batch_depends_on_the_generator_alone() -> None:
+def test_random_batch_depends_only_on_the_generator() -> None:
     text = as_tokens(os.urandom(300))
     first = random_batch(text, 8, 20, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(5)
@@ -132,12 +132,12 @@ def test_a_batch_depends_on_the_generator_alone() -> None:
     assert not torch.equal(first, random_batch(text, 8, 20, generator=torch.Generator().manual_seed(2)))
 
 
-def test_batches_reach_the_first_and_the_last_byte() -> None:
+def test_random_batches_include_the_first_and_last_byte() -> None:
     batch = random_batch(as_tokens(b"abcd"), 100, 3)
     assert {bytes(row.tolist()) for row in batch} == {b"abc", b"bcd"}
 
 
-def test_windows_predict_every_byte_but_the_first_once() -> None:
+def test_windows_predict_every_byte_but_the_first_exactly_once() -> None:
     data = os.urandom(7 * 12 + 1)
     pieces = windows(as_tokens(data), 8)
     assert pieces.dtype == torch.int64
@@ -145,12 +145,12 @@ def test_windows_predict_every_byte_but_the_first_once() -> None:
     assert bytes(pieces[:, 1:].flatten().tolist()) == data[1:]
 
 
-def test_a_rest_shorter_than_a_window_is_left_out() -> None:
+def test_windows_drop_a_shorter_remainder() -> None:
     assert windows(as_tokens(b"abcdefg"), 3).tolist() == [list(b"abc"), list(b"cde"), list(b"efg")]
     assert windows(as_tokens(b"abcdefgh"), 3).tolist() == [list(b"abc"), list(b"cde"), list(b"efg")]
 
 
-def test_some_windows_are_spread_over_the_whole_text() -> None:
+def test_at_most_selects_windows_evenly_spaced_over_the_text() -> None:
     text = as_tokens(bytes(range(101)))
     assert windows(text, 11, at_most=4)[:, 0].tolist() == [0, 20, 50, 70]
     assert torch.equal(windows(text, 11, at_most=99), windows(text, 11))
@@ -159,8 +159,8 @@ def test_some_windows_are_spread_over_the_whole_text() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda text: random_batch(text, 2, 11), ValueError, "at least one piece of length=11 bytes, got 10"),
-        (lambda text: windows(text, 11), ValueError, "at least one piece of length=11 bytes, got 10"),
+        (lambda text: random_batch(text, 2, 11), ValueError, "at least length=11 bytes, got 10"),
+        (lambda text: windows(text, 11), ValueError, "at least length=11 bytes, got 10"),
         (lambda text: windows(text, 1), ValueError, "length must be at least 2"),
         (lambda text: windows(text, 4, at_most=0), ValueError, "at_most must be at least 1"),
         (lambda text: random_batch(text, 0, 4), ValueError, "batch must be at least 1"),
@@ -169,7 +169,7 @@ def test_some_windows_are_spread_over_the_whole_text() -> None:
         (lambda text: windows(as_tokens(b""), 4), ValueError, "got 0 bytes"),
     ],
 )
-def test_what_does_not_fit_a_text_is_refused(call, error: type[Exception], message: str) -> None:
+def test_batches_and_windows_reject_invalid_arguments(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(as_tokens(b"0123456789"))
 
@@ -177,16 +177,16 @@ def test_what_does_not_fit_a_text_is_refused(call, error: type[Exception], messa
 @pytest.mark.parametrize(
     ("data", "bits"), [(b"aaaa", 0.0), (b"abab", 1.0), (bytes(range(256)), 8.0), (b"aaab", 0.8112781244591328)]
 )
-def test_unigram_entropy_is_that_of_the_byte_frequencies(data: bytes, bits: float) -> None:
+def test_unigram_entropy_is_the_entropy_of_byte_frequencies(data: bytes, bits: float) -> None:
     assert unigram_entropy(data) == pytest.approx(bits, abs=1e-12)
 
 
-def test_gzip_needs_few_bits_for_repetition_and_eight_for_noise() -> None:
+def test_gzip_compresses_repetition_and_not_noise() -> None:
     assert gzip_bits_per_byte(b"abc" * 10000) < 0.1
     assert 8.0 <= gzip_bits_per_byte(os.urandom(10000)) < 8.1
 
 
-@pytest.mark.parametrize("yardstick", [unigram_entropy, gzip_bits_per_byte])
-def test_a_yardstick_needs_a_byte(yardstick) -> None:
+@pytest.mark.parametrize("baseline", [unigram_entropy, gzip_bits_per_byte])
+def test_baselines_reject_empty_data(baseline) -> None:
     with pytest.raises(ValueError, match="data must hold at least one byte"):
-        yardstick(b"")
+        baseline(b"")

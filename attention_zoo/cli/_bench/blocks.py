@@ -17,7 +17,6 @@ from attention_zoo.attention import (
     CrossAttention,
     GateLoopAttention,
     SelfAttention,
-    TalkingHeadsAttention,
 )
 from attention_zoo.cli._bench.measure import WARM_UP, Call, compare, median_seconds, peak_bytes
 from attention_zoo.cli._bench.setup import Setup
@@ -117,11 +116,9 @@ def mixing(block: nn.Module, length: int, setup: Setup) -> Mixing:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return block.attend(block.prepare(q, 0), block.prepare(k, 0), v, None)  # `prepare` may normalize q and k
 
-        pattern: Any = None if isinstance(block, BlockSparseAttention) else getattr(block, "pattern", None)
-        mask = pattern().mask(0, length, setup.device) if callable(pattern) else None
+        pattern = None if isinstance(block, BlockSparseAttention) else block.pattern
+        mask = None if pattern is None else pattern().mask(0, length, setup.device)
         return Mixing(attend, head_inputs(length, setup), block.causal, mask)
-    if isinstance(block, TalkingHeadsAttention):
-        return Mixing(lambda q, k, v: block.talk(q, k, v, None), head_inputs(length, setup), block.causal)
     if isinstance(block, CrossAttention):
         return Mixing(softmax_attention, head_inputs(length, setup), causal=False)
     if isinstance(block, GateLoopAttention):

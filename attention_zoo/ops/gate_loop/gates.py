@@ -1,4 +1,4 @@
-"""Complex gates that the data sets.
+"""Complex, data-dependent gates.
 
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 """
@@ -14,18 +14,20 @@ from torch.nn import functional as F
 
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
+SMALLEST = 1e-300  # magnitude that replaces 0 under the logarithm; a product with it is 0 in float32
+
 
 def unit_gate(z: Tensor) -> Tensor:
-    """sigma(|z|) e^{i arg z} without trigonometry; 0.5 at z = 0, where the gradient is 0.
+    """The gate sigma(|z|) e^{i arg z}, without trigonometric functions; 0.5 at z = 0, where the gradient is 0.
 
     Args:
-        z: (..., 2) floating, real and imaginary part.
+        z: (..., 2) floating point, real and imaginary part.
 
     Returns:
         (...) complex, in at least complex64.
     """
     with no_autocast(z):
-        re, im = at_least_float32(z).unbind(-1)  # apart: operators are slow along an axis of two
+        re, im = at_least_float32(z).unbind(-1)  # separate tensors: operators are slow along an axis of size 2
         square = re * re + im * im
         zero = square == 0
         size = torch.where(zero, 1.0, square).sqrt()
@@ -33,40 +35,56 @@ def unit_gate(z: Tensor) -> Tensor:
         return torch.complex(re * scale + 0.5 * zero, im * scale)
 
 
-def unit_gate_gradient(z: Tensor, to_gate: Tensor) -> Tensor:
-    """The gradient (..., 2) of z for that of `unit_gate(z)`, (...) complex: sigma' along z, sigma / |z| across it."""
+def unit_gate_gradient(z: Tensor, grad_gate: Tensor) -> Tensor:
+    """Gradient (..., 2) of z from that of `unit_gate(z)`, (...) complex: sigma' along z, sigma / |z| across it."""
     re, im = z.unbind(-1)
     square = re * re + im * im
     inverse = torch.where(square == 0, 0.0, square.rsqrt())
     sigma = square.sqrt().sigmoid()
-    u_re, u_im, to_re, to_im = re * inverse, im * inverse, to_gate.real, to_gate.imag
-    along = to_re * u_re + to_im * u_im
+    unit_re, unit_im, grad_re, grad_im = re * inverse, im * inverse, grad_gate.real, grad_gate.imag
+    along = grad_re * unit_re + grad_im * unit_im
     across = sigma * inverse
     slope = sigma * (1 - sigma) * along - across * along
-    return torch.stack((across * to_re + slope * u_re, across * to_im + slope * u_im), dim=-1)
+    return torch.stack((across * grad_re + slope * unit_re, across * grad_im + slope * unit_im), dim=-1)
+
+
+def log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-magnitude and phase (...) of gates (..., 2), in float64. Gates of 0 get log(SMALLEST), 0 and no gradient.
+
+    float64, because cumulative sums of logarithms of small gates reach values whose differences float32 would round.
+    """
+    re, im = (part.double() for part in gate.unbind(-1))  # separate tensors, see `unit_gate`
+    zero = (re == 0) & (im == 0)
+    re = re.masked_fill(zero, 1.0)
+    log = torch.hypot(re, im).clamp(min=SMALLEST).log().masked_fill(zero, math.log(SMALLEST))
+    return log, torch.atan2(im, re)
 
 
 def magnitude(log: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(log) of magnitudes multiplied up, and 0 where a product of two as small would be a denormal number.
+    """exp(log) of a cumulative log-magnitude, through `flush_denormal_`; 1 for log > 0, of keys after their query."""
+    least = math.log(torch.finfo(dtype).tiny) / 2 - 1
+    return flush_denormal_(log.to(dtype).clamp(least, 0.0).exp_())
 
-    With denormal numbers matmul, and exp itself, take ten times as long; what is left out is far below the rounding of
-    what it would be added to.
+
+def flush_denormal_(decay: Tensor) -> Tensor:
+    """Set decays to 0, in place, where the product of two such values would be denormal.
+
+    Denormal numbers slow matrix products and exp down tenfold; the values set to 0 are far below the rounding error of
+    the sums that they enter.
     """
-    least = torch.finfo(dtype).tiny ** 0.5
-    return F.threshold(log.to(dtype).clamp(min=math.log(least) - 1).exp_(), least, 0.0)
+    return F.threshold(decay, torch.finfo(decay.dtype).tiny ** 0.5, 0.0, inplace=True)
 
 
 def complex_of(dtype: torch.dtype) -> torch.dtype:
-    """The complex dtype in which gates of features of this dtype are computed."""
+    """Complex dtype of the gates for features of `dtype`: complex128 for float64, otherwise complex64."""
     return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
 def scale_gradient(x: Tensor, fraction: float) -> Tensor:
-    """x itself, which passes the part `fraction` of its gradient on: fraction * x + (1 - fraction) * stop(x)."""
+    """Identity whose gradient is scaled: fraction * x + (1 - fraction) * stop_gradient(x)."""
     if fraction == 1.0 or not torch.is_grad_enabled():
         return x
-    scaled: Tensor = _ScaleGradient.apply(x, fraction)  # type: ignore[no-untyped-call]
-    return scaled
+    return _ScaleGradient.apply(x, fraction)  # type: ignore[no-untyped-call]
 
 
 class _ScaleGradient(torch.autograd.Function):

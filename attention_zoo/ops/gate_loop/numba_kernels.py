@@ -1,6 +1,6 @@
-"""The gate loop of heads of size 1 as loops of numba, the features inside: one pass over memory, gates included.
+"""Recurrences as loops compiled by numba: a single pass over the tokens, with the features in the inner loop.
 
-The functions here are compiled when they are first used, which takes some seconds for each dtype.
+The functions are compiled on first use, which takes some seconds per dtype.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-class Kernels(NamedTuple):
-    """The compiled loops of one dtype.
+class GateLoopKernels(NamedTuple):
+    """The compiled loops of the gate loop over heads of size 1, for one dtype.
 
-    forward: (q, k, v, z, mask, h, out), where h is the memory before, and becomes that after.
-    backward: (to_out, q, k, v, z, mask, start, to_q, to_k, to_v, to_z, to_h), where to_h is the gradient to the memory
-        after all tokens, and becomes that to the memory before them.
+    forward: (q, k, v, z, mask, state, out); `state` holds the initial state and is overwritten by the final one.
+    backward: (grad_out, q, k, v, z, mask, state, grad_q, grad_k, grad_v, grad_z, grad_state); `state` is the initial
+        state, and `grad_state` holds the gradient of the final state and is overwritten by that of the initial one.
 
-    Shapes: q, k, v, out (b, n, d); z (b, n, 2 d), the real and imaginary part of a feature side by side; mask (b, n)
-    or (0, 0) for none; memories (b, 2, d), real over imaginary.
+    Shapes: q, k, v, out (b, n, d); z (b, n, 2 d), real and imaginary part of a feature side by side; mask (b, n), or
+    (0, 0) for none; state (b, 2, d), real, then imaginary part.
     """
 
     forward: Callable[..., None]
@@ -27,8 +27,26 @@ class Kernels(NamedTuple):
 
 
 @functools.cache
-def kernels(double: bool) -> Kernels:
-    """The loops in float64 or float32."""
+def recurrence_kernel() -> Callable[..., None]:
+    """The compiled loop of the linear recurrence, (a, x, state, out), for any dtype."""
+    import numba
+
+    def run(a: Any, x: Any, state: Any, out: Any) -> None:
+        b, n, d = x.shape
+        for row in range(b):
+            for c in range(d):
+                out[row, 0, c] = a[row, 0, c] * state[row, c] + x[row, 0, c]
+            for t in range(1, n):
+                for c in range(d):
+                    out[row, t, c] = a[row, t, c] * out[row, t - 1, c] + x[row, t, c]
+
+    compiled: Callable[..., None] = numba.njit(run, nogil=True, fastmath={"contract"})
+    return compiled
+
+
+@functools.cache
+def gate_loop_kernels(double: bool) -> GateLoopKernels:
+    """The loops for float64 or float32."""
     import numba
     import numpy as np
 
@@ -38,7 +56,7 @@ def kernels(double: bool) -> Kernels:
 
     @numba.njit(inline="always")
     def polar(re: Any, im: Any) -> Any:
-        """The gate, the unit vector of z, sigma(|z|), and sigma(|z|) / |z|; the last three 0 where z is 0."""
+        """The gate (2 numbers), the unit vector of z (2), sigma(|z|) and sigma(|z|) / |z|; 0 / 0 is taken as 0."""
         square = re * re + im * im
         size = np.sqrt(square)
         inverse = zero if square == zero else one / size
@@ -49,80 +67,83 @@ def kernels(double: bool) -> Kernels:
 
     @numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")
     def gates(z: Any, w: Any) -> None:
-        """Fill w (6, d) with what `polar` gives for each feature of one token. A function of its own, and loops that do
-        little each: only so does the compiler see that it may compute many features at a time.
+        """Fill w (6, d) with the results of `polar` for all features of a token.
+
+        A separate function of one short loop, because only such loops are vectorised by the compiler.
         """
         for c in range(w.shape[1]):
             w[0, c], w[1, c], w[2, c], w[3, c], w[4, c], w[5, c] = polar(z[2 * c], z[2 * c + 1])
 
-    def forward(q: Any, k: Any, v: Any, z: Any, mask: Any, h: Any, out: Any) -> None:
+    def forward(q: Any, k: Any, v: Any, z: Any, mask: Any, state: Any, out: Any) -> None:
         b, n, d = q.shape
         for row in range(b):
             for t in range(n):
                 if mask.size and not mask[row, t]:
                     for c in range(d):
-                        out[row, t, c] = q[row, t, c] * h[row, 0, c]
+                        out[row, t, c] = q[row, t, c] * state[row, 0, c]
                     continue
                 for c in range(d):
                     a_re, a_im, _, _, _, _ = polar(z[row, t, 2 * c], z[row, t, 2 * c + 1])
-                    re, im = h[row, 0, c], h[row, 1, c]
+                    re, im = state[row, 0, c], state[row, 1, c]
                     new = a_re * re - a_im * im + k[row, t, c] * v[row, t, c]
-                    h[row, 1, c] = a_re * im + a_im * re
-                    h[row, 0, c] = new
+                    state[row, 1, c] = a_re * im + a_im * re
+                    state[row, 0, c] = new
                     out[row, t, c] = q[row, t, c] * new
 
     def backward(
-        to_out: Any, q: Any, k: Any, v: Any, z: Any, mask: Any, start: Any,
-        to_q: Any, to_k: Any, to_v: Any, to_z: Any, to_h: Any,
+        grad_out: Any, q: Any, k: Any, v: Any, z: Any, mask: Any, state: Any,
+        grad_q: Any, grad_k: Any, grad_v: Any, grad_z: Any, grad_state: Any,
     ) -> None:  # fmt: skip
         b, n, d = q.shape
-        h = np.empty((n + 1, 2, d), q.dtype)  # of one row, the memory before and after every token
-        now = np.empty((2, d), q.dtype)  # the gradient to the memory after a token
+        states = np.empty((n + 1, 2, d), q.dtype)  # of one row, before and after each token
+        grad = np.empty((2, d), q.dtype)  # of the state after a token
         w = np.empty((6, d), q.dtype)
         for row in range(b):
-            h[0] = start[row]
+            states[0] = state[row]
             for t in range(n):
                 if mask.size and not mask[row, t]:
-                    h[t + 1] = h[t]
+                    states[t + 1] = states[t]
                     continue
                 gates(z[row, t], w)
                 for c in range(d):
-                    h[t + 1, 0, c] = w[0, c] * h[t, 0, c] - w[1, c] * h[t, 1, c] + k[row, t, c] * v[row, t, c]
-                    h[t + 1, 1, c] = w[0, c] * h[t, 1, c] + w[1, c] * h[t, 0, c]
+                    states[t + 1, 0, c] = (
+                        w[0, c] * states[t, 0, c] - w[1, c] * states[t, 1, c] + k[row, t, c] * v[row, t, c]
+                    )
+                    states[t + 1, 1, c] = w[0, c] * states[t, 1, c] + w[1, c] * states[t, 0, c]
             for back in range(n):
                 t = n - 1 - back
                 if mask.size and not mask[row, t]:
                     for c in range(d):
-                        to_q[row, t, c] = to_out[row, t, c] * h[t, 0, c]
-                        to_h[row, 0, c] += q[row, t, c] * to_out[row, t, c]
-                        to_k[row, t, c] = zero
-                        to_v[row, t, c] = zero
-                        to_z[row, t, 2 * c] = zero
-                        to_z[row, t, 2 * c + 1] = zero
+                        grad_q[row, t, c] = grad_out[row, t, c] * states[t, 0, c]
+                        grad_state[row, 0, c] += q[row, t, c] * grad_out[row, t, c]
+                        grad_k[row, t, c] = zero
+                        grad_v[row, t, c] = zero
+                        grad_z[row, t, 2 * c] = zero
+                        grad_z[row, t, 2 * c + 1] = zero
                     continue
                 for c in range(d):
-                    to_q[row, t, c] = to_out[row, t, c] * h[t + 1, 0, c]
-                    now[0, c] = to_h[row, 0, c] + q[row, t, c] * to_out[row, t, c]
-                    now[1, c] = to_h[row, 1, c]
+                    grad_q[row, t, c] = grad_out[row, t, c] * states[t + 1, 0, c]
+                    grad[0, c] = grad_state[row, 0, c] + q[row, t, c] * grad_out[row, t, c]
+                    grad[1, c] = grad_state[row, 1, c]
                 for c in range(d):
-                    to_k[row, t, c] = v[row, t, c] * now[0, c]
-                    to_v[row, t, c] = k[row, t, c] * now[0, c]
+                    grad_k[row, t, c] = v[row, t, c] * grad[0, c]
+                    grad_v[row, t, c] = k[row, t, c] * grad[0, c]
                 gates(z[row, t], w)
                 for c in range(d):
-                    # the gradient to the gate, and its part along z, in which the gate grows by sigma'
-                    re = now[0, c] * h[t, 0, c] + now[1, c] * h[t, 1, c]
-                    im = now[1, c] * h[t, 0, c] - now[0, c] * h[t, 1, c]
+                    # gradient of the gate, and its part along z, where the derivative of the gate is sigma'
+                    re = grad[0, c] * states[t, 0, c] + grad[1, c] * states[t, 1, c]
+                    im = grad[1, c] * states[t, 0, c] - grad[0, c] * states[t, 1, c]
                     along = re * w[2, c] + im * w[3, c]
                     slope = w[4, c] * (one - w[4, c]) * along - w[5, c] * along
-                    to_z[row, t, 2 * c] = w[5, c] * re + slope * w[2, c]
-                    to_z[row, t, 2 * c + 1] = w[5, c] * im + slope * w[3, c]
+                    grad_z[row, t, 2 * c] = w[5, c] * re + slope * w[2, c]
+                    grad_z[row, t, 2 * c + 1] = w[5, c] * im + slope * w[3, c]
                 for c in range(d):
-                    to_h[row, 0, c] = w[0, c] * now[0, c] + w[1, c] * now[1, c]
-                    to_h[row, 1, c] = w[0, c] * now[1, c] - w[1, c] * now[0, c]
+                    grad_state[row, 0, c] = w[0, c] * grad[0, c] + w[1, c] * grad[1, c]
+                    grad_state[row, 1, c] = w[0, c] * grad[1, c] - w[1, c] * grad[0, c]
 
-    # contract: multiply and add in one instruction. numpy's division by 0 instead of Python's lets loops be vectors.
+    # contract: fused multiply-add. numpy's rule for division by 0 instead of Python's exception permits vectorisation.
     compiled = numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")
-    return Kernels(compiled(forward), compiled(backward))
+    return GateLoopKernels(compiled(forward), compiled(backward))
 
 
 def _double_decay() -> Any:
@@ -137,10 +158,10 @@ def _double_decay() -> Any:
 
 
 def _single_decay() -> Any:
-    """e^-x for x >= 0 in float32 by arithmetic alone, which, unlike a call of exp, the compiler turns into vectors.
+    """e^-x for x >= 0 in float32 from arithmetic alone, which the compiler vectorises, unlike a call of exp.
 
-    e^-x = 2^whole * 2^part: the whole number is written into the exponent's bits, the series of 2^part = e^(part ln 2)
-    with |part| <= 1/2 ends where float32 does.
+    e^-x = 2^whole * 2^part: the integer goes into the exponent bits, and the series of 2^part = e^(part ln 2) with
+    |part| <= 1/2 is truncated at float32's precision.
     """
     import numba
     import numpy as np

@@ -1,175 +1,194 @@
-"""Attention under relative gates in blocks of queries, its backward written by hand.
+"""Attention with relative gates in query tiles, with a backward written by hand.
 
-A block's scores are held at a time and computed again in backward. Custom ops, so that torch.compile sees no loop over
-the sequence.
+With the cumulative log-magnitude L and phase phi of the gates, each pair p of features is folded into four numbers,
+    q'_i = [q_i cos phi_i, q_i sin phi_i],  k'_j = [k_j cos phi_j, k_j sin phi_j],
+and attention needs only the decay of the magnitudes:
+    sim_ij = sum_p exp(L_ip - L_jp) (q'_ip . k'_jp)
+Folding is left to autograd; the operator holds the scores of one tile at a time and recomputes them in backward. It
+never divides by a product of gates: for keys before the tile, exp(L_i - L_j) is the decay from the key to the first
+token of the tile times the decay from there to the query; inside the tile it is computed for each pair.
 
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention_zoo.ops.masks import visible
-from attention_zoo.ops.precision import no_autocast
-from attention_zoo.ops.relative_gate.tile import QUERY_BLOCK, GatedKeys, Gradients, QueryBlock, in_halves, in_pairs
+from attention_zoo.ops.custom_op import register_operator
+from attention_zoo.ops.gate_loop.gates import flush_denormal_, log_and_phase, magnitude
+from attention_zoo.ops.tiling import QueryTile, dropout_mask, dropout_seed, masked_softmax, query_tiles, tile_mask
+
+QUERY_TILE = 32  # smaller than elsewhere: the decays inside a tile take 32 e / 2 numbers per query
 
 
-@torch.library.custom_op("attention_zoo::relative_gate_attention", mutates_args=())
-def relative_gate_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log: Tensor,
-    phase: Tensor,
-    mask: Tensor | None,
-    softmax: bool,
-    dropout: float,
-    seed: Tensor,
-) -> Tensor:
-    """The outputs (b, h, i, e_v).
+class RelativeGateInputs(NamedTuple):
+    """Inputs of the operator, in at least float32.
 
-    Args:
-        q: (b, h, i, e), scaled, at the end of the keys; k, v: (b, h, j, e), (b, h, j, e_v). All at least float32.
-        log, phase: (b, h, j, e / 2) float64, of the gates multiplied up along the sequence.
-        mask: (b, j) bool.
-        softmax: False for the raw scores as weights.
-        dropout, seed: probability with which a weight is dropped, and which ones.
+    q: scaled and folded queries, (b, h, i, 4, e / 2), aligned with the last keys.
+    k: folded keys, (b, h, j, 4, e / 2).
+    v: (b, h, j, e_v).
+    log: cumulative log-magnitude of the gates, (b, h, j, e / 2) float64.
+    mask: (b, j) bool.
+    softmax: whether the weights are the softmax of the scores, or the scores.
+    dropout, seed: probability of dropping a weight, and the seed of the dropout masks.
     """
-    out = v.new_empty(*q.shape[:3], v.shape[3])
-    q, keys = in_halves(q), GatedKeys.of(k, log, phase)
-    for start in range(0, q.shape[2], QUERY_BLOCK):
-        block = QueryBlock.of(q, keys, start)
-        weights = weigh(block.scores(), _seen_keys(mask, block), softmax)
-        if dropout:
-            weights = weights * _kept(weights, dropout, seed, start)
-        out[:, :, block.rows] = weights @ v[:, :, : block.stop]
-    return out
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log: Tensor
+    mask: Tensor | None
+    softmax: bool
+    dropout: float
+    seed: Tensor
 
 
-@torch.library.custom_op("attention_zoo::relative_gate_attention_backward", mutates_args=())
-def relative_gate_blocks_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log: Tensor,
-    phase: Tensor,
-    mask: Tensor | None,
-    softmax: bool,
-    dropout: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, log and phase."""
-    q, keys = in_halves(q), GatedKeys.of(k, log, phase)
-    grads = Gradients(*(tensor.new_zeros(tensor.shape) for tensor in (q, k, v, log, phase)))
-    for start in range(0, q.shape[2], QUERY_BLOCK):
-        block = QueryBlock.of(q, keys, start)
-        weights = weigh(block.scores(), _seen_keys(mask, block), softmax)
-        here, values = grad[:, :, block.rows], v[:, :, : block.stop]
-        to_weights = here @ values.transpose(-1, -2)
-        used = weights
-        if dropout:
-            kept = _kept(weights, dropout, seed, start)
-            used, to_weights = weights * kept, to_weights * kept
-        grads.v[:, :, : block.stop] += used.transpose(-1, -2) @ here
-        if softmax:
-            to_scores = weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True))
-        else:
-            seen = _visible(to_weights, _seen_keys(mask, block))
-            to_scores = to_weights if seen is None else to_weights.masked_fill(~seen, 0.0)
-        block.add_gradients(to_scores, grads)
-    return in_pairs(grads.q), in_pairs(grads.k), grads.v, grads.log, grads.phase
+def tiled_relative_gate_attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Tensor | None, softmax: bool, dropout: float
+) -> Tensor:
+    """The outputs (b, h, i, e_v); arguments as in `relative_gate_attention`, in at least float32 and complex64."""
+    q, k, log = _fold(q, k, gate)
+    return _operator(RelativeGateInputs(q, k, v, log, mask, softmax, dropout, dropout_seed(dropout)))[0]
 
 
-def relative_gate_scores(q: Tensor, k: Tensor, log: Tensor, phase: Tensor) -> Tensor:
-    """All scores (b, h, i, j), 0 for the future; arguments as `relative_gate_blocks` has them."""
-    q, keys, rows = in_halves(q), GatedKeys.of(k, log, phase), []
-    for start in range(0, q.shape[2], QUERY_BLOCK):
-        scores = QueryBlock.of(q, keys, start).scores()
-        rows.append(F.pad(scores, (0, k.shape[2] - scores.shape[-1])))
+def tiled_relative_gate_weights(q: Tensor, k: Tensor, gate: Tensor, mask: Tensor | None, softmax: bool) -> Tensor:
+    """The weights (b, h, i, j); arguments as in `tiled_relative_gate_attention`."""
+    q, keys, log = _fold(q, k, gate)
+    inputs = RelativeGateInputs(q, keys, k, log, mask, softmax, 0.0, dropout_seed(0.0))
+    rows = [F.pad(part.weights(softmax), (0, k.shape[2] - part.tile.keys)) for part in _tiles(inputs)]
     return torch.cat(rows, dim=2)
 
 
-def weigh(scores: Tensor, mask: Tensor | None, softmax: bool) -> Tensor:
-    """The weights of causal queries at the end of the keys for their scores; mask (b, j)."""
-    seen = _visible(scores, mask)
-    weights = scores
-    if softmax:
-        hidden = scores if seen is None else scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-        weights = hidden.softmax(-1)
-    return weights if seen is None else weights.masked_fill(~seen, 0.0)
+def _fold(q: Tensor, k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled and folded queries, folded keys, and log-magnitudes, as in `RelativeGateInputs`."""
+    log, phase = (part.cumsum(2) for part in log_and_phase(torch.view_as_real(gate)))
+    if q.shape[2] == 1:  # measured from a single query, whose sine is 0, phases need the cosine only
+        waves = (phase[:, :, -1:] - phase).cos()[:, :, :, None]
+    else:
+        waves = torch.stack((phase.cos(), phase.sin()), dim=3)
+    waves = waves.to(k.dtype)  # (b, h, j, 2 or 1, p)
+
+    def fold(x: Tensor, waves: Tensor) -> Tensor:
+        halves = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).transpose(-1, -2)  # (b, h, n, 2, p)
+        return (halves[:, :, :, None] * waves[:, :, :, :, None]).flatten(3, 4)
+
+    return fold(q * q.shape[3] ** -0.5, waves[:, :, k.shape[2] - q.shape[2] :]), fold(k, waves), log
 
 
-def _visible(scores: Tensor, mask: Tensor | None) -> Tensor | None:
-    return visible(*scores.shape[-2:], mask=mask, causal=True, device=scores.device)
+class _Tile(NamedTuple):
+    """A query tile, its keys, and the decays between them.
+
+    tile: position of the tile.
+    allowed: allowed mask of the tile, (b or 1, 1, i, keys) or None.
+    q, k: queries of the tile and keys of the same tokens, by pairs of features, (b, h, p, i, 4).
+    decay: decay from each key of the tile to each query, (b, h, p, i, i); 1 where the key comes after the query.
+    query_decay: decay from the first token of the tile to each query, (b, h, i, 1, p).
+    key_decay: decay from each earlier key to the first token of the tile, (b, h, j, 1, p).
+    decayed_q, decayed_k: queries and earlier keys times their decays, (b, h, i, 2e) and (b, h, j, 2e).
+    """
+
+    tile: QueryTile
+    allowed: Tensor | None
+    q: Tensor
+    k: Tensor
+    decay: Tensor
+    query_decay: Tensor
+    key_decay: Tensor
+    decayed_q: Tensor
+    decayed_k: Tensor
+
+    def weights(self, softmax: bool) -> Tensor:
+        """(b, h, i, keys)."""
+        inside = (self.q @ self.k.transpose(-1, -2)).mul_(self.decay).sum(2)
+        scores = torch.cat((self.decayed_q @ self.decayed_k.transpose(-1, -2), inside), dim=-1)
+        return masked_softmax(scores, self.allowed) if softmax else self.mask(scores)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Set what belongs to disallowed keys to 0."""
+        return x if self.allowed is None else x.masked_fill(~self.allowed, 0.0)
 
 
-def _seen_keys(mask: Tensor | None, block: QueryBlock) -> Tensor | None:
-    return None if mask is None else mask[:, : block.stop]
+def _tiles(inputs: RelativeGateInputs) -> Iterator[_Tile]:
+    q, k, _, log, mask, *_ = inputs
+    key_decay, previous = k.new_empty(log.shape), 0
+    for tile in query_tiles(q.shape[2], k.shape[2], True, QUERY_TILE):
+        first = tile.keys - (tile.stop - tile.start)
+        start, here = log[:, :, first : first + 1], log[:, :, first : tile.keys]
+        # Earlier keys decay from the first token of the previous tile, which is cheaper than exp of all differences.
+        step = magnitude(start - log[:, :, previous : previous + 1], k.dtype)
+        flush_denormal_(key_decay[:, :, :previous].mul_(step))
+        key_decay[:, :, previous:first] = magnitude(start - log[:, :, previous:first], k.dtype)
+        query_decay, decays = magnitude(here - start, k.dtype)[..., None, :], key_decay[:, :, :first, None]
+        by_pair = here.transpose(2, 3).contiguous()
+        yield _Tile(
+            tile,
+            tile_mask(tile, mask=mask, causal=True, device=q.device),
+            _by_pair(q[:, :, tile.queries]),
+            _by_pair(k[:, :, first : tile.keys]),
+            magnitude(by_pair[..., :, None] - by_pair[..., None, :], k.dtype),
+            query_decay,
+            decays,
+            (q[:, :, tile.queries] * query_decay).flatten(3),
+            (k[:, :, :first] * decays).flatten(3),
+        )
+        previous = first
 
 
-def _kept(weights: Tensor, dropout: float, seed: Tensor, start: int) -> Tensor:
-    """What dropout multiplies the weights of one block with, the same in forward and backward."""
-    generator = torch.Generator(weights.device).manual_seed((int(seed) + start) % 2**63)
-    kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout
-    return kept.to(weights.dtype) / (1 - dropout) if dropout < 1 else kept.to(weights.dtype)
+def _forward(inputs: RelativeGateInputs) -> list[Tensor]:
+    v, out = inputs.v, _fake(inputs)[0]
+    for part in _tiles(inputs):
+        weights = part.weights(inputs.softmax)
+        if inputs.dropout:
+            weights = weights * dropout_mask(weights, inputs.dropout, inputs.seed, start=part.tile.start)
+        out[:, :, part.tile.queries] = weights @ v[:, :, : part.tile.keys]
+    return [out]
 
 
-@relative_gate_blocks.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log: Tensor,
-    phase: Tensor,
-    mask: Tensor | None,
-    softmax: bool,
-    dropout: float,
-    seed: Tensor,
-) -> Tensor:
-    return v.new_empty(*q.shape[:3], v.shape[3])
+def _backward(inputs: RelativeGateInputs, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    q, k, v = inputs[:3]
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for part in _tiles(inputs):
+        queries, keys, first = part.tile.queries, part.tile.keys, part.decayed_k.shape[2]
+        weights, grad_out = part.weights(inputs.softmax), gradients[0][:, :, queries]
+        used, grad = weights, grad_out @ v[:, :, :keys].transpose(-1, -2)
+        if inputs.dropout:
+            kept = dropout_mask(weights, inputs.dropout, inputs.seed, start=part.tile.start)
+            used, grad = weights * kept, grad * kept
+        grad_v[:, :, :keys] += used.transpose(-1, -2) @ grad_out
+        grad = weights * (grad - (weights * grad).sum(-1, keepdim=True)) if inputs.softmax else part.mask(grad)
+        earlier, inside = grad[..., :first], part.decay.mul_(grad[:, :, None, :, first:])
+        to_q, to_k = grad_q[:, :, queries], grad_k[:, :, :first]  # views
+        to_q.copy_(_by_token(inside @ part.k))
+        to_q.addcmul_((earlier @ part.decayed_k).view(to_q.shape), part.query_decay)
+        to_k.addcmul_((earlier.transpose(-1, -2) @ part.decayed_q).view(to_k.shape), part.key_decay)
+        grad_k[:, :, first:keys] += _by_token(inside.transpose(-1, -2) @ part.q)
+    # L_i scales the query q'_i and -L_j the key k'_j.
+    grad_log = -(k * grad_k).sum(3, dtype=torch.float64)
+    grad_log[:, :, k.shape[2] - q.shape[2] :] += (q * grad_q).sum(3)
+    grad_log[:, :, 0] -= grad_log.sum(2)  # only differences of L count, so their gradients sum to 0
+    return [grad_q, grad_k, grad_v, grad_log]
 
 
-@relative_gate_blocks_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log: Tensor,
-    phase: Tensor,
-    mask: Tensor | None,
-    softmax: bool,
-    dropout: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    to_q, to_k, to_v, to_log, to_phase = (tensor.new_empty(tensor.shape) for tensor in (q, k, v, log, phase))
-    return to_q, to_k, to_v, to_log, to_phase
+def _fake(inputs: RelativeGateInputs) -> list[Tensor]:
+    return [inputs.v.new_empty(*inputs.q.shape[:3], inputs.v.shape[3])]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.softmax, ctx.dropout, seed = inputs
-    ctx.save_for_backward(*tensors, seed)
+_operator = register_operator(
+    "relative_gate_attention", RelativeGateInputs, _forward, _backward, _fake, save_outputs=False
+)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, seed = ctx.saved_tensors
-    with no_autocast(grad):
-        grads = relative_gate_blocks_backward(grad, *tensors, ctx.softmax, ctx.dropout, seed)
-    return *grads, None, None, None, None
+def _by_pair(x: Tensor) -> Tensor:
+    """(b, h, n, 4, p) as (b, h, p, n, 4)."""
+    return x.permute(0, 1, 4, 2, 3)
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "attention under relative gates has no second derivative on its fast path: "
-        "compute it inside `with attention_zoo.reference():`"
-    )
-
-
-relative_gate_blocks.register_autograd(_backward, setup_context=_save)
-relative_gate_blocks_backward.register_autograd(_refuse)
+def _by_token(x: Tensor) -> Tensor:
+    """(b, h, p, n, 4) as (b, h, n, 4, p)."""
+    return x.permute(0, 1, 3, 4, 2)

@@ -1,11 +1,30 @@
-"""Softmax attention over fixed sparse patterns: convolution-like, axial and block-sparse."""
+"""Softmax attention under fixed sparse patterns: convolution-like, axial, block-sparse, or any table of pairs.
 
-from attention_zoo.ops.sparse.axial import axial_attention
-from attention_zoo.ops.sparse.block_sparse import block_sparse_attention, block_sparse_mask, choose_blocks
-from attention_zoo.ops.sparse.conv import conv_attention
-from attention_zoo.ops.sparse.image_layout import TextImageLayout, axial_mask, conv_mask
+`pattern_attention` computes attention under any `Pattern`; the other functions build the pattern from their arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention_zoo._checks import check_padding
+from attention_zoo.ops.implementation import choose
+from attention_zoo.ops.masks import key_mask
+from attention_zoo.ops.softmax import DistanceBias, check_bias, check_heads, softmax_attention
+from attention_zoo.ops.sparse.axial import AxialPattern, axial_mask
+from attention_zoo.ops.sparse.block_sparse import BlockSparsePattern, block_sparse_mask, choose_blocks
+from attention_zoo.ops.sparse.conv import ConvPattern, conv_mask
+from attention_zoo.ops.sparse.gather import gather_attention
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.ops.sparse.pattern import MaskPattern, Pattern
 
 __all__ = [
+    "AxialPattern",
+    "BlockSparsePattern",
+    "ConvPattern",
+    "MaskPattern",
+    "Pattern",
     "TextImageLayout",
     "axial_attention",
     "axial_mask",
@@ -14,4 +33,203 @@ __all__ = [
     "choose_blocks",
     "conv_attention",
     "conv_mask",
+    "pattern_attention",
+    "pattern_weights",
 ]
+
+DENSE_UP_TO = 256  # tokens, up to which the full score matrix is faster than a loop over tiles
+
+
+def pattern_attention(
+    pattern: Pattern,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | DistanceBias | None = None,
+    dropout: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(e^-0.5 q k^T + bias) v over the keys that the pattern and the padding mask allow.
+
+    Args:
+        pattern: which keys a query may attend to.
+        q: (b, h, i, e), the last i of the j tokens.
+        k, v: (b, kv_h, j, e); kv_h divides h, and each key/value head serves h / kv_h neighbouring query heads.
+        mask: (b, j) bool key padding mask, True = a valid token.
+        bias: broadcasts to (b, h, i, j), or a `DistanceBias`.
+        dropout: dropout probability of the weights. Pass 0 outside training.
+        impl: "auto", "reference" (full score matrix, twice differentiable), "dense" (torch's fused kernels under the
+            full mask), "tiled" (queries of the whole sequence, memory O(n); no dropout) or "gather" (one query and only
+            the keys of its pattern). "tiled" and "gather" need a pattern with tiles, equal head counts and no bias.
+
+    Returns:
+        (b, h, i, e). A query without an allowed key gets exactly 0, with zero gradient.
+
+    Raises:
+        TypeError: a tensor has the wrong dtype.
+        ValueError: a shape does not fit, the sequence is longer than the pattern, or `impl` is unknown or cannot
+            compute the arguments.
+    """
+    impl = choose(impl, ("dense", "tiled", "gather"))
+    _check(pattern, q, k, v, mask, bias)
+    i, j = q.shape[2], k.shape[2]
+    sparse = pattern.has_tiles and bias is None and q.shape[1] == k.shape[1]
+    can_tile, can_gather = sparse and i == j and not dropout, sparse and i == 1
+    if impl == "auto":
+        if torch.compiler.is_compiling():  # tracing "gather" or a length limit would specialise on the position
+            impl = "tiled" if can_tile else "dense"
+        elif can_gather and j > 1:
+            impl = "gather"
+        else:
+            impl = "tiled" if can_tile and j > DENSE_UP_TO else "dense"
+    if (impl == "tiled" and not can_tile) or (impl == "gather" and not can_gather):
+        want = "as many queries as keys and no dropout" if impl == "tiled" else "one query"
+        raise ValueError(
+            f"{impl=} needs {want}, a pattern with tiles, equal head counts and no bias, got q of shape "
+            f"{tuple(q.shape)}, k of shape {tuple(k.shape)}, {dropout=}"
+        )
+    if impl == "tiled":
+        return pattern.tiled(q, k, v, mask)
+    if impl == "gather":
+        return gather_attention(pattern, q, k, v, mask, dropout)
+    allowed = _allowed(pattern, q, k, mask)
+    if impl == "reference":
+        from attention_zoo.ops.sparse import reference
+
+        return reference.pattern_attention(q, k, v, allowed, bias, dropout)
+    # `allowed` is causal already; with a bias the flag lets query tiles skip the keys after them
+    causal = bias is not None and pattern.is_causal
+    return softmax_attention(q, k, v, mask=allowed, causal=causal, bias=bias, dropout=dropout)
+
+
+def pattern_weights(
+    pattern: Pattern,
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | DistanceBias | None = None,
+) -> Tensor:
+    """The weights (b, h, i, j) by which `pattern_attention` multiplies the values, by the reference."""
+    from attention_zoo.ops.sparse import reference
+
+    _check(pattern, q, k, k, mask, bias)
+    return reference.pattern_weights(q, k, _allowed(pattern, q, k, mask), bias)
+
+
+def conv_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: TextImageLayout,
+    kernel_size: int = 5,
+    dilation: int = 1,
+    window: str = "quadrant",
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(e^-0.5 q k^T) v under `conv_mask`.
+
+    Tiled: the windows of a strip of image rows lie in the keys from the first row of its windows to its last row, which
+    are one tile; the text is another. Time O(n (text + kernel_size dilation width)), memory O(n).
+
+    Args:
+        q: (b, h, i, e), the last i of the j tokens.
+        k, v: (b, h, j, e), a prefix of the layout.
+        layout, kernel_size, dilation, window: see `conv_mask`.
+        mask, dropout, impl: see `pattern_attention`.
+
+    Returns:
+        (b, h, i, e). A query without an allowed key gets exactly 0, with zero gradient.
+
+    Raises:
+        TypeError, ValueError: see `conv_mask` and `pattern_attention`.
+    """
+    pattern = ConvPattern(layout, kernel_size, dilation, window)
+    return pattern_attention(pattern, q, k, v, mask=mask, dropout=dropout, impl=impl)
+
+
+def axial_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: TextImageLayout,
+    axis: str = "row",
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(e^-0.5 q k^T) v under `axial_mask`.
+
+    Tiled: one tile per row or column, and one for the text. Time O(n (text + width)) for rows, O(n (text + height)) for
+    columns, memory O(n).
+
+    Args:
+        q: (b, h, i, e), the last i of the j tokens.
+        k, v: (b, h, j, e), a prefix of the layout.
+        layout, axis: see `axial_mask`.
+        mask, dropout, impl: see `pattern_attention`.
+
+    Returns:
+        (b, h, i, e). A query without an allowed key gets exactly 0, with zero gradient.
+
+    Raises:
+        TypeError, ValueError: see `axial_mask` and `pattern_attention`.
+    """
+    return pattern_attention(AxialPattern(layout, axis), q, k, v, mask=mask, dropout=dropout, impl=impl)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    blocks: Tensor,
+    block_size: int,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(e^-0.5 q k^T) v under `block_sparse_mask`.
+
+    Tiled: the blocks to which all rows attend are one tile; per block of queries, the run of blocks up to its own is
+    another, and its other blocks, gathered side by side, a third. Time in proportion to the number of allowed blocks,
+    memory O(n).
+
+    Args:
+        q: (b, h, i, e), the last i of the j tokens.
+        k, v: (b, h, j, e).
+        blocks, block_size, causal: see `block_sparse_mask`.
+        mask, dropout, impl: see `pattern_attention`.
+
+    Returns:
+        (b, h, i, e). A query without an allowed key gets exactly 0, with zero gradient.
+
+    Raises:
+        TypeError, ValueError: see `BlockSparsePattern` and `pattern_attention`.
+    """
+    pattern = BlockSparsePattern(blocks, block_size, causal, len(blocks) * block_size)
+    return pattern_attention(pattern, q, k, v, mask=mask, dropout=dropout, impl=impl)
+
+
+def _allowed(pattern: Pattern, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """The pattern and the padding mask, (1, 1, i, j) or (b, 1, i, j)."""
+    allowed = pattern.mask(k.shape[2] - q.shape[2], k.shape[2], q.device)[None, None]
+    return allowed if mask is None else allowed & key_mask(mask)
+
+
+def _check(
+    pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | DistanceBias | None
+) -> None:
+    check_heads(q, k, v)
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"q must be the last of the tokens of k, got {q.shape[2]} queries and {k.shape[2]} keys")
+    pattern.check(k.shape[2], name="k")
+    check_padding(mask, k.transpose(1, 2))
+    check_bias(bias, q, k)

@@ -1,4 +1,4 @@
-"""Axial attention: every token sees the text before it, and an image token what precedes it in its row or column.
+"""Axial pattern: image tokens attend to the text and to the tokens up to them in their row or column.
 
 Papers: Axial Attention, https://arxiv.org/abs/1912.12180; DALL-E, https://arxiv.org/abs/2102.12092
 """
@@ -11,27 +11,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.sparse.image_layout import TextImageLayout, axial_mask, check_axis
-from attention_zoo.ops.sparse.pattern import pattern_attention
-from attention_zoo.ops.sparse.text_tiles import text_tiles
-from attention_zoo.ops.sparse.tiles import Tile, define_tiled_op
+from attention_zoo._checks import check_choice
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.ops.sparse.pattern import Pattern
+from attention_zoo.ops.sparse.tiles import MIN_ROWS, Tile, text_tiles, tiled_operator
 
-STRIP = 32  # queries that a tile of whole rows should have at least
+AXES = ("row", "column")
+
+
+def axial_mask(
+    layout: TextImageLayout,
+    *,
+    axis: str = "row",
+    start: int = 0,
+    stop: int | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Mask of axial attention: all earlier text, and in the image the tokens up to the query in its row or column.
+
+    Axis "row" and axis "column" (x the query, o the other keys it attends to):
+
+        . . . . .        . . o . .
+        . . . . .        . . o . .
+        o o x . .        . . x . .
+
+    Args:
+        layout: geometry of the sequence.
+        axis: "row" or "column".
+        start, stop, device: see `conv_mask`.
+
+    Returns:
+        (stop - start, stop) bool, True where the query (row) attends to the key (column).
+
+    Raises:
+        ValueError: `axis` is neither "row" nor "column", or `stop` exceeds the layout.
+    """
+    check_choice("axis", axis, AXES)
+    down, right = layout.offsets(start, stop, device)
+    return layout.add_text(down == 0 if axis == "row" else right == 0)
 
 
 @dataclass(frozen=True)
-class AxialPattern:
-    """What `axial_mask` draws, and the ways to compute it.
+class AxialPattern(Pattern):
+    """The pattern of `axial_mask`.
 
     Args:
         layout, axis: see `axial_mask`.
     """
 
+    has_tiles = True
+
     layout: TextImageLayout
     axis: str = "row"
 
     def __post_init__(self) -> None:
-        check_axis(self.axis)
+        check_choice("axis", self.axis, AXES)
 
     def check(self, tokens: int, *, name: str) -> None:
         self.layout.check(tokens, name=name)
@@ -49,56 +83,26 @@ class AxialPattern:
 
     def tiled(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         layout = self.layout
-        numbers = [layout.text_len, layout.height, layout.width, int(self.axis == "row")]
-        return _axial_op(q, k, v, mask, None, numbers)[0]
-
-
-def axial_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    layout: TextImageLayout,
-    axis: str = "row",
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    impl: str = "auto",
-) -> Tensor:
-    """softmax(e^-0.5 q k^T) v under `axial_mask`.
-
-    One tile for the text, and one per row or column, a column being a run of keys with stride `width`. Time O(n (text +
-    width)) for rows, O(n (text + height)) for columns, memory O(n).
-
-    Args:
-        q: (b, h, i, e), the last i of the j tokens.
-        k, v: (b, h, j, e), a prefix of the layout.
-        layout, axis: see `axial_mask`.
-        mask, dropout, impl: see `pattern_attention`.
-
-    Returns:
-        (b, h, i, e). A query that sees no key gets exactly 0, and gives zero gradient.
-
-    Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
-    """
-    return pattern_attention(AxialPattern(layout, axis), q, k, v, mask=mask, dropout=dropout, impl=impl)
+        return _tiled_axial(
+            q, k, v, mask, None, [layout.text_len, layout.height, layout.width, int(self.axis == "row")]
+        )
 
 
 def axial_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, device: torch.device) -> list[Tile]:
-    """Text, and rows (narrow ones several at a time) or columns."""
+    """Tiles of the text and of rows (several narrow ones at a time) or columns, which are slices with step `width`."""
     text, height, width, rows = numbers
-    tall = max(1, STRIP // width)
+    tall = max(1, MIN_ROWS // width)
     strip = TextImageLayout(0, tall if rows else height, width if rows else 1)
-    seen = axial_mask(strip, axis="row" if rows else "column", device=device)
-    tiles = text_tiles(n, text, device)
+    allowed = axial_mask(strip, axis="row" if rows else "column", device=device)
     if rows:
         places = [slice(first, min(first + tall * width, n)) for first in range(text, n, tall * width)]
     else:
         places = [slice(first, n, width) for first in range(text, min(text + width, n))]
+    tiles = text_tiles(n, text, device)
     for place in places:
         count = len(range(*place.indices(n)))
-        tiles.append(Tile(place, place, seen[:count, :count], more=text > 0))
+        tiles.append(Tile(place, place, allowed[:count, :count], merge=text > 0))
     return tiles
 
 
-_axial_op = define_tiled_op("axial_attention", axial_tiles)
+_tiled_axial = tiled_operator("axial_attention", axial_tiles)

@@ -1,4 +1,4 @@
-"""Block-sparse attention: blocks of tokens see their own neighbourhood, the first blocks, and a few random ones.
+"""Block-sparse pattern: blocks of tokens attend to their neighbourhood, the first blocks, and a few random blocks.
 
 Papers: Sparse Transformer, https://arxiv.org/abs/1904.10509; Big Bird, https://arxiv.org/abs/2007.14062
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.sparse.image_layout import check_size
-from attention_zoo.ops.sparse.pattern import pattern_attention
-from attention_zoo.ops.sparse.tiles import Tile, define_tiled_op
+from attention_zoo._checks import check_at_least, check_positive
+from attention_zoo.ops.sparse.pattern import Pattern, check_table
+from attention_zoo.ops.sparse.tiles import Tile, tiled_operator
 
 
 def choose_blocks(
@@ -25,7 +25,9 @@ def choose_blocks(
     causal: bool = False,
     seed: int = 0,
 ) -> Tensor:
-    """Which blocks see which, causal, with groups of 2, one global and one random block a row (g, l, r; . is unseen):
+    """Choose which blocks attend to which.
+
+    Causal, with groups of 2, one global and one random block a row (g global, l local, r random, . masked):
 
         l
         l l
@@ -34,28 +36,27 @@ def choose_blocks(
         g . . r l
 
     Args:
-        count: blocks of the sequence.
-        local_blocks: neighbouring blocks that form a group, whose members see each other.
-        global_blocks: first blocks, which all see.
-        random_blocks: columns drawn for every row from all columns; causal, those after the row are lost.
-        causal: hide later blocks.
-        seed: of the draw.
+        count: number of blocks m of the sequence.
+        local_blocks: number of neighbouring blocks that form a group, whose members attend to each other.
+        global_blocks: number of first blocks, to which all blocks attend.
+        random_blocks: number of blocks drawn for every row from all columns; causal masking drops those after the row.
+        causal: causal masking of the blocks.
+        seed: seed of the random blocks.
 
     Returns:
-        (count, count) bool on the CPU.
+        (m, m) bool on the CPU, True where the block of queries (row) attends to the block of keys (column).
 
     Raises:
-        TypeError, ValueError: a number below its smallest.
+        TypeError: a number is not an int.
+        ValueError: `local_blocks` is below 1, or `global_blocks` or `random_blocks` below 0.
     """
-    check_size("local_blocks", local_blocks, 1)
-    check_size("global_blocks", global_blocks, 0)
-    check_size("random_blocks", random_blocks, 0)
+    check_positive(local_blocks=local_blocks)
+    check_at_least(0, global_blocks=global_blocks, random_blocks=random_blocks)
     row = torch.arange(count, device="cpu")
     blocks = row[:, None] // local_blocks == row // local_blocks
     blocks[:, :global_blocks] = True
     drawn = torch.rand(count, count, generator=torch.Generator().manual_seed(seed), device="cpu")
-    picked = drawn.topk(min(random_blocks, count), dim=-1).indices
-    blocks.scatter_(1, picked, True)
+    blocks.scatter_(1, drawn.topk(min(random_blocks, count), dim=-1).indices, True)
     return blocks.tril() if causal else blocks
 
 
@@ -67,42 +68,56 @@ def block_sparse_mask(
     start: int = 0,
     stop: int | None = None,
 ) -> Tensor:
-    """The pairs of tokens that a pattern of blocks makes visible.
+    """Mask of block-sparse attention.
 
     Args:
-        blocks: (m, m) bool, which block (row) sees which (column).
+        blocks: (m, m) bool, True where the block of queries (row) attends to the block of keys (column).
         block_size: tokens of a block.
-        causal: hide the tokens after a query, inside its own block too.
-        start, stop: the queries; stop is the number of keys as well. None: m * block_size.
+        causal: causal masking of the tokens, also within a block.
+        start, stop: range of the queries; stop is also the number of keys. None: m * block_size.
 
     Returns:
-        (stop - start, stop) bool on the device of `blocks`.
+        (stop - start, stop) bool on the device of `blocks`, True where the query (row) attends to the key (column).
 
     Raises:
-        ValueError: stop exceeds the blocks.
+        ValueError: `stop` exceeds m * block_size.
     """
     stop = len(blocks) * block_size if stop is None else stop
     if stop > len(blocks) * block_size:
         raise ValueError(f"stop must be at most {len(blocks)} blocks of {block_size} tokens, got {stop=}")
     index = torch.arange(stop, device=blocks.device)
     block = index // block_size
-    seen = blocks[block[start:, None], block]
-    return seen & (index <= index[start:, None]) if causal else seen
+    allowed = blocks[block[start:, None], block]
+    return allowed & (index <= index[start:, None]) if causal else allowed
 
 
 @dataclass(frozen=True)
-class BlockSparsePattern:
-    """What `block_sparse_mask` makes visible, and the ways to compute it.
+class BlockSparsePattern(Pattern):
+    """The pattern of `block_sparse_mask`.
 
     Args:
         blocks, block_size, causal: see `block_sparse_mask`.
-        length: tokens of the longest sequence.
+        length: number of tokens of the longest sequence.
+
+    Raises:
+        TypeError: `blocks` is not a boolean tensor, or `block_size` not an int.
+        ValueError: `blocks` is not square, or `block_size` is below 1.
     """
+
+    has_tiles = True
 
     blocks: Tensor
     block_size: int
     causal: bool
     length: int
+
+    def __post_init__(self) -> None:
+        check_positive(block_size=self.block_size)
+        check_table("blocks", self.blocks)
+
+    @property
+    def is_causal(self) -> bool:
+        return self.causal
 
     def check(self, tokens: int, *, name: str) -> None:
         if tokens > self.length:
@@ -115,9 +130,8 @@ class BlockSparsePattern:
 
     def keys(self, position: int) -> list[slice | list[int]]:
         size = self.block_size
-        seen = self.blocks[position // size].nonzero()[:, 0].tolist()
         runs: list[tuple[int, int]] = []
-        for block in seen:
+        for block in self.blocks[position // size].nonzero()[:, 0].tolist():
             first, last = block * size, min((block + 1) * size, position + 1)
             if runs and runs[-1][1] == first:
                 first = runs.pop()[0]
@@ -126,91 +140,52 @@ class BlockSparsePattern:
         return [slice(*run) for run in runs]
 
     def tiled(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return _block_sparse_op(q, k, v, mask, self.blocks, [self.block_size, int(self.causal)])[0]
-
-
-def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    blocks: Tensor,
-    block_size: int,
-    causal: bool = False,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    impl: str = "auto",
-) -> Tensor:
-    """softmax(e^-0.5 q k^T) v under `block_sparse_mask`.
-
-    What all rows see is one tile; per block of queries, the run of blocks up to its own is another, and the other
-    blocks are gathered side by side. Time in proportion to the
-    visible blocks, memory O(n).
-
-    Args:
-        q: (b, h, i, e), the last i of the j tokens.
-        k, v: (b, h, j, e).
-        blocks, block_size, causal: see `block_sparse_mask`.
-        mask, dropout, impl: see `pattern_attention`.
-
-    Returns:
-        (b, h, i, e). A query that sees no key gets exactly 0, and gives zero gradient.
-
-    Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
-    """
-    check_size("block_size", block_size, 1)
-    if blocks.dtype != torch.bool:
-        raise TypeError(f"blocks must be a boolean tensor, got dtype {blocks.dtype}")
-    if blocks.ndim != 2 or blocks.shape[0] != blocks.shape[1]:
-        raise ValueError(f"blocks must be square, (m, m), got shape {tuple(blocks.shape)}")
-    pattern = BlockSparsePattern(blocks, block_size, causal, len(blocks) * block_size)
-    return pattern_attention(pattern, q, k, v, mask=mask, dropout=dropout, impl=impl)
+        return _tiled_block_sparse(q, k, v, mask, self.blocks, [self.block_size, int(self.causal)])
 
 
 def block_sparse_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, device: torch.device) -> list[Tile]:
-    """One tile for what all rows see; per row of blocks a run up to its own, and the rest gathered."""
+    """A tile of the blocks that all rows attend to; per row of blocks, the run up to its own, and the rest gathered."""
     if extra is None:
-        raise ValueError("blocks must be given, got None")
+        raise ValueError("extra must hold the blocks, got None")
     size, causal = numbers
     count = -(-n // size)
     rows = extra[:count, :count].tolist()
-    common = _common(rows)
+    common = _common_blocks(rows)
     tiles = []
     if 0 < common < count:
         tiles.append(Tile(slice(common * size, n), slice(0, common * size)))
     for row, columns in enumerate(rows):
         queries = slice(row * size, min((row + 1) * size, n))
         skipped = common if row >= common else 0
-        more = skipped > 0
-        own = row  # the first block of the run that ends with the row's own
-        while own > skipped and columns[own - 1]:
-            own -= 1
+        merge = skipped > 0
+        first = row  # of the run of blocks that ends with the row's own
+        while first > skipped and columns[first - 1]:
+            first -= 1
         if columns[row]:
-            keys = slice(own * size, queries.stop)
+            keys = slice(first * size, queries.stop)
             index = torch.arange(n, device=device)
-            seen = index[keys] <= index[queries, None] if causal else None
-            tiles.append(Tile(queries, keys, seen, more))
-            more = True
-        rest = [c for c in range(skipped, row if causal else count) if columns[c] and not own <= c <= row]
-        if rest or not more:
-            tiles.append(Tile(queries, _places(rest, size, n, device), None, more))
+            allowed = index[keys] <= index[queries, None] if causal else None
+            tiles.append(Tile(queries, keys, allowed, merge))
+            merge = True
+        rest = [c for c in range(skipped, row if causal else count) if columns[c] and not first <= c <= row]
+        if rest or not merge:
+            tiles.append(Tile(queries, _tokens_of(rest, size, n, device), None, merge))
     return tiles
 
 
-def _common(rows: list[list[bool]]) -> int:
-    """How many first blocks are seen by all rows from their own on."""
+def _common_blocks(rows: list[list[bool]]) -> int:
+    """The number of first blocks to which all rows from their own on attend."""
     for column in range(len(rows)):
         if not all(columns[column] for columns in rows[column:]):
             return column
     return len(rows)
 
 
-def _places(blocks: list[int], size: int, n: int, device: torch.device) -> Tensor:
-    """The tokens of some blocks."""
+def _tokens_of(blocks: list[int], size: int, n: int, device: torch.device) -> Tensor:
+    """The indices of the tokens of some blocks."""
     within = torch.arange(size, device=device)
-    places = (torch.tensor(blocks, dtype=torch.int64, device=device)[:, None] * size + within).flatten()
-    return places[places < n]
+    tokens = (torch.tensor(blocks, dtype=torch.int64, device=device)[:, None] * size + within).flatten()
+    return tokens[tokens < n]
 
 
-_block_sparse_op = define_tiled_op("block_sparse_attention", block_sparse_tiles)
+_tiled_block_sparse = tiled_operator("block_sparse_attention", block_sparse_tiles)

@@ -1,4 +1,4 @@
-"""Convolution-like attention: every token sees the text before it, and an image token a window of the image.
+"""Convolution-like pattern: image tokens attend to the text and to a window of the image that ends at them.
 
 Paper: DALL-E, https://arxiv.org/abs/2102.12092
 """
@@ -11,21 +11,67 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.sparse.image_layout import TextImageLayout, check_kernel, conv_mask, reach
-from attention_zoo.ops.sparse.pattern import pattern_attention
-from attention_zoo.ops.sparse.text_tiles import text_tiles
-from attention_zoo.ops.sparse.tiles import Tile, define_tiled_op
+from attention_zoo._checks import check_choice, check_positive
+from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.ops.sparse.pattern import Pattern
+from attention_zoo.ops.sparse.tiles import MIN_ROWS, Tile, text_tiles, tiled_operator
 
-STRIP = 32  # queries that a strip of rows should have at least
+WINDOWS = ("quadrant", "causal")
+
+
+def conv_mask(
+    layout: TextImageLayout,
+    *,
+    kernel_size: int = 5,
+    dilation: int = 1,
+    window: str = "quadrant",
+    start: int = 0,
+    stop: int | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Mask of convolution-like attention: all earlier text, and in the image a window that ends at the query.
+
+    The windows "quadrant" and "causal" for kernel_size=3 (x the query, o the other keys it attends to):
+
+        o o o . .        . o o o .
+        o o o . .        . o x . .
+        o o x . .        . . . . .
+
+    Args:
+        layout: geometry of the sequence.
+        kernel_size: odd. "quadrant" is kernel_size wide and high; "causal" is the kernel centred on the query, without
+            the keys after it.
+        dilation: distance between neighbouring rows and columns of the window.
+        window: "quadrant" or "causal".
+        start, stop: range of the queries; stop is also the number of keys. None: the whole sequence.
+        device: device of the mask.
+
+    Returns:
+        (stop - start, stop) bool, True where the query (row) attends to the key (column).
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: `kernel_size` is even, a size is below 1, `window` is unknown, or `stop` exceeds the layout.
+    """
+    _check_window(kernel_size, dilation, window)
+    down, right = layout.offsets(start, stop, device)
+    side = (kernel_size - 1) * dilation
+    if window == "quadrant":
+        near = (down >= 0) & (down <= side) & (right >= 0) & (right <= side)
+    else:
+        near = (down.abs() <= side // 2) & (right.abs() <= side // 2)
+    return layout.add_text(near & (down % dilation == 0) & (right % dilation == 0))
 
 
 @dataclass(frozen=True)
-class ConvPattern:
-    """What `conv_mask` draws, and the ways to compute it.
+class ConvPattern(Pattern):
+    """The pattern of `conv_mask`.
 
     Args:
         layout, kernel_size, dilation, window: see `conv_mask`.
     """
+
+    has_tiles = True
 
     layout: TextImageLayout
     kernel_size: int = 5
@@ -33,7 +79,7 @@ class ConvPattern:
     window: str = "quadrant"
 
     def __post_init__(self) -> None:
-        check_kernel(self.kernel_size, self.dilation, self.window)
+        _check_window(self.kernel_size, self.dilation, self.window)
 
     def check(self, tokens: int, *, name: str) -> None:
         self.layout.check(tokens, name=name)
@@ -56,7 +102,7 @@ class ConvPattern:
         row, column = divmod(position - text, width)
         side = (self.kernel_size - 1) * self.dilation
         left, right = (side, 0) if self.window == "quadrant" else (side // 2, side // 2)
-        above = reach(self.kernel_size, self.dilation, self.window)
+        above = _rows_above(self.kernel_size, self.dilation, self.window)
         near = [
             text + r * width + c
             for r in range(row - above, row + 1, self.dilation)
@@ -66,64 +112,40 @@ class ConvPattern:
         return [slice(0, text), near]
 
     def tiled(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        layout = self.layout
-        numbers = [layout.text_len, layout.height, layout.width]
-        numbers += [self.kernel_size, self.dilation, int(self.window == "quadrant")]
-        return _conv_op(q, k, v, mask, None, numbers)[0]
-
-
-def conv_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    layout: TextImageLayout,
-    kernel_size: int = 5,
-    dilation: int = 1,
-    window: str = "quadrant",
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    impl: str = "auto",
-) -> Tensor:
-    """softmax(e^-0.5 q k^T) v under `conv_mask`.
-
-    The window of a strip of rows lies in the run of keys from the first row that it reaches to its own last: one tile
-    per strip beside one for the text. Time O(n (text + kernel_size dilation width)), memory O(n).
-
-    Args:
-        q: (b, h, i, e), the last i of the j tokens.
-        k, v: (b, h, j, e), a prefix of the layout.
-        layout, kernel_size, dilation, window: see `conv_mask`.
-        mask, dropout, impl: see `pattern_attention`.
-
-    Returns:
-        (b, h, i, e). A query that sees no key gets exactly 0, and gives zero gradient.
-
-    Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
-    """
-    pattern = ConvPattern(layout, kernel_size, dilation, window)
-    return pattern_attention(pattern, q, k, v, mask=mask, dropout=dropout, impl=impl)
+        numbers = [self.layout.text_len, self.layout.width, self.kernel_size, self.dilation]
+        return _tiled_conv(q, k, v, mask, None, [*numbers, int(self.window == "quadrant")])
 
 
 def conv_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, device: torch.device) -> list[Tile]:
-    """Text, and strips of rows; each strip's keys begin with the first row that its window reaches."""
-    text, _, width, kernel_size, dilation, quadrant = numbers
+    """Tiles of the text and of strips of image rows. The keys of a strip start at the first row of its windows."""
+    text, width, kernel_size, dilation, quadrant = numbers
     window = "quadrant" if quadrant else "causal"
-    above = reach(kernel_size, dilation, window)
-    tall = max(1, STRIP // width)
-    strip = TextImageLayout(0, above + tall, width)  # a strip below all the rows that it reaches
-    seen = conv_mask(
+    above = _rows_above(kernel_size, dilation, window)
+    tall = max(1, MIN_ROWS // width)
+    strip = TextImageLayout(0, above + tall, width)  # a strip that has all rows of its windows above it
+    allowed = conv_mask(
         strip, kernel_size=kernel_size, dilation=dilation, window=window, start=above * width, device=device
     )
     tiles = text_tiles(n, text, device)
     for first in range(text, n, tall * width):
         stop = min(first + tall * width, n)
         begin = max(text, first - above * width)
-        missing = above * width - (first - begin)  # keys above the image's first row
-        cut = seen[: stop - first, missing : missing + stop - begin]
-        tiles.append(Tile(slice(first, stop), slice(begin, stop), cut, more=text > 0))
+        missing = above * width - (first - begin)  # keys that would lie above the image
+        part = allowed[: stop - first, missing : missing + stop - begin]
+        tiles.append(Tile(slice(first, stop), slice(begin, stop), part, merge=text > 0))
     return tiles
 
 
-_conv_op = define_tiled_op("conv_attention", conv_tiles)
+def _rows_above(kernel_size: int, dilation: int, window: str) -> int:
+    """Number of rows from the first row of the window to the query's."""
+    return (kernel_size - 1) * dilation // (1 if window == "quadrant" else 2)
+
+
+def _check_window(kernel_size: int, dilation: int, window: str) -> None:
+    check_positive(kernel_size=kernel_size, dilation=dilation)
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {kernel_size=}")
+    check_choice("window", window, WINDOWS)
+
+
+_tiled_conv = tiled_operator("conv_attention", conv_tiles)

@@ -1,37 +1,50 @@
-"""Talking heads: the maps of all heads are mixed before the softmax and after it.
+"""Talking heads: the maps of all heads are mixed before and after the softmax.
 
-Paper: Talking-Heads Attention, https://arxiv.org/abs/2003.02436; over streams: https://arxiv.org/abs/2107.10342
+Papers: Talking-Heads Attention, https://arxiv.org/abs/2003.02436; over the heads of several streams: Multi-Stream
+    Transformers, https://arxiv.org/abs/2107.10342
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from attention_zoo._checks import check_fraction
 from attention_zoo.ops.implementation import choose
-from attention_zoo.ops.masks import check_mask, visible
-from attention_zoo.ops.precision import at_least_float32, no_autocast
-from attention_zoo.ops.softmax import check_heads, masked_softmax
-from attention_zoo.ops.talking_heads.head_mixing import HeadMix, HeadMLP, check_mix, mix_heads, parts_of
-from attention_zoo.ops.talking_heads.tiled import kept_weights, talking_heads_by_blocks
+from attention_zoo.ops.masks import check_mask
+from attention_zoo.ops.softmax import check_heads
+from attention_zoo.ops.talking_heads.diversity import DiversityInputs, tiled_diversity
+from attention_zoo.ops.talking_heads.tiled import TalkingHeadsInputs, tiled_talking_heads
+from attention_zoo.ops.tiling import dropout_seed
 
-__all__ = ["HeadMLP", "HeadMix", "mix_heads", "talking_heads_attention", "talking_heads_weights"]
+__all__ = [
+    "HeadMLP",
+    "HeadMix",
+    "mix_heads",
+    "stream_diversity_loss",
+    "talking_heads_attention",
+    "talking_heads_weights",
+]
 
 
-def talking_heads_weights(
-    q: Tensor,
-    k: Tensor,
-    pre_softmax: HeadMix,
-    *,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """The softmax of the scores after the mix before it, (b, C, i, j), in float32 at least."""
-    with no_autocast(q):
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        scores = mix_heads((at_least_float32(q) * scale) @ at_least_float32(k).transpose(-1, -2), pre_softmax)
-        return masked_softmax(scores, visible(*scores.shape[-2:], mask=mask, causal=causal, device=q.device))
+class HeadMLP(NamedTuple):
+    """A non-linear mix of head maps, at every pair of query and key: x + w2 gelu(w1 (x / rms(x) * norm)), x in R^h.
+
+    Attributes:
+        norm: (h,), weight of the RMS norm over the heads, rms(x) = sqrt(mean(x^2) + 1e-5).
+        w1: (2 h, h).
+        w2: (h, 2 h).
+    """
+
+    norm: Tensor
+    w1: Tensor
+    w2: Tensor
+
+
+# A mix of head maps: a matrix (h, h), with out_o = sum_h mix[o, h] map_h; a `HeadMLP`; or None for no mix.
+HeadMix = Tensor | HeadMLP | None
 
 
 def talking_heads_attention(
@@ -47,61 +60,141 @@ def talking_heads_attention(
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """post_softmax(softmax(pre_softmax(scale * q k^T))) v, where `pre_softmax` and `post_softmax` mix the maps of all heads.
+    """post_softmax(softmax(pre_softmax(scale * q k^T))) v, where the mixes combine the maps of all heads.
+
+    Time O(n^2 (h e + h^2)), memory O(n).
 
     Args:
-        q: (b, C, i, e); C counts all heads that talk: those of one stream, or of all streams of a row.
-        k, v: (b, C, j, e).
-        pre_softmax, post_softmax: a mix (C, C), with out_o = sum_c mix[o, c] map_c; a `HeadMLP`; or None.
-        causal: hide the keys after a query; the last query stands at the last key.
-        mask: padding (b, j), or anything boolean that broadcasts to (b, C, i, j); True = visible.
-        scale: e^-0.5 where None.
-        dropout: probability with which a weight is dropped, between the softmax and the mix after it.
-        impl: "auto", "reference" (all maps at once, twice differentiable) or "tiled" (blocks of queries, computed
-            again in backward: no tensor of size C n^2 is held).
+        q: (b, h, i, e). h counts all heads that are mixed: those of one stream, or of all streams of a batch row.
+        k: (b, h, j, e).
+        v: (b, h, j, e_v).
+        pre_softmax, post_softmax: mixes before and after the softmax: a matrix (h, h), with
+            out_o = sum_h mix[o, h] map_h; a `HeadMLP`; or None.
+        causal: causal masking, the last query aligned with the last key.
+        mask: key padding mask (b, j), or any boolean tensor that broadcasts to (b, h, i, j); True = visible.
+        scale: factor of the scores. None: e^-0.5.
+        dropout: dropout probability of the weights, before `post_softmax`. Pass 0 outside training.
+        impl: "auto", "reference" (all maps at once, twice differentiable) or "tiled" (query tiles, recomputed in
+            backward).
 
     Returns:
-        (b, C, i, e) in the dtype of v. A query that sees no key gets exactly 0.
+        (b, h, i, e_v) in the dtype of v. A query without a visible key gets exactly 0.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes do not fit; the message names the argument.
+        TypeError: a tensor has the wrong dtype, or a mix is not a `HeadMix`.
+        ValueError: a shape does not fit, `dropout` is outside [0, 1), or `impl` is unknown.
     """
     impl = choose(impl, ("tiled",))
     check_heads(q, k, v)
     check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout=}")
-    check_mix("pre_softmax", pre_softmax, q.shape[1])
-    check_mix("post_softmax", post_softmax, q.shape[1])
+    check_fraction(dropout=dropout)
     if k.shape[1] != q.shape[1]:
-        raise ValueError(f"k must have the heads of q, for every head talks, got {k.shape[1]} and {q.shape[1]}")
+        raise ValueError(f"k must have as many heads as q, got {k.shape[1]} and {q.shape[1]}")
+    pre = _check_mix("pre_softmax", pre_softmax, q.shape[1])
+    post = _check_mix("post_softmax", post_softmax, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "reference":
-        return _attend(q, k, v, pre_softmax, post_softmax, mask, causal, scale, dropout, None)
-    # The seed, not the dropped weights, is what backward needs to drop them again.
-    seed = torch.randint(2**62, (), device="cpu") if dropout else torch.zeros((), dtype=torch.int64)
-    with no_autocast(q):  # it reaches into the op, and backward, which computes the maps again, runs without it
-        out: Tensor = talking_heads_by_blocks(
-            q, k, v, parts_of(pre_softmax), parts_of(post_softmax), mask, causal, scale, dropout, seed
+        from attention_zoo.ops.talking_heads import reference
+
+        return reference.talking_heads_attention(
+            q, k, v, pre_softmax, post_softmax, mask=mask, causal=causal, scale=scale, dropout=dropout
         )
-    return out
+    inputs = TalkingHeadsInputs(q, k, v, pre, post, mask, causal, scale, dropout, dropout_seed(dropout))
+    return tiled_talking_heads(inputs)[0]
 
 
-def _attend(
+def talking_heads_weights(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     pre_softmax: HeadMix,
-    post_softmax: HeadMix,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout: float,
-    generator: torch.Generator | None,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """The reference: all maps of these queries at once."""
-    weights = talking_heads_weights(q, k, pre_softmax, mask=mask, causal=causal, scale=scale)
-    with no_autocast(q):
-        if dropout:
-            weights = weights * kept_weights(weights, dropout, generator)
-        return (mix_heads(weights, post_softmax) @ at_least_float32(v)).to(v.dtype)
+    """softmax(pre_softmax(scale * q k^T)), (b, h, i, j) in at least float32, by the reference.
+
+    Args:
+        q, k, pre_softmax, causal, mask, scale: see `talking_heads_attention`.
+    """
+    from attention_zoo.ops.talking_heads import reference
+
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.talking_heads_weights(q, k, pre_softmax, mask=mask, causal=causal, scale=scale)
+
+
+def mix_heads(maps: Tensor, mix: HeadMix) -> Tensor:
+    """Mix head maps (b, h, i, j), by the reference."""
+    from attention_zoo.ops.talking_heads import reference
+
+    return reference.mix_heads(maps, mix)
+
+
+def stream_diversity_loss(
+    q: Tensor,
+    k: Tensor,
+    pre_softmax: HeadMix,
+    *,
+    streams: int,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Minus the mean Jensen-Shannon divergence between the softmax maps of different streams.
+
+    -JSD(a, b) = (H(a) + H(b)) / 2 - H((a + b) / 2), H the entropy in nats, averaged over pairs of streams, pairs of a
+    head of either, valid queries and batch rows. The loss is lowest where the heads of different streams attend to
+    different keys. Time O(n^2 (h e + h^2)), memory O(n).
+
+    Args:
+        q, k: (b, s h, n, e), the heads of all streams.
+        pre_softmax: mix before the softmax, see `talking_heads_attention`.
+        streams: number of streams s.
+        causal, scale: see `talking_heads_attention`.
+        mask: (b, n) bool, True = a valid token; applies to keys, and to queries in the mean.
+        impl: "auto", "reference" (all maps at once, twice differentiable) or "tiled" (query tiles, recomputed in
+            backward).
+
+    Returns:
+        A scalar in [-ln 2, 0]; 0 for one stream.
+
+    Raises:
+        TypeError: a tensor has the wrong dtype, or the mix is not a `HeadMix`.
+        ValueError: `streams` does not divide the heads, a shape does not fit, or `impl` is unknown.
+    """
+    impl = choose(impl, ("tiled",))
+    b, heads, n, e = q.shape
+    if streams < 1 or heads % streams:
+        raise ValueError(f"streams must divide the heads of q, got {streams=} and {heads} heads")
+    check_mask(mask, b, heads, n, k.shape[2])
+    pre = _check_mix("pre_softmax", pre_softmax, heads)
+    if streams == 1:
+        return torch.zeros((), dtype=torch.float32, device=q.device)
+    scale = e**-0.5 if scale is None else scale
+    if impl == "reference":
+        from attention_zoo.ops.talking_heads import reference
+
+        return reference.stream_diversity_loss(
+            q, k, pre_softmax, streams=streams, mask=mask, causal=causal, scale=scale
+        )
+    (total,) = tiled_diversity(DiversityInputs(q, k, pre, mask, causal, scale, streams))
+    pairs = (heads // streams) ** 2 * streams * (streams - 1) / 2
+    queries = b * n if mask is None else mask.sum().clamp(min=1)
+    return -total / pairs / queries
+
+
+def _check_mix(name: str, mix: object, heads: int) -> list[Tensor]:
+    """Check a mix of `heads` maps, and return its tensors: none, one or three."""
+    if mix is None:
+        return []
+    if not isinstance(mix, (Tensor, HeadMLP)):
+        raise TypeError(f"{name} must be an (h, h) tensor, a HeadMLP or None, got {type(mix).__name__} {mix!r:.40}")
+    parts = [mix] if isinstance(mix, Tensor) else list(mix)
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError(f"{name} must be a HeadMLP of tensors, got {mix!r:.80}")
+    shapes = [tuple(part.shape) for part in parts]
+    want = [(heads, heads)] if isinstance(mix, Tensor) else [(heads,), (2 * heads, heads), (heads, 2 * heads)]
+    if shapes != want:
+        raise ValueError(f"{name} must mix the {heads} heads with shapes {want}, got {shapes}")
+    return parts

@@ -1,12 +1,11 @@
-"""Checkpoints of a training run: one file for one process, a folder of shards for many."""
+"""Checkpoints of training runs: a single file for one process, a directory of shards for several."""
 
 from attention_zoo.training.checkpoint.sharded import ShardedCheckpoint, read_sharded, save_sharded
-from attention_zoo.training.checkpoint.single_file import Checkpoint, StopRequest, read_checkpoint, save_checkpoint
+from attention_zoo.training.checkpoint.single_file import Checkpoint, read_checkpoint, save_checkpoint
 
 __all__ = [
     "Checkpoint",
     "ShardedCheckpoint",
-    "StopRequest",
     "read_checkpoint",
     "read_sharded",
     "save_checkpoint",

@@ -1,143 +1,78 @@
-"""A training run of many processes in one folder: each writes its shards, and any number of processes go on from it.
+"""Checkpoints of distributed training: a directory, to which every rank writes its shards.
 
-The tensors go through torch.distributed.checkpoint, what else a run needs into a small file beside them. The folder has
-two places, written in turn, and `last.json`, which names the one that is whole and is replaced only when all of it is.
+Tensors are written by torch.distributed.checkpoint to one of two subdirectories in turn. `run.pt` contains all other
+state and the name of the complete subdirectory; it is replaced atomically after the shards are written.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only
 
-from attention_zoo.training.checkpoint.optimizer_state import load_optimizer, name_groups, room_for_state, split_state
-from attention_zoo.training.checkpoint.parts import (
-    check_group_sizes,
-    check_parts,
-    check_run,
-    check_weights,
-    load_schedule,
-    pack,
-    random_states,
-    set_random_states,
-)
-from attention_zoo.training.checkpoint.shard_folder import (
-    find_damage,
-    finish_place,
-    make_place,
-    read_pointer,
-    read_rest,
-)
-from attention_zoo.training.checkpoint.shards import list_shards, read_shards, write_shards
+from attention_zoo.training.checkpoint.single_file import Checkpoint, read_contents, write_contents
+from attention_zoo.training.checkpoint.state import TrainingState, check_fit
 from attention_zoo.training.distributed import World
+from attention_zoo.training.random_state import random_state
 
-T = TypeVar("T")
+RUN = "run.pt"
+PLACES = ("shards_a", "shards_b")
+SHARD = re.compile(r"\.metadata(\.tmp)?|__\d+_\d+\.distcp")
 
 
-@dataclass(frozen=True)
-class ShardedCheckpoint:
-    """What `read_sharded` found.
+class ShardedCheckpoint(Checkpoint):
+    """A checkpoint read by `read_sharded`, for any number of processes. `restore` is collective.
+
+    A rank that the saved run did not have draws its dropout from a new seed. ValueError is also raised if the
+    checkpoint was overwritten since it was read.
 
     Attributes:
-        path: the folder.
-        step: steps that the run had taken.
-        extra: what the caller of `save_sharded` added.
-        place: the folder of the shards.
-        contents: the schedule, the generator and the random states.
-        pointer: what `last.json` said.
+        path: the directory.
+        step, extra: see `Checkpoint`.
+        contents: contents of `run.pt`, with tensors of the model and the optimizer on the meta device.
     """
 
-    path: Path
-    step: int
-    extra: dict[str, Any]
-    place: Path
-    contents: dict[str, Any]
-    pointer: dict[str, Any]
-
-    def restore(
-        self,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
-        schedule: LRScheduler | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Put a run back where it was; all processes together, as many as there are now.
-
-        A process that has no predecessor of its rank draws its dropout from a new seed; all else is as it was.
-
-        Args:
-            model, optimizer, schedule, generator: built just as for the run that was saved.
-
-        Raises:
-            ValueError: something does not fit what was saved, and the message names the field; or another checkpoint
-                was saved there since this one was read. The model and the optimizer are left as they are then.
-        """
-        self._check_fresh()
-        check_parts(self.path, self.contents, self.contents["random"], optimizer, schedule, generator)
-        found = list_shards(self.place)
-        self._check_weights(model, found)
-        saved, groups = self.contents["optimizer"]["state"], name_groups(model, optimizer)
-        self._check_groups(saved, groups)
-        if schedule is not None:
-            load_schedule(self.path, schedule, self.contents["schedule"]["state"])
-        weights, state = model.state_dict(), room_for_state(model, _below("optimizer.", found))
-        read_shards(self.place, {"model": weights, "optimizer": state})
-        model.load_state_dict(weights)
-        for name, values in saved["values"].items():
-            state.setdefault(name, {}).update(values)
-        load_optimizer(optimizer, groups, state, saved["settings"])
-        if generator is not None:
-            generator.set_state(self.contents["generator"]["state"])
-        set_random_states(self.contents["random"], World.current().rank)
-
     def load_weights(self, model: nn.Module) -> None:
-        """Load the model alone, to convert it, say: a plain one then saves itself as ever. All processes together.
+        """Load only the weights of the model. Collective.
 
         Raises:
-            ValueError: another model was saved, and the message names the first tensor that does not fit; or another
-                checkpoint was saved there since this one was read.
+            ValueError: the weights do not fit the model, or the checkpoint was overwritten since it was read. The model
+                is unchanged then.
         """
-        self._check_fresh()
-        self._check_weights(model, list_shards(self.place))
-        weights = model.state_dict()
-        read_shards(self.place, {"model": weights})
-        model.load_state_dict(weights)
+        check_fit(self.path, {**self.contents, "model": model.state_dict()}, self.contents)
+        model.load_state_dict(self._to_load(model, "model")["model"])
 
-    def _check_fresh(self) -> None:
-        """What was read and what is there must be one checkpoint."""
-        if read_pointer(self.path) != self.pointer:
-            raise ValueError(
-                f"{self.path} must be read again: another checkpoint was saved there since step {self.step}"
-            )
+    def _to_load(self, model: nn.Module, *fields: str) -> dict[str, Any]:
+        from attention_zoo.training.checkpoint.shards import read_tensors
 
-    def _check_weights(self, model: nn.Module, found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        kinds = {name: f"{dtype} {shape}" for name, (dtype, shape) in _below("model.", found).items()}
-        check_weights(str(self.path), model, kinds)
+        if read_run(self.path)["files"] != self.contents["files"]:
+            raise ValueError(f"{self.path} must be read again: it was overwritten since step {self.step} was read")
+        weights, contents = model.state_dict(), dict(self.contents)
 
-    def _check_groups(self, saved: Mapping[str, Any], groups: list[list[str]]) -> None:
-        check_group_sizes(self.path, groups, saved["names"])
-        if len(saved["settings"]) != len(groups):
-            raise ValueError(f"{self.path}: field 'optimizer' must have settings of {len(groups)} groups")
-        names = list(itertools.chain(*groups))
-        for wanted, found in zip(names, itertools.chain(*saved["names"]), strict=True):
-            if wanted != found:
-                raise ValueError(f"{self.path}: field 'optimizer' must have {wanted!r} where it has {found!r}")
-        for name in saved["values"]:
-            if name not in names:
-                raise ValueError(f"{self.path}: field 'optimizer' has values for {name!r}, which it has not")
+        def allocate(meta: Tensor, like: Tensor) -> Tensor:
+            """An uninitialized tensor, sharded like the parameter if it has the shape of the parameter."""
+            same = meta.shape == like.shape
+            return torch.empty_like(like, dtype=meta.dtype) if same else torch.empty(meta.shape, dtype=meta.dtype)
 
-
-def _below(prefix: str, found: Mapping[str, T]) -> dict[str, T]:
-    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+        for field in fields or ("model", "optimizer"):
+            contents[field] = {
+                name: tree_map_only(Tensor, partial(allocate, like=weights[name]), values)
+                for name, values in self.contents[field].items()
+            }
+        read_tensors(self.path / contents["place"], tensors_by_name(contents))
+        return contents
 
 
 def save_sharded(
@@ -150,48 +85,90 @@ def save_sharded(
     generator: torch.Generator | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a training run to a folder, every process its shards; all processes together.
+    """Save a training run to a directory, each rank its shards. Collective.
 
-    What was saved last stays whole until this is, whenever a process may be killed or the disk be full.
+    If a process is killed or the disk is full, the previous checkpoint remains.
 
     Args:
-        path: the folder, which all processes see; made where it is missing.
-        model: the model itself, not what DDP wraps around it.
+        path: the directory, on a file system shared by all ranks; created if missing.
+        model: the model itself, not wrapped in `DistributedDataParallel`.
         optimizer, schedule, generator, step, extra: see `save_checkpoint`.
 
     Raises:
         TypeError: see `save_checkpoint`.
-        ValueError: there is something of somebody else's in the place where the shards go.
-        OSError: a process could not write; all raise.
+        ValueError: the optimizer is not that of the model.
+        OSError: a rank could not write; raised on all ranks.
     """
-    world = World.current()
-    folder = Path(path)
-    check_run(step, extra, optimizer, schedule)
-    tensors, values = split_state(model, optimizer)
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    state = {"names": name_groups(model, optimizer), "values": values, "settings": settings}
-    contents = pack(optimizer, state, schedule, generator, world.gather(random_states()), extra)
-    place: Path = world.once(lambda: make_place(folder))
-    write_shards(place, {"model": model.state_dict(), "optimizer": tensors})
-    world.once(lambda: finish_place(place, contents, step))
+    from attention_zoo.training.checkpoint.shards import write_tensors
+
+    world, folder = World.current(), Path(path)
+    contents = TrainingState(model, optimizer, schedule, generator).to_save(step, extra)
+    contents["random"] = world.gather(random_state())
+    tensors = tensors_by_name(contents)
+    meta = {field: contents[field] for field in ("model", "optimizer")}
+    contents |= tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), meta)
+    place: Path = world.once(lambda: _empty_place(folder))
+    write_tensors(place, tensors)
+
+    def finish() -> None:
+        files = {file.name: _digest(file) for file in place.iterdir() if SHARD.fullmatch(file.name)}
+        write_contents(folder / RUN, {**contents, "place": place.name, "files": files})
+
+    world.once(finish)
 
 
 def read_sharded(path: str | os.PathLike[str]) -> ShardedCheckpoint:
-    """Read what `save_sharded` wrote, in any number of processes. Nothing in the files is executed.
+    """Read a checkpoint of `save_sharded` on any number of processes. Collective. No code in the files is executed.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a file is damaged or missing, or the folder is something else.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: a file is missing, damaged or not of a checkpoint.
     """
-    folder = Path(path)
-    pointer = read_pointer(folder)
-    place = folder / pointer["place"]
-    world = World.current()
-    # Each process reads some of the files; what one finds, all must know.
-    mine = list(pointer["files"].items())[world.rank :: world.size]
-    complaints = world.gather([find_damage(place / name, digest) for name, digest in mine])
-    for complaint in itertools.chain(*complaints):
-        if complaint is not None:
-            raise ValueError(complaint)
-    contents = read_rest(place)
-    return ShardedCheckpoint(folder, pointer["step"], contents["extra"], place, contents, pointer)
+    folder, world = Path(path), World.current()
+    contents = read_run(folder)
+    own = list(contents["files"].items())[world.rank :: world.size]  # each rank verifies some of the files
+    damaged = [name for name, digest in own if _digest(folder / contents["place"] / name) != digest]
+    for name in chain(*world.gather(damaged)):
+        raise ValueError(f"{folder / contents['place'] / name} must be as it was written, but is missing or damaged")
+    return ShardedCheckpoint(folder, contents["step"], contents["extra"], contents)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Contents of `run.pt`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_contents`.
+    """
+    contents = read_contents(folder / RUN)
+    place, files = contents.get("place"), contents.get("files")
+    if place not in PLACES or not isinstance(files, dict) or not all(map(SHARD.fullmatch, files)):
+        raise ValueError(f"{folder / RUN}: fields 'place' and 'files' must name shards, got {place!r}, {files!r}")
+    return contents
+
+
+def tensors_by_name(contents: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of the model and the optimizer, not on the meta device, by their names in the shards."""
+    tensors = {f"model.{name}": value for name, value in contents["model"].items()}
+    for name, values in contents["optimizer"].items():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
+    return {name: value for name, value in tensors.items() if isinstance(value, Tensor) and not value.is_meta}
+
+
+def _empty_place(folder: Path) -> Path:
+    """The subdirectory that `run.pt` does not name, without the shards of an earlier checkpoint."""
+    current = None
+    with suppress(FileNotFoundError, ValueError):
+        current = read_run(folder)["place"]
+    place = folder / PLACES[current == PLACES[0]]
+    place.mkdir(parents=True, exist_ok=True)
+    for file in place.iterdir():
+        if SHARD.fullmatch(file.name):
+            file.unlink()
+    return place
+
+
+def _digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Cosine-sim attention in all its forms, against a formula that looks at one query at a time."""
+"""Cosine-sim attention: every implementation against a formula that computes one query at a time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 import attention_zoo
-from attention_zoo.ops import DistanceBias, cosine_sim_attention, l2_normalize, softmax
-from tests.formulas import attend_one_by_one, relative_error, unit_slices, what_is_seen
+from attention_zoo.ops import DistanceBias, cosine_sim_attention, l2_normalize, tiling
+from attention_zoo.ops.cosine_sim import fused_norm
+from attention_zoo.ops.softmax import distance_bias, sdpa, tiled
+from tests.formulas import allowed_pairs, attend_one_by_one, relative_error, unit_slices
+from tests.ops.fast_code import forbid
 
+FAST_CODE = (fused_norm, sdpa, tiled, distance_bias, tiling)
 PATHS = ("auto", "reference", "sdpa", "tiled")
 HALVES = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 3e-6, torch.float64: 1e-12}
@@ -32,9 +36,9 @@ def slowly(
 ) -> Tensor:
     """The definition, for (b, h, n, e) inputs in float64."""
     shape = (*q.shape[:3], k.shape[2])
-    seen = what_is_seen(shape, mask=mask, causal=causal)
+    allowed = allowed_pairs(shape, mask=mask, causal=causal)
     unit = [unit_slices(x, groups, 1e-12) for x in (q, k)]
-    return attend_one_by_one(*unit, v, seen, None if bias is None else bias.expand(shape), scale)
+    return attend_one_by_one(*unit, v, allowed, None if bias is None else bias.expand(shape), scale)
 
 
 def assert_same(got: Tensor, want: Tensor, inputs: list[Tensor], tolerance: float, message: object = None) -> None:
@@ -51,7 +55,7 @@ def assert_same(got: Tensor, want: Tensor, inputs: list[Tensor], tolerance: floa
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("groups", "scale", "kv_heads"), [(1, 8.0, 4), (2, 1.0, 2), (3, 10.0, 1)])
-def test_the_definition_holds_with_everything_combined(
+def test_every_path_equals_the_definition_with_all_options_combined(
     causal: bool, masked: bool, biased: bool, groups: int, scale: float, kv_heads: int
 ) -> None:
     inputs = leaves((2, 4, 5, 6), (2, kv_heads, 7, 6), (2, kv_heads, 7, 3), *([(4, 5, 7)] if biased else []))
@@ -68,7 +72,7 @@ def test_the_definition_holds_with_everything_combined(
 
 
 @pytest.mark.parametrize("path", ["auto", "reference"])
-def test_keys_and_values_without_heads_serve_all_heads(path: str) -> None:
+def test_keys_and_values_without_a_head_axis_are_shared_by_all_heads(path: str) -> None:
     inputs = leaves((2, 3, 5, 8), (2, 7, 8), (2, 7, 4))
     q, k, v = inputs
     mask = torch.rand(2, 7) < 0.6
@@ -78,7 +82,7 @@ def test_keys_and_values_without_heads_serve_all_heads(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["auto", "reference"])
 @pytest.mark.parametrize("bias_shape", [None, (5, 7), (1, 5, 7), (6, 5, 7), (6, 1, 7)])
-def test_batch_and_heads_may_be_merged(path: str, bias_shape: tuple[int, ...] | None) -> None:
+def test_inputs_may_have_batch_and_heads_merged(path: str, bias_shape: tuple[int, ...] | None) -> None:
     inputs = leaves((6, 5, 8), (6, 7, 8), (6, 7, 3), *([bias_shape] if bias_shape else []))
     q, k, v = inputs[:3]
     bias = inputs[3] if bias_shape else None
@@ -90,7 +94,7 @@ def test_batch_and_heads_may_be_merged(path: str, bias_shape: tuple[int, ...] | 
     assert_same(got, want, inputs, 1e-12)
 
 
-def test_a_bias_may_differ_from_row_to_row() -> None:
+def test_a_bias_may_differ_between_batch_rows() -> None:
     inputs = leaves((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), (2, 1, 5, 7))
     got = cosine_sim_attention(*inputs[:3], bias=inputs[3])
     assert_same(got, slowly(*inputs[:3], bias=inputs[3]), inputs, 1e-12)
@@ -98,7 +102,7 @@ def test_a_bias_may_differ_from_row_to_row() -> None:
 
 @pytest.mark.parametrize(("i", "j"), [(131, 131), (1, 512), (1, 523), (67, 523)])
 def test_causal_attention_is_right_beyond_512_keys_in_every_dtype(i: int, j: int) -> None:
-    # rounded once for all, so that the coarsest dtypes start from the same numbers
+    # rounded to the coarsest dtype first, so that all dtypes start from the same numbers
     inputs = [torch.randn(1, h, n, 8).bfloat16().double().requires_grad_() for h, n in ((2, i), (1, j), (1, j))]
     want = slowly(*inputs, causal=True)
     cotangent = torch.randn_like(want).bfloat16()
@@ -116,7 +120,7 @@ def test_causal_attention_is_right_beyond_512_keys_in_every_dtype(i: int, j: int
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
-def test_a_query_that_sees_no_key_gets_exactly_zero_and_no_gradient(path: str, dtype: torch.dtype) -> None:
+def test_a_query_without_an_allowed_key_gets_exactly_zero_and_no_gradient(path: str, dtype: torch.dtype) -> None:
     inputs = leaves((2, 2, 7, 8), (2, 2, 7, 8), (2, 2, 7, 8), dtype=dtype)
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[0, :3] = False
@@ -134,7 +138,7 @@ def test_a_query_that_sees_no_key_gets_exactly_zero_and_no_gradient(path: str, d
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
-def test_rows_of_zeros_attend_evenly_with_finite_gradients(path: str, dtype: torch.dtype) -> None:
+def test_a_query_of_zeros_attends_uniformly_with_finite_gradients(path: str, dtype: torch.dtype) -> None:
     q, k, v = leaves((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), dtype=dtype)
     q = q.detach().clone()
     q[:, :, 2] = 0
@@ -166,7 +170,7 @@ def test_autocast_changes_neither_dtype_nor_precision(path: str) -> None:
     assert torch.equal(got, want)
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_are_not_modified() -> None:
     tensors = [torch.randn(1, 2, 5, 8) for _ in range(3)]
     before = [tensor.clone() for tensor in tensors]
     cosine_sim_attention(*tensors, causal=True)
@@ -175,7 +179,10 @@ def test_inputs_are_left_alone() -> None:
 
 @pytest.mark.parametrize("forced_by", ["impl", "context"])
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_reference_is_twice_differentiable(forced_by: str, biased: bool) -> None:
+def test_the_reference_is_twice_differentiable_and_runs_no_fast_code(
+    forced_by: str, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid(monkeypatch, *FAST_CODE)
     inputs = leaves((1, 2, 3, 4), (1, 1, 5, 4), (1, 1, 5, 3), *([(2, 3, 5)] if biased else []))
     mask = torch.tensor([[True, False, True, True, True]])
 
@@ -196,15 +203,23 @@ def test_the_reference_is_twice_differentiable(forced_by: str, biased: bool) -> 
             assert checked()
 
 
-def test_the_reference_has_no_backward_of_its_own_making() -> None:
-    q, k, v = leaves((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 3))
-    names, pending = set(), [cosine_sim_attention(q, k, v, impl="reference").grad_fn]
-    while pending:
-        node = pending.pop()
-        names.add(type(node).__name__)
-        pending += [parent for parent, _ in node.next_functions if parent is not None]
-    assert "SoftmaxBackward0" in names
-    assert all(name == "AccumulateGrad" or name[-1].isdigit() for name in names), names  # all are torch's
+def test_the_reference_of_l2_normalize_is_twice_differentiable_and_runs_no_fast_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forbid(monkeypatch, *FAST_CODE)
+    (x,) = leaves((2, 3, 6))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: l2_normalize(x, groups=2, impl="reference"), x)
+    for impl in ("auto", "fused"):
+        with pytest.raises(AssertionError, match="fast code ran"):
+            l2_normalize(x, impl=impl)
+
+
+@pytest.mark.parametrize("path", ["auto", "sdpa", "tiled"])
+def test_fast_implementations_run_fast_code(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid(monkeypatch, *FAST_CODE)
+    with pytest.raises(AssertionError, match="fast code ran"):
+        cosine_sim_attention(*leaves((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 3)), impl=path)
 
 
 @pytest.mark.parametrize("path", ["auto", "sdpa", "tiled"])
@@ -223,7 +238,7 @@ def test_a_second_derivative_on_a_fast_path_is_right_or_raises(path: str) -> Non
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_compiles_as_one_graph(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(tiled, "QUERY_TILE", 3)
     inputs = leaves((2, 2, 5, 4), (2, 1, 7, 4), (2, 1, 7, 3), (2, 5, 7))
     mask = torch.rand(2, 7) < 0.6
 
@@ -237,7 +252,7 @@ def test_every_path_compiles_as_one_graph(path: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_every_slice_is_divided_by_its_norm(groups: int, impl: str, dtype: torch.dtype) -> None:
+def test_l2_normalize_divides_every_slice_by_its_norm(groups: int, impl: str, dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 5, 12).to(dtype).requires_grad_()
     wide = x.detach().double().requires_grad_()
     out, want = l2_normalize(x, groups=groups, impl=impl), unit_slices(wide, groups, 1e-12)
@@ -250,7 +265,7 @@ def test_every_slice_is_divided_by_its_norm(groups: int, impl: str, dtype: torch
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_a_row_shorter_than_eps_is_divided_by_eps(impl: str) -> None:
+def test_l2_normalize_divides_a_row_shorter_than_eps_by_eps(impl: str) -> None:
     x = torch.tensor([[3e-3, 4e-3], [0.0, 0.0], [3.0, 4.0]], requires_grad=True)
     out = l2_normalize(x, eps=0.1, impl=impl)
     out.sum().backward()
@@ -261,7 +276,7 @@ def test_a_row_shorter_than_eps_is_divided_by_eps(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
-def test_a_row_of_zeros_stays_zero_with_a_finite_gradient(dtype: torch.dtype, impl: str) -> None:
+def test_l2_normalize_keeps_a_row_of_zeros_with_a_finite_gradient(dtype: torch.dtype, impl: str) -> None:
     x = torch.zeros(2, 3, 64, dtype=dtype, requires_grad=True)
     out = l2_normalize(x, impl=impl)
     out.sum().backward()
@@ -270,7 +285,7 @@ def test_a_row_of_zeros_stays_zero_with_a_finite_gradient(dtype: torch.dtype, im
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_a_long_row_in_float16_does_not_overflow(impl: str) -> None:
+def test_l2_normalize_does_not_overflow_in_float16(impl: str) -> None:
     x = torch.full((1, 64), 6e4, dtype=torch.float16, requires_grad=True)
     assert relative_error(l2_normalize(x, impl=impl), torch.full((1, 64), 1 / 8)) < 1e-3
 
@@ -288,16 +303,18 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("case", BAD)
-def test_arguments_that_do_not_fit_are_named(case: str) -> None:
+def test_an_error_names_the_argument_that_does_not_fit(case: str, impl: str) -> None:
     changes, error, message = BAD[case]
     arguments = {"q": torch.zeros(2, 4, 5, 8), "k": torch.zeros(2, 4, 7, 8), "v": torch.zeros(2, 4, 7, 8), **changes}
     with pytest.raises(error, match=message):
-        cosine_sim_attention(**arguments)
+        cosine_sim_attention(**{"impl": impl, **arguments})
 
 
-def test_a_bias_by_distance_serves_cosine_sim_too() -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_cosine_sim_attention_accepts_a_distance_bias(path: str) -> None:
     inputs = leaves((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), (3, 11))
     bias = DistanceBias(inputs[3])
-    got = cosine_sim_attention(*inputs[:3], bias=bias, causal=True)
+    got = cosine_sim_attention(*inputs[:3], bias=bias, causal=True, impl=path)
     assert_same(got, slowly(*inputs[:3], bias=bias.pairs(5, 7), causal=True), inputs, 1e-12)

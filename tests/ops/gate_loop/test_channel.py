@@ -1,4 +1,4 @@
-"""The gate loop over channels against its definition, in every implementation, and what it keeps for backward."""
+"""The gate loop over heads of size 1: every implementation against the definition, and what it saves for backward."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.gate_loop import recurrence
-from attention_zoo.ops.gate_loop.channel import channel_gate_loop
+from attention_zoo.ops.gate_loop import channel_gate_loop, recurrence
 from tests.formulas import relative_error
 
 FAST = ["scan", "numba"]
@@ -23,16 +22,16 @@ def make(n: int, dtype: torch.dtype = torch.float64, d: int = 5) -> list[Tensor]
     return [tensor.requires_grad_() for tensor in (q, k, v, z, state)]
 
 
-def slowly(q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition with the polar gate, one token after the other."""
+def definition(q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition with the polar form of the gate, token by token."""
     outs = []
     z = z + torch.where((z == 0).all(-1, keepdim=True), torch.tensor([1e-30, 0.0], dtype=z.dtype), 0.0)
     for t in range(q.shape[1]):
         pair = torch.view_as_complex(z[:, t].contiguous())
-        new = torch.polar(pair.abs().sigmoid(), pair.angle()) * h + k[:, t] * v[:, t]
-        h = new if mask is None else torch.where(mask[:, t, None], new, h)
-        outs.append(q[:, t] * h.real)
-    return torch.stack(outs, 1), h
+        new = torch.polar(pair.abs().sigmoid(), pair.angle()) * state + k[:, t] * v[:, t]
+        state = new if mask is None else torch.where(mask[:, t, None], new, state)
+        outs.append(q[:, t] * state.real)
+    return torch.stack(outs, 1), state
 
 
 def with_gradients(out: Tensor, last: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Tensor]:
@@ -44,15 +43,15 @@ def with_gradients(out: Tensor, last: Tensor, weight: Tensor, leaves: list[Tenso
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 7, 65, 131])
 @pytest.mark.parametrize("impl", ["reference", *FAST])
-def test_every_implementation_follows_the_definition_in_outputs_and_gradients(impl: str, n: int, masked: bool) -> None:
+def test_every_implementation_equals_the_definition_in_outputs_and_gradients(impl: str, n: int, masked: bool) -> None:
     if impl == "numba":
         pytest.importorskip("numba")
     leaves = make(n)
     mask = torch.rand(2, n) < 0.6 if masked else None
     weight = torch.randn(2, n, 5, dtype=torch.float64)
-    want = with_gradients(*slowly(*leaves[:4], mask, leaves[4]), weight, leaves)
+    want = with_gradients(*definition(*leaves[:4], mask, leaves[4]), weight, leaves)
     got = with_gradients(*channel_gate_loop(*leaves[:4], mask=mask, state=leaves[4], impl=impl), weight, leaves)
-    at_zero = n // 2  # where the gate is 0.5, in the direction of the real axis, and its gradient is taken as 0
+    at_zero = n // 2  # z = 0: the gate is 0.5 and its gradient is defined as 0
     assert not bool(got[5][:, at_zero].any())
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
         if index == 5:
@@ -62,7 +61,7 @@ def test_every_implementation_follows_the_definition_in_outputs_and_gradients(im
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_float32_stays_close_to_float64_for_gates_of_every_size(impl: str) -> None:
+def test_float32_is_close_to_float64_for_gates_of_every_size(impl: str) -> None:
     if impl == "numba":
         pytest.importorskip("numba")
     leaves = make(67, torch.float32, d=40)
@@ -76,14 +75,14 @@ def test_float32_stays_close_to_float64_for_gates_of_every_size(impl: str) -> No
         assert bool(a.isfinite().all())
         if index != 5:
             assert relative_error(a, b) < 1e-5
-    # the gradient across a tiny z is huge, so each channel is held to its own size
+    # the gradient across a tiny z is huge, so each channel is compared relative to its own norm
     gaps = (got[5] - want[5]).square().sum((0, 1, 3)) / want[5].square().sum((0, 1, 3))
     assert float(gaps.max()) < 1e-8
 
 
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32_and_rounded_once(impl: str, dtype: torch.dtype) -> None:
+def test_half_precision_inputs_are_computed_in_float32(impl: str, dtype: torch.dtype) -> None:
     if impl == "numba":
         pytest.importorskip("numba")
     q, k, v, z = (tensor.detach().to(dtype).requires_grad_() for tensor in make(33, torch.float32)[:4])
@@ -96,7 +95,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(impl: str, dtype
     assert z.grad.dtype == dtype
 
 
-def test_the_plain_way_and_numba_agree_where_tokens_are_wide() -> None:
+def test_scan_and_numba_agree_on_tokens_with_many_features() -> None:
     pytest.importorskip("numba")
     leaves = [tensor.detach() for tensor in make(9, torch.float32, d=1100)]
     found = [channel_gate_loop(*leaves[:4], state=leaves[4], impl=impl).out for impl in FAST]
@@ -104,7 +103,7 @@ def test_the_plain_way_and_numba_agree_where_tokens_are_wide() -> None:
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_a_second_derivative_of_a_fast_way_raises(impl: str) -> None:
+def test_second_derivatives_of_fast_implementations_raise(impl: str) -> None:
     if impl == "numba":
         pytest.importorskip("numba")
     q, k, v, z, _ = make(5)
@@ -113,19 +112,19 @@ def test_a_second_derivative_of_a_fast_way_raises(impl: str) -> None:
         torch.autograd.grad(first.sum(), k)
 
 
-def test_backward_keeps_the_inputs_alone() -> None:
-    leaves, kept = make(50, torch.float32), set()
+def test_only_inputs_are_saved_for_backward() -> None:
+    leaves, saved = make(50, torch.float32), set()
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.add(tensor.untyped_storage().data_ptr())
+        saved.add(tensor.untyped_storage().data_ptr())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         channel_gate_loop(*leaves[:4], state=leaves[4])
-    assert kept == {tensor.untyped_storage().data_ptr() for tensor in leaves}
+    assert saved == {tensor.untyped_storage().data_ptr() for tensor in leaves}
 
 
-def test_a_run_in_pieces_goes_on_from_its_states() -> None:
+def test_a_sequence_in_pieces_equals_the_whole_sequence() -> None:
     leaves = [tensor.detach() for tensor in make(90)]
     whole, last = channel_gate_loop(*leaves[:4], state=leaves[4])
     state, pieces = leaves[4], []
@@ -136,7 +135,7 @@ def test_a_run_in_pieces_goes_on_from_its_states() -> None:
     assert relative_error(torch.view_as_real(state), torch.view_as_real(last)) < 1e-13
 
 
-def test_numba_that_is_absent_is_refused_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_numba_raises_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recurrence, "HAS_NUMBA", False)
     leaves = make(4)
     with pytest.raises(ImportError, match=r"attention-zoo\[fast\]"):
@@ -144,7 +143,7 @@ def test_numba_that_is_absent_is_refused_with_the_extra_that_brings_it(monkeypat
     assert channel_gate_loop(*leaves[:4]).out.shape == leaves[0].shape
 
 
-def test_arguments_that_do_not_fit_are_refused() -> None:
+def test_invalid_arguments_raise() -> None:
     q, k, v, z, state = make(9)
     with pytest.raises(ValueError, match=r"state must be \(b, d\) = \(2, 5\), got shape \(1, 5\)"):
         channel_gate_loop(q, k, v, z, state=state[:1])

@@ -1,4 +1,4 @@
-"""The gate loop against its definition, in outputs, gradients and states."""
+"""The chunked gate loop against the recurrence, in outputs, gradients and states."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights
-from attention_zoo.ops.gate_loop.gates import magnitude, unit_gate
+from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights, unit_gate
+from attention_zoo.ops.gate_loop.gates import magnitude
 from tests.formulas import relative_error
 
 
@@ -36,13 +36,13 @@ def test_chunks_equal_the_recurrence_in_outputs_states_and_gradients(n: int) -> 
         assert relative_error(got, want) < 1e-11
 
 
-def test_float32_chunks_stay_close_to_the_recurrence() -> None:
+def test_float32_chunks_are_close_to_the_recurrence() -> None:
     for want, got in zip(*both(make(200, torch.float32)), strict=True):
         assert relative_error(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-3, 0.1, 0.3, 0.7, 1.0])
-def test_gates_of_every_size_give_what_the_recurrence_gives(size: float) -> None:
+def test_chunks_equal_the_recurrence_for_gates_of_every_size(size: float) -> None:
     leaves = make(150, torch.float32)
     with torch.no_grad():
         leaves[3].mul_(size / leaves[3].abs())
@@ -50,8 +50,8 @@ def test_gates_of_every_size_give_what_the_recurrence_gives(size: float) -> None
         assert relative_error(got, want) < 2e-5
 
 
-def test_no_weight_is_a_denormal_number() -> None:
-    """With which matrix products take ten times as long."""
+def test_magnitudes_are_never_denormal() -> None:
+    """Denormal numbers slow matrix products down tenfold."""
     for dtype in (torch.float32, torch.float64):
         found = magnitude(torch.arange(0.0, -800.0, -0.25, dtype=torch.float64), dtype)
         assert bool(((found == 0) | (found.square() >= torch.finfo(dtype).tiny)).all())
@@ -60,7 +60,7 @@ def test_no_weight_is_a_denormal_number() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gate_of_zero_is_a_hard_reset_with_its_true_gradient(dtype: torch.dtype) -> None:
+def test_a_gate_of_zero_resets_the_state_and_has_an_exact_gradient(dtype: torch.dtype) -> None:
     leaves = make(90, dtype)
     with torch.no_grad():
         leaves[3][:, :, [0, 5, 6, 70]] = 0
@@ -73,12 +73,12 @@ def test_a_gate_of_zero_is_a_hard_reset_with_its_true_gradient(dtype: torch.dtyp
     assert relative_error(gate_loop(*leaves[:4], state=leaves[4]).out[:, :, 70:], cut) < 1e-6
 
 
-def test_the_weights_times_the_values_are_the_output() -> None:
+def test_weights_times_values_equal_the_output() -> None:
     q, k, v, gate, _ = make(70)
     assert relative_error(gate_loop_weights(q, k, gate) @ v, gate_loop(q, k, v, gate, impl="reference").out) < 1e-12
 
 
-def test_heads_of_size_one_run_elementwise_and_agree() -> None:
+def test_heads_of_size_one_equal_the_chunks() -> None:
     leaves = make(40, e=1, e_v=1)
     want = gate_loop(*leaves[:4], state=leaves[4], impl="chunked")
     got = gate_loop(*leaves[:4], state=leaves[4])
@@ -86,7 +86,7 @@ def test_heads_of_size_one_run_elementwise_and_agree() -> None:
     assert relative_error(torch.view_as_real(got.state), torch.view_as_real(want.state)) < 1e-12
 
 
-def test_the_gate_of_zero_is_one_half_and_others_are_polar() -> None:
+def test_unit_gate_equals_the_polar_form_and_is_one_half_at_zero() -> None:
     z = torch.randn(50, 2, dtype=torch.float64)
     wide = torch.view_as_complex(z)
     want = torch.polar(wide.abs().sigmoid(), wide.angle())
@@ -99,7 +99,7 @@ def test_the_gate_of_zero_is_one_half_and_others_are_polar() -> None:
     assert bool(zero.grad.isfinite().all())
 
 
-def test_a_second_derivative_of_the_chunks_raises() -> None:
+def test_second_derivatives_of_the_chunks_raise() -> None:
     leaves = make(9)
     out = gate_loop(*leaves[:4], impl="chunked").out
     (first,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
@@ -107,7 +107,7 @@ def test_a_second_derivative_of_the_chunks_raises() -> None:
         torch.autograd.grad(first.sum(), leaves[1])
 
 
-def test_states_and_gates_that_do_not_fit_are_refused() -> None:
+def test_invalid_states_and_gates_raise() -> None:
     q, k, v, gate, state = make(9)
     with pytest.raises(ValueError, match=r"state must be \(b, h, e, e_v\) = \(2, 3, 5, 3\), got shape \(1, 3, 5, 3\)"):
         gate_loop(q, k, v, gate, state=state[:1])

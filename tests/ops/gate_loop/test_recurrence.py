@@ -1,12 +1,11 @@
-"""The linear recurrence against its definition, in both implementations."""
+"""The fast linear recurrences against the reference and the definition."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from attention_zoo.ops.gate_loop import recurrence
-from attention_zoo.ops.gate_loop.recurrence import linear_recurrence
+from attention_zoo.ops.gate_loop import linear_recurrence, recurrence
 from tests.formulas import relative_error
 
 
@@ -20,7 +19,9 @@ def make(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("n", [1, 2, 7, 16, 17, 131])
 @pytest.mark.parametrize("fast", ["scan", "numba"])
-def test_a_fast_way_equals_the_loop_in_outputs_and_gradients(n: int, dtype: torch.dtype, fast: str) -> None:
+def test_fast_implementations_equal_the_reference_in_outputs_and_gradients(
+    n: int, dtype: torch.dtype, fast: str
+) -> None:
     if fast == "numba":
         pytest.importorskip("numba")
     leaves = make(n, dtype)
@@ -35,7 +36,7 @@ def test_a_fast_way_equals_the_loop_in_outputs_and_gradients(n: int, dtype: torc
         assert relative_error(torch.view_as_real(got + 0j), torch.view_as_real(want + 0j)) < 1e-11
 
 
-def test_the_loop_follows_the_definition_and_its_derivatives() -> None:
+def test_the_reference_equals_the_closed_form_and_the_scan_its_derivatives() -> None:
     a, x, state = make(5, torch.float64)
     out = linear_recurrence(a, x, state=state, impl="reference").out
     want = sum(x[:, j] * a[:, j + 1 : 5].prod(1) for j in range(5)) + state * a.prod(1)
@@ -44,14 +45,14 @@ def test_the_loop_follows_the_definition_and_its_derivatives() -> None:
     assert torch.autograd.gradcheck(run, (a, x, state))
 
 
-def test_a_second_derivative_of_the_scan_raises() -> None:
+def test_second_derivatives_of_the_scan_raise() -> None:
     a, x, _ = make(5, torch.float64)
     (first,) = torch.autograd.grad(linear_recurrence(a, x, impl="scan").out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="reference"):
         torch.autograd.grad(first.sum(), x, allow_unused=True)
 
 
-def test_a_long_run_in_pieces_stays_finite_and_equals_the_whole() -> None:
+def test_a_long_sequence_in_pieces_equals_the_whole_sequence() -> None:
     a, x = torch.rand(1, 100_000, 2), torch.randn(1, 100_000, 2)
     whole, state, pieces = linear_recurrence(a, x).out, None, []
     for gates, inputs in zip(a.split(7001, 1), x.split(7001, 1), strict=True):
@@ -60,7 +61,7 @@ def test_a_long_run_in_pieces_stays_finite_and_equals_the_whole() -> None:
     assert relative_error(torch.cat(pieces, 1), whole) < 1e-6
 
 
-def test_half_precision_runs_in_float32_and_bad_states_are_refused() -> None:
+def test_half_precision_runs_in_float32_and_invalid_states_raise() -> None:
     a, x = torch.rand(2, 9, 3).bfloat16(), torch.randn(2, 9, 3).bfloat16()
     out, state = linear_recurrence(a, x)
     assert out.dtype == torch.bfloat16
@@ -71,7 +72,7 @@ def test_half_precision_runs_in_float32_and_bad_states_are_refused() -> None:
         linear_recurrence(a, x, state=state.double())
 
 
-def test_numba_that_is_absent_is_refused_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_numba_raises_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recurrence, "HAS_NUMBA", False)
     a, x = torch.rand(1, 4, 2), torch.randn(1, 4, 2)
     with pytest.raises(ImportError, match=r"attention-zoo\[fast\]"):
@@ -79,7 +80,7 @@ def test_numba_that_is_absent_is_refused_with_the_extra_that_brings_it(monkeypat
     assert linear_recurrence(a, x).out.shape == x.shape
 
 
-def test_wide_tokens_are_taken_one_by_one_and_agree() -> None:
+def test_tokens_with_many_features_run_step_by_step_and_equal_the_reference() -> None:
     a, x = torch.rand(2, 9, 1100, dtype=torch.float64), torch.randn(2, 9, 1100, dtype=torch.float64)
     assert (
         relative_error(linear_recurrence(a, x, impl="scan").out, linear_recurrence(a, x, impl="reference").out) < 1e-14

@@ -1,4 +1,4 @@
-"""A small training run, whose losses tell whether it went on exactly."""
+"""A small training run, whose losses show whether it was resumed exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXT = as_tokens(bytes(range(256)) * 4)
 
 
 def make_parts(seed: int = 0, **changed: Any) -> dict[str, Any]:
-    """A small run; its dropout draws from torch's own random state."""
+    """A small run with dropout, which uses torch's default random number generator."""
     torch.manual_seed(seed)
     sizes = {"num_tokens": 256, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "ff_dropout": 0.2}
     model = LanguageModel(**{**sizes, **changed})

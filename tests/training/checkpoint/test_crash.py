@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on from its last checkpoint exactly as if nothing had happened."""
+"""A run that is killed at any moment resumes exactly from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from attention_zoo.training import random_batch, read_checkpoint, read_sharded, 
 
 STEPS = 150
 KILLS = 20
-# how a run is saved, how it is read, and what tells that the first save is done
+# Save and read functions, and the file that marks a complete save.
 WAYS: dict[str, tuple[Any, Any, str]] = {
     "file": (save_checkpoint, read_checkpoint, "."),
-    "shards": (save_sharded, read_sharded, "last.json"),
+    "shards": (save_sharded, read_sharded, "run.pt"),
 }
 
 
 def train(path: Path | None, steps: int, way: str = "file") -> list[float]:
-    """Train, with dropout, from the checkpoint where there is one; save after every step. Returns all losses."""
+    """Train with dropout, from the checkpoint if there is one, and save after every step. Returns all losses."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = LanguageModel(num_tokens=256, dim=16, depth=1, heads=2, dim_head=8, ff_dropout=0.2, attn_dropout=0.1)
@@ -57,56 +57,40 @@ def train(path: Path | None, steps: int, way: str = "file") -> list[float]:
 
 
 def train_on(path: Path, way: str, started: Any) -> None:
-    """Do what costs time only once, say so, and train until somebody ends it."""
+    """Warm up, set `started`, and train until killed."""
     train(None, 1)
     started.set()
     train(path, 10**9, way)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no kill -9")
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_killed_twenty_times_has_the_losses_of_an_unbroken_one(tmp_path: Path, way: str) -> None:
+def test_run_killed_repeatedly_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, way: str) -> None:
     path, (_, read, mark) = tmp_path / "checkpoint", WAYS[way]
-    unbroken = train(None, STEPS)
+    uninterrupted = train(None, STEPS)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "attention_zoo", __name__])
     chance = random.Random(0)
     reached = []
-    for _ in range(KILLS):
+    for kill in range(KILLS):
+        before = (path / mark).stat().st_mtime_ns if kill else None
         started = context.Event()
         process = context.Process(target=train_on, args=(path, way, started))
         process.start()
         assert started.wait(60)
-        while not (path / mark).exists():  # the first one must get so far; what follows is any moment
+        # Every fourth process must complete a checkpoint; the others are killed at any moment.
+        while kill % 4 == 0 and (not (path / mark).exists() or (path / mark).stat().st_mtime_ns == before):
             time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.2))  # before, in or between writes
+        time.sleep(chance.uniform(0.0, 0.3))  # before, in or between writes
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         found = read(path)
         reached.append(found.step)
-        assert found.extra["losses"][:STEPS] == unbroken[: found.step]
+        assert found.extra["losses"][:STEPS] == uninterrupted[: found.step]
         assert found.step == len(found.extra["losses"])
     assert reached == sorted(reached)
     assert reached[-1] > reached[0]
-    assert train(path, STEPS, way)[:STEPS] == unbroken
+    assert train(path, STEPS, way)[:STEPS] == uninterrupted
     assert len([file for file in tmp_path.iterdir() if file != path]) <= (way == "file")
-
-
-def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "checkpoint.pt"
-    train(path, 2)
-    before = path.read_bytes()
-
-    def half(contents: Any, file: str) -> None:
-        Path(file).write_bytes(before[: len(before) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    model = torch.nn.Linear(2, 2)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, model=model, optimizer=torch.optim.SGD(model.parameters()), step=1)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]

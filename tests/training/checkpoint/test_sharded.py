@@ -1,10 +1,9 @@
-"""Sharded checkpoints: what does not fit, is damaged or was cut off is refused whole, and the last good one stays."""
+"""Sharded checkpoints: exact resumption, atomic saves, and rejection of files that do not fit."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import pickle
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from attention_zoo import LanguageModel
@@ -32,7 +32,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD", "NAdam", "Adagrad"])
 @pytest.mark.parametrize("before", [0, 3])
-def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, kind: str, before: int) -> None:
+def test_resumed_run_repeats_the_losses_of_an_uninterrupted_one(tmp_path: Path, kind: str, before: int) -> None:
     def make(seed: int) -> dict[str, Any]:
         parts = make_parts(seed)
         parts["optimizer"] = getattr(torch.optim, kind)(parts["model"].parameters(), lr=1e-2)
@@ -44,30 +44,29 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, kind: str, before: in
     begun = train(parts, before)
     save_sharded(tmp_path, **parts, step=before)
     assert begun + train(parts, 4) == unbroken, "saving changed the run"
-    resumed = make(1)  # other weights, other random states
+    resumed = make(1)  # different weights and random states
     read_sharded(tmp_path).restore(**resumed)
     assert begun + train(resumed, 4) == unbroken
 
 
-def test_two_places_are_written_in_turn_and_the_last_is_read(saved: Path) -> None:
+def test_saves_alternate_between_two_subdirectories(saved: Path) -> None:
     parts = make_parts()
     for step in (3, 4, 5):
         save_sharded(saved, **parts, step=step, extra={"step": step})
         found = read_sharded(saved)
         assert (found.step, found.extra) == (step, {"step": step})
-    assert sorted(path.name for path in saved.iterdir()) == ["last.json", "shards_a", "shards_b"]
+    assert sorted(path.name for path in saved.iterdir()) == ["run.pt", "shards_a", "shards_b"]
 
 
 def no_space(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "torch.save", "json.dumps", "os.replace"])
-def test_a_full_disk_leaves_the_last_checkpoint_whole(saved: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    owner, name = {"os": os, "torch": torch, "json": json}[step.split(".")[0]], step.split(".")[1]
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_full_disk_leaves_the_previous_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     resumed = make_parts(1)
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, no_space)
+        patched.setattr(os, step, no_space)
         with pytest.raises(OSError, match="No space left on device"):
             save_sharded(saved, **make_parts(), step=3)
     found = read_sharded(saved)
@@ -88,38 +87,27 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "rest.pt"])
-def test_a_damaged_or_missing_file_is_refused_by_name(saved: Path, damage: Callable[[Path], None], name: str) -> None:
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_read_names_a_damaged_or_missing_file(saved: Path, damage: Callable[[Path], None], name: str) -> None:
     damage(saved / "shards_a" / name)
-    with pytest.raises(ValueError, match=rf"shards_a/{name} must be (there|as it was written)"):
+    with pytest.raises(ValueError, match=rf"shards_a/{name} must be as it was written, but is missing or damaged"):
         read_sharded(saved)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", r"last\.json must be JSON"),
-        ("[]", r"last\.json must belong to a sharded checkpoint"),
-        ("{}", r"last\.json must belong to a sharded checkpoint"),
-        ('{"format": "attention_zoo.training.sharded", "version": 9}', "field 'version'"),
-        ('{"format": "attention_zoo.training.sharded", "version": 1, "step": "x"}', "field 'step'"),
-        ('{"format": "attention_zoo.training.sharded", "version": 1, "step": 1, "place": "../x"}', "field 'place'"),
-        ('{"format": "attention_zoo.training.sharded", "version": 1, "step": 1, "place": "shards_a"}', "field 'files'"),
-    ],
-)
-def test_a_pointer_that_is_no_pointer_is_refused(saved: Path, content: str, message: str) -> None:
-    (saved / "last.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("content", [b"", b"{}", pickle.dumps({})])
+def test_read_rejects_a_damaged_run_file(saved: Path, content: bytes) -> None:
+    (saved / "run.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.pt must be a whole checkpoint"):
         read_sharded(saved)
 
 
-def test_a_folder_without_a_pointer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere/last\.json does not exist"):
+def test_read_names_a_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere/run\.pt does not exist"):
         read_sharded(tmp_path / "nowhere")
 
 
 class Payload:
-    """Pickled so that reading it carelessly would write a file."""
+    """Unpickling it without restrictions creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -128,20 +116,35 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", [".metadata", "rest.pt"])
-def test_code_in_a_file_is_refused_and_not_run(saved: Path, tmp_path: Path, name: str) -> None:
-    data = pickle.dumps(Payload(tmp_path / "ran"), protocol=2)
-    (saved / "shards_a" / name).write_bytes(data)
-    pointer = json.loads((saved / "last.json").read_text())
-    pointer["files"][name] = hashlib.sha256(data).hexdigest()  # whoever can change one file can change the other
-    (saved / "last.json").write_text(json.dumps(pointer))
-    with pytest.raises(ValueError, match=rf"{name} must be"):
+def rewrite(saved: Path, **fields: Any) -> None:
+    """Change fields of `run.pt`, with valid checksums."""
+    contents = torch.load(saved / "run.pt", weights_only=True)
+    place = saved / contents["place"]
+    contents["files"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in place.iterdir()}
+    torch.save(contents | fields, saved / "run.pt")
+
+
+def test_read_rejects_code_in_metadata_without_executing_it(saved: Path, tmp_path: Path) -> None:
+    (saved / "shards_a" / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran"), protocol=2))
+    rewrite(saved)
+    with pytest.raises(ValueError, match="not allowed in metadata"):
+        read_sharded(saved).restore(**make_parts())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_read_rejects_pickled_values_in_shards_without_executing_them(saved: Path, tmp_path: Path) -> None:
+    place, name = saved / "shards_a", "model.token_embedding.weight"
+    for file in place.iterdir():
+        file.unlink()
+    dcp.save({name: Payload(tmp_path / "ran")}, storage_writer=dcp.FileSystemWriter(place))
+    rewrite(saved)
+    with pytest.raises(ValueError, match="BytesStorageMetadata is not allowed in metadata"):
         read_sharded(saved).restore(**make_parts())
     assert not (tmp_path / "ran").exists()
 
 
 class Attribute:
-    """Pickled as Python 3.11.2 pickles a member of an enum: `getattr(owner, name)`."""
+    """Pickled as Python 3.11.2 pickles a member of an enum, `getattr(owner, name)`."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.reference = owner, name
@@ -150,14 +153,14 @@ class Attribute:
         return getattr, self.reference
 
 
-def test_metadata_may_name_a_member_of_an_enum_and_no_other_attribute() -> None:
+def test_metadata_may_contain_enum_members_but_no_other_attributes() -> None:
     def read(value: object) -> Any:
         return MetadataUnpickler(io.BytesIO(pickle.dumps(value))).load()
 
     member = next(iter(_MEM_FORMAT_ENCODING))
     assert read(Attribute(_MEM_FORMAT_ENCODING, member.name)) is member
     for owner, name in ((_MEM_FORMAT_ENCODING, "mro"), (Path, "touch")):
-        with pytest.raises((KeyError, pickle.UnpicklingError), match=name):
+        with pytest.raises(KeyError, match=name):
             read(Attribute(owner, name))
 
 
@@ -170,10 +173,6 @@ def two_groups(parts: dict[str, Any]) -> None:
     parts["optimizer"] = torch.optim.AdamW([{"params": [first]}, {"params": rest}])
 
 
-def backwards(parts: dict[str, Any]) -> None:
-    parts["optimizer"] = torch.optim.AdamW(list(parts["model"].parameters())[::-1])
-
-
 def no_schedule(parts: dict[str, Any]) -> None:
     parts["schedule"] = None
 
@@ -181,18 +180,21 @@ def no_schedule(parts: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("sizes", "change", "message"),
     [
-        ({"dim": 24}, None, r"must hold torch.float32 \(24, 16\) as '\S+', got torch.float32 \(16, 16\)"),
-        ({"depth": 2}, None, r"lacks 'stack\.layers\.1\.\S+', which this model has"),
-        ({"feedforward": None, "ff_dropout": 0.0}, None, r"holds 'stack\.layers\.0\.\S+', which this model has not"),
-        ({}, lambda parts: parts["model"].double(), r"must hold torch.float64 .* got torch.float32"),
-        ({}, sgd, "field 'optimizer' must hold the state of SGD, got that of AdamW"),
-        ({}, two_groups, r"field 'optimizer' must have groups of \[1, \d+\] parameters, got \[\d+\]"),
-        ({}, backwards, r"field 'optimizer' must have 'to_logits.weight' where it has 'token_embedding.weight'"),
-        ({}, no_schedule, "field 'schedule' must hold the state of none, got that of LambdaLR"),
+        ({"dim": 24}, None, r"model\['\S+'\] must be torch.float32 \(256, 24\), got torch.float32 \(256, 16\)"),
+        ({"depth": 2}, None, r"model\['stack\.layers\.1\.\S+'\] must be torch.float32 \(\S+ \S+\), got None"),
+        (
+            {"feedforward": None, "ff_dropout": 0.0},
+            None,
+            r"model\['stack\.layers\.0\.\S+'\] must be None, got torch.float32",
+        ),
+        ({}, lambda parts: parts["model"].double(), r"model\['\S+'\] must be torch.float64 .* got torch.float32"),
+        ({}, sgd, "class of optimizer must be SGD, got AdamW"),
+        ({}, two_groups, r"group of 'stack\S+' in the optimizer must be 1, got 0"),
+        ({}, no_schedule, "class of schedule must be NoneType, got LambdaLR"),
     ],
-    ids=["dim", "deeper", "no feedforward", "dtype", "optimizer", "groups", "order", "no schedule"],
+    ids=["dim", "deeper", "no feedforward", "dtype", "optimizer", "groups", "no schedule"],
 )
-def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(
+def test_restore_rejects_another_run_and_changes_nothing(
     saved: Path, sizes: dict[str, Any], change: Any, message: str
 ) -> None:
     parts = make_parts(seed=1, **sizes)
@@ -207,7 +209,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_weights_alone_are_loaded_without_an_optimizer(saved: Path, tmp_path: Path) -> None:
+def test_load_weights_needs_no_optimizer(saved: Path, tmp_path: Path) -> None:
     parts, found = make_parts(), read_sharded(saved)
     found.restore(**parts)
     model = make_parts(1)["model"]
@@ -215,16 +217,18 @@ def test_the_weights_alone_are_loaded_without_an_optimizer(saved: Path, tmp_path
     model.save(tmp_path / "plain")
     weights = LanguageModel.load(tmp_path / "plain").state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in parts["model"].state_dict().items())
-    with pytest.raises(ValueError, match=r"lacks 'stack\.layers\.1\."):
+    with pytest.raises(ValueError, match=r"model\['stack\.layers\.1\.\S+'\] must be torch.float32"):
         found.load_weights(make_parts(depth=2)["model"])
 
 
-def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "shards_a").mkdir()
-    (tmp_path / "shards_a" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match=r"shards_a must hold shards alone.* but thesis\.txt is there"):
-        save_sharded(tmp_path, **make_parts(), step=0)
-    assert (tmp_path / "shards_a" / "thesis.txt").read_text() == "years of work"
+def test_save_removes_its_own_leftovers_and_keeps_files_of_the_user(tmp_path: Path) -> None:
+    place = tmp_path / "shards_a"
+    place.mkdir()
+    (place / "notes.txt").write_text("kept")
+    (place / "__7_0.distcp").write_text("left by a killed process")
+    save_sharded(tmp_path, **make_parts(), step=0)
+    assert sorted(file.name for file in place.iterdir()) == [".metadata", "__0_0.distcp", "notes.txt"]
+    read_sharded(tmp_path).restore(**make_parts())
 
 
 def numpy_rate(parts: dict[str, Any]) -> None:
@@ -239,14 +243,14 @@ def path_in_schedule(parts: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "step", "message"),
     [
-        (numpy_rate, 1, "optimizer's lr must be made of numbers"),
-        (path_in_schedule, 1, "schedule's state must be made of numbers"),
+        (numpy_rate, 1, "groups must consist of numbers"),
+        (path_in_schedule, 1, "schedule must consist of numbers"),
         (lambda parts: None, "one", "step must be an int of at least 0, got 'one'"),
         (lambda parts: None, torch.tensor(1), r"step must be an int of at least 0, got tensor\(1\)"),
         (lambda parts: None, -1, "step must be an int of at least 0, got -1"),
     ],
 )
-def test_what_could_not_be_read_again_is_refused_before_anything_is_written(
+def test_save_rejects_unreadable_values_and_writes_nothing(
     tmp_path: Path, save: Any, change: Any, step: Any, message: str
 ) -> None:
     parts = make_parts()
@@ -256,16 +260,16 @@ def test_what_could_not_be_read_again_is_refused_before_anything_is_written(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_checkpoint_in_whose_place_another_was_saved_must_be_read_again(saved: Path) -> None:
+def test_restore_rejects_a_checkpoint_that_was_overwritten(saved: Path) -> None:
     old = read_sharded(saved)
     parts = make_parts(1)
     save_sharded(saved, **parts, step=3)
     for action in (lambda: old.restore(**parts), lambda: old.load_weights(parts["model"])):
-        with pytest.raises(ValueError, match="must be read again: another checkpoint was saved there since step 2"):
+        with pytest.raises(ValueError, match="must be read again: it was overwritten since step 2 was read"):
             action()
 
 
-def test_a_schedule_of_other_parts_is_refused_and_the_model_left_alone(tmp_path: Path) -> None:
+def test_restore_rejects_a_schedule_of_other_parts_and_changes_nothing(tmp_path: Path) -> None:
     def make(count: int) -> dict[str, Any]:
         parts = make_parts(count)
         constant = torch.optim.lr_scheduler.ConstantLR
@@ -280,44 +284,47 @@ def test_a_schedule_of_other_parts_is_refused_and_the_model_left_alone(tmp_path:
         for count in (1, 3):
             parts = make(count)
             before = {name: tensor.clone() for name, tensor in parts["model"].state_dict().items()}
-            with pytest.raises(ValueError, match=f"field 'schedule' must have the state of {count} schedules, got 2"):
+            with pytest.raises(ValueError, match="schedule must be"):
                 found.restore(**parts)
             assert all(torch.equal(tensor, before[name]) for name, tensor in parts["model"].state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "fields",
     [
-        ("optimizer", 5),
-        ("optimizer", {"class": "AdamW", "state": {}}),
-        ("optimizer", {"class": "AdamW", "state": {"names": [], "values": {}, "settings": []}}),
-        ("schedule", 3),
-        ("generator", {}),
-        ("random", []),
-        ("random", [{"cpu": torch.ones(2), "cuda": []}]),
-        ("extra", None),
+        {"place": "../shards_a"},
+        {"files": {"../secret": ""}},
+        {"optimizer": 5},
+        {"optimizer": {"elsewhere": {"step": torch.ones(())}}},
+        {"optimizer": {"token_embedding.weight": 5}},
+        {"groups": []},
+        {"groups": [5]},
+        {"model": {}},
+        {"schedule": 3},
+        {"generator": {}},
+        {"random": [{"cpu": torch.ones(2), "cuda": {}}]},
+        {"random": []},
+        {"classes": {}},
     ],
+    ids=str,
 )
-def test_a_file_that_was_changed_with_its_checksum_is_refused_by_field(saved: Path, field: str, value: Any) -> None:
-    path = saved / "shards_a" / "rest.pt"
-    torch.save({**torch.load(path), field: value}, path)
-    pointer = json.loads((saved / "last.json").read_text())
-    pointer["files"]["rest.pt"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (saved / "last.json").write_text(json.dumps(pointer))
+def test_restore_rejects_a_malformed_file_and_changes_nothing(saved: Path, fields: dict[str, Any]) -> None:
+    rewrite(saved, **fields)
     parts = make_parts(1)
     before = {name: tensor.clone() for name, tensor in parts["model"].state_dict().items()}
-    with pytest.raises(ValueError, match=f"field '{field}' must"):
+    with pytest.raises(ValueError, match=r"checkpoint.* must "):
         read_sharded(saved).restore(**parts)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in parts["model"].state_dict().items())
+    assert all(torch.equal(tensor, parts["model"].state_dict()[name]) for name, tensor in before.items())
+    assert not parts["optimizer"].state
 
 
-def test_an_extra_value_that_could_not_be_read_again_is_refused_and_nothing_written(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"extra\['folder'\] must be made of numbers, strings"):
+def test_save_rejects_unreadable_extra_values_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"extra must consist of numbers, strings"):
         save_sharded(tmp_path / "new", **make_parts(), step=0, extra={"folder": tmp_path})
     assert not (tmp_path / "new").exists()
 
 
-def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_save_rejects_the_optimizer_of_another_model(tmp_path: Path) -> None:
     parts = {**make_parts(), "model": make_parts()["model"]}
-    with pytest.raises(ValueError, match="optimizer must have the model's parameters as they are after sharding"):
+    with pytest.raises(ValueError, match="optimizer must have the model's parameters after sharding"):
         save_sharded(tmp_path / "new", **parts, step=0)

@@ -1,9 +1,9 @@
-"""Checkpoints: a resumed run is the unbroken one, and a file that does not fit is refused whole."""
+"""Single-file checkpoints: exact resumption, atomic saves, and rejection of files that do not fit."""
 
 from __future__ import annotations
 
+import os
 import pickle
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from attention_zoo.training import StopRequest, read_checkpoint, save_checkpoint
-from attention_zoo.training.checkpoint import single_file as checkpoint
+from attention_zoo.training import read_checkpoint, read_sharded, save_checkpoint, save_sharded
+from attention_zoo.training.checkpoint.single_file import PARTIAL
 from tests.training.checkpoint.runs import make_parts, train
 
 
@@ -25,7 +25,7 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_resumed_run_repeats_the_losses_of_an_unbroken_one(tmp_path: Path) -> None:
+def test_resumed_run_repeats_the_losses_of_an_uninterrupted_one(tmp_path: Path) -> None:
     unbroken = train(make_parts(), 7)
     parts = make_parts()
     begun = train(parts, 3)
@@ -47,7 +47,7 @@ def test_saving_does_not_change_the_run(tmp_path: Path) -> None:
     assert losses == unbroken
 
 
-def test_a_checkpoint_does_not_follow_the_run_that_goes_on_after_it_was_restored(saved: Path) -> None:
+def test_training_after_restore_does_not_change_the_checkpoint(saved: Path) -> None:
     checkpoint, parts = read_checkpoint(saved), make_parts()
     checkpoint.restore(**parts)
     first = train(parts, 3)
@@ -55,7 +55,7 @@ def test_a_checkpoint_does_not_follow_the_run_that_goes_on_after_it_was_restored
     assert train(parts, 3) == first
 
 
-def test_extra_values_come_back_as_they_were(tmp_path: Path) -> None:
+def test_extra_values_survive_a_round_trip(tmp_path: Path) -> None:
     extra = {"numbers": [1, 2.5, None, True], "nested": {"a": [(3, "b")], 4: "c"}, "tensor": torch.arange(3)}
     save_checkpoint(tmp_path / "new" / "checkpoint.pt", **make_parts(), step=0, extra=extra)
     back = read_checkpoint(tmp_path / "new" / "checkpoint.pt").extra
@@ -63,44 +63,99 @@ def test_extra_values_come_back_as_they_were(tmp_path: Path) -> None:
     assert back == extra
 
 
-def test_an_extra_value_that_could_not_be_read_again_is_refused_and_nothing_written(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"extra\['folder'\] must be made of numbers, strings"):
+def test_save_rejects_unreadable_extra_values_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"extra must consist of numbers, strings"):
         save_checkpoint(tmp_path / "checkpoint.pt", **make_parts(), step=0, extra={"fine": 1, "folder": tmp_path})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_leaves_only_the_previous_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = saved.read_bytes()
 
-    def fail(contents: object, path: str) -> None:
-        Path(path).write_bytes(b"half")
+    def fail(_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(saved, **make_parts(), step=3)
     assert saved.read_bytes() == old
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_leaves_only_the_previous_checkpoint(saved: Path) -> None:
+    old = saved.read_bytes()
+    saved.with_name(f".{saved.name}{PARTIAL}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"checkpoint\.pt could not be written"):
+        save_checkpoint(saved, **make_parts(), step=3)
+    assert saved.read_bytes() == old
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_save_overwrites_its_own_leftover_and_keeps_files_of_the_user(tmp_path: Path) -> None:
+    path, parts = tmp_path / "run.pt", make_parts()
+    kept = [tmp_path / name for name in (".run.pt.backup", ".run.pt.tmp", ".run.pt.abc123", "run.pt.old")]
+    for file in kept:
+        file.write_text("kept")
+    (tmp_path / f".run.pt{PARTIAL}").write_text("left by a killed process")
+    save_checkpoint(path, **parts, step=1)
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, path])
+    assert all(file.read_text() == "kept" for file in kept)
+    assert read_checkpoint(path).step == 1
+
+
+def make_twins(swapped: bool) -> dict[str, Any]:
+    """Two layers of equal shapes in two groups of the optimizer."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    order = [model["b"], model["a"]] if swapped else [model["a"], model["b"]]
+    groups = [{"params": list(layer.parameters()), "lr": lr} for layer, lr in zip(order, (0.1, 0.2), strict=True)]
+    return {"model": model, "optimizer": torch.optim.Adam(groups)}
+
+
+@pytest.mark.parametrize(("save", "read"), [(save_checkpoint, read_checkpoint), (save_sharded, read_sharded)])
+def test_swapped_groups_of_equal_shapes_are_rejected(tmp_path: Path, save: Any, read: Any) -> None:
+    parts = make_twins(swapped=False)
+    save(tmp_path / "twins", **parts, step=1)
+    with pytest.raises(ValueError, match=r"group of 'b\.weight' in the optimizer must be 0, got 1"):
+        read(tmp_path / "twins").restore(**make_twins(swapped=True))
+
+
+@pytest.mark.parametrize(("save", "read"), [(save_checkpoint, read_checkpoint), (save_sharded, read_sharded)])
+def test_optimizer_state_follows_parameter_names_within_a_group(tmp_path: Path, save: Any, read: Any) -> None:
+    parts = make_twins(swapped=False)
+    parts["optimizer"] = torch.optim.Adam(parts["model"].parameters())
+    (parts["model"]["a"].weight.sum() + 2 * parts["model"]["b"].weight.sum()).backward()  # biases have no state
+    parts["optimizer"].step()
+    save(tmp_path / "twins", **parts, step=1)
+    other = make_twins(swapped=False)
+    other["optimizer"] = torch.optim.Adam(list(other["model"].parameters())[::-1])
+    read(tmp_path / "twins").restore(**other)
+    for name, weight in other["model"].named_parameters():
+        want = parts["optimizer"].state[parts["model"].get_parameter(name)]
+        got = other["optimizer"].state[weight]
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_read_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt does not exist"):
         read_checkpoint(tmp_path / "nowhere.pt")
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])
-def test_a_truncated_file_is_refused_by_name(saved: Path, part: float) -> None:
+def test_read_rejects_a_truncated_file(saved: Path, part: float) -> None:
     data = saved.read_bytes()
     saved.write_bytes(data[: int(len(data) * part)])
     with pytest.raises(ValueError, match=r"checkpoint\.pt must be a whole checkpoint"):
         read_checkpoint(saved)
 
 
-def test_a_changed_byte_among_the_weights_is_noticed(saved: Path) -> None:
-    weights = make_parts()["model"]
-    read_checkpoint(saved).restore(**{**make_parts(), "model": weights})
+def test_read_rejects_a_changed_byte_in_the_weights(saved: Path) -> None:
+    parts = make_parts()
+    read_checkpoint(saved).restore(**parts)
     data = bytearray(saved.read_bytes())
-    place = data.find(weights.stack.norm.weight.detach().numpy().tobytes())
+    place = data.find(parts["model"].stack.norm.weight.detach().numpy().tobytes())
     assert place > 0
     data[place + 2] ^= 1
     saved.write_bytes(data)
@@ -109,7 +164,7 @@ def test_a_changed_byte_among_the_weights_is_noticed(saved: Path) -> None:
 
 
 class Payload:
-    """Pickled so that reading it carelessly would write a file."""
+    """Unpickling it without restrictions creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,7 +173,7 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-def test_a_file_with_code_in_it_is_refused_and_the_code_not_run(tmp_path: Path) -> None:
+def test_read_rejects_code_without_executing_it(tmp_path: Path) -> None:
     for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
         save({"format": Payload(tmp_path / "ran")}, tmp_path / "evil.pt")
         with pytest.raises(ValueError, match=r"evil\.pt must be a whole checkpoint"):
@@ -127,14 +182,16 @@ def test_a_file_with_code_in_it_is_refused_and_the_code_not_run(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("foreign", [{"a": 1}, [1, 2], torch.ones(2), nn.Linear(2, 2).state_dict()])
-def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path, foreign: object) -> None:
+def test_read_rejects_a_file_that_is_not_a_checkpoint(tmp_path: Path, foreign: object) -> None:
     torch.save(foreign, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt must be a checkpoint of a training run"):
+    with pytest.raises(ValueError, match=r"other\.pt must be a checkpoint of"):
         read_checkpoint(tmp_path / "other.pt")
 
 
-@pytest.mark.parametrize("field", ["version", "model", "optimizer", "schedule", "generator", "random", "step", "extra"])
-def test_a_checkpoint_without_a_field_is_refused_by_the_field(saved: Path, field: str) -> None:
+@pytest.mark.parametrize(
+    "field", ["classes", "model", "optimizer", "groups", "schedule", "generator", "random", "step"]
+)
+def test_read_names_a_missing_field(saved: Path, field: str) -> None:
     contents = torch.load(saved, weights_only=True)
     del contents[field]
     torch.save(contents, saved)
@@ -161,22 +218,22 @@ def without(field: str):
 @pytest.mark.parametrize(
     ("sizes", "change", "message"),
     [
-        ({"dim": 24}, None, r"field 'model' must hold torch.float32 \(24, 16\) as '\S+', got torch.float32 \(16, 16\)"),
-        ({"depth": 2}, None, r"field 'model' lacks 'stack\.layers\.1\.\S+', which this model has"),
+        ({"dim": 24}, None, r"model\['\S+'\] must be torch.float32 \(256, 24\), got torch.float32 \(256, 16\)"),
+        ({"depth": 2}, None, r"model\['stack\.layers\.1\.\S+'\] must be torch.float32 \(\S+ \S+\), got None"),
         (
             {"feedforward": None, "ff_dropout": 0.0},
             None,
-            r"field 'model' holds 'stack\.layers\.0\.\S+', which this model has not",
+            r"model\['stack\.layers\.0\.\S+'\] must be None, got torch.float32",
         ),
-        ({}, lambda parts: parts["model"].double(), r"field 'model' must hold torch.float64 .* got torch.float32"),
-        ({}, sgd, "field 'optimizer' must hold the state of SGD, got that of AdamW"),
-        ({}, two_groups, r"field 'optimizer' must have groups of \[1, \d+\] parameters, got \[\d+\]"),
-        ({}, without("schedule"), "field 'schedule' must hold the state of none, got that of LambdaLR"),
-        ({}, without("generator"), "field 'generator' must hold the state of none, got that of Generator"),
+        ({}, lambda parts: parts["model"].double(), r"model\['\S+'\] must be torch.float64 .* got torch.float32"),
+        ({}, sgd, "class of optimizer must be SGD, got AdamW"),
+        ({}, two_groups, r"group of 'stack\S+' in the optimizer must be 1, got 0"),
+        ({}, without("schedule"), "class of schedule must be NoneType, got LambdaLR"),
+        ({}, without("generator"), "class of generator must be NoneType, got Generator"),
     ],
     ids=["dim", "deeper", "without feedforward", "dtype", "optimizer", "groups", "no schedule", "no generator"],
 )
-def test_a_checkpoint_of_another_run_names_the_field_and_changes_nothing(
+def test_restore_rejects_another_run_and_changes_nothing(
     saved: Path, sizes: dict[str, Any], change: Any, message: str
 ) -> None:
     parts = make_parts(seed=1, **sizes)
@@ -191,26 +248,9 @@ def test_a_checkpoint_of_another_run_names_the_field_and_changes_nothing(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_run_without_schedule_and_generator_is_not_given_those_of_one_with_them(tmp_path: Path) -> None:
+def test_restore_rejects_a_checkpoint_without_schedule_and_generator(tmp_path: Path) -> None:
     parts = make_parts()
     save_checkpoint(tmp_path / "plain.pt", model=parts["model"], optimizer=parts["optimizer"], step=1)
     read_checkpoint(tmp_path / "plain.pt").restore(model=parts["model"], optimizer=parts["optimizer"])
-    with pytest.raises(ValueError, match="field 'schedule' must hold the state of LambdaLR, got that of none"):
+    with pytest.raises(ValueError, match="class of schedule must be LambdaLR, got NoneType"):
         read_checkpoint(tmp_path / "plain.pt").restore(**parts)
-
-
-def test_ctrl_c_asks_for_a_stop_and_a_second_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
-    # a shell that runs the tests in the background has them ignore Ctrl-C: start from Python's own handler
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with StopRequest() as stop:
-            assert not stop.made
-            signal.raise_signal(signal.SIGINT)
-            assert stop.made
-            signal.raise_signal(signal.SIGINT)  # a launcher passes on what the terminal has sent already
-            monkeypatch.setattr(checkpoint, "ECHO", 0.0)
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, inherited)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from tests.formulas import unit_slices
-from tests.interop.slow.formulas import (
+from tests.interop.formulas.common import (
     Weights,
     gelu,
     heads,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.interop.slow.formulas import (
+from tests.interop.formulas.common import (
     Weights,
     gelu,
     heads,
@@ -29,42 +29,42 @@ def attention_shapes(a: dict[str, Any], p: str = "") -> dict[str, Any]:
 
 def visible(kind: str, n: int, text: int, side: int | None, a: dict[str, Any]) -> Tensor:
     """(n, n) bool, one pair at a time."""
-    seen = torch.zeros(n, n, dtype=torch.bool)
+    allowed = torch.zeros(n, n, dtype=torch.bool)
     size, dilation = a.get("kernel_size", 5), a.get("dilation", 1)
     for i in range(n):
         for j in range(n):
             if kind == "full" and not a.get("causal", True):
-                seen[i, j] = True
+                allowed[i, j] = True
             elif j > i:
                 continue
             elif kind in ("full", "sparse") or j < text or side is None:
-                seen[i, j] = True
+                allowed[i, j] = True
             else:
                 (row, column), (r, c) = divmod(i - text, side), divmod(j - text, side)
                 down, right = row - r, column - c
                 reach = (size - 1) * dilation
                 near = 0 <= down <= reach and 0 <= right <= reach and not down % dilation and not right % dilation
-                seen[i, j] = {"axial_row": row == r, "axial_col": column == c, "conv_like": near}[kind]
-    return seen
+                allowed[i, j] = {"axial_row": row == r, "axial_col": column == c, "conv_like": near}[kind]
+    return allowed
 
 
-def attend(w: Weights, p: str, x: Tensor, a: dict[str, Any], seen: Tensor, angle: Tensor | None = None) -> Tensor:
+def attend(w: Weights, p: str, x: Tensor, a: dict[str, Any], allowed: Tensor, angle: Tensor | None = None) -> Tensor:
     q, k, v = (heads(part, a.get("heads", 8)) for part in linear(w, f"{p}to_qkv", x).chunk(3, -1))
     if angle is not None:
         q, k, v = (rotate(part, angle[: x.shape[1]]) for part in (q, k, v))
-    return linear(w, f"{p}to_out.0", merge(softmax(q.shape[-1] ** -0.5 * q @ k.transpose(-1, -2), seen) @ v))
+    return linear(w, f"{p}to_out.0", merge(softmax(q.shape[-1] ** -0.5 * q @ k.transpose(-1, -2), allowed) @ v))
 
 
 def run_attention(kind: Any) -> Any:
     def run(w: Weights, inputs: Weights, a: dict[str, Any], options: dict[str, Any]) -> Weights:
         x, side = inputs["x"], a.get("image_size", 32)
         text = a["seq_len"] + 1 - side**2
-        seen = visible(kind(a), x.shape[1], text, side, a)
+        allowed = visible(kind(a), x.shape[1], text, side, a)
         if "static_mask" in a:
-            seen = seen & a["static_mask"][: x.shape[1], : x.shape[1]]
+            allowed = allowed & a["static_mask"][: x.shape[1], : x.shape[1]]
         if "mask" in inputs:
-            seen = seen & inputs["mask"][:, None, None, : x.shape[1]]
-        return {"out": attend(w, "", x, a, seen)}
+            allowed = allowed & inputs["mask"][:, None, None, : x.shape[1]]
+        return {"out": attend(w, "", x, a, allowed)}
 
     return run
 
@@ -76,7 +76,7 @@ def kinds(a: dict[str, Any]) -> list[str]:
 
 
 def places(a: dict[str, Any], p: str, layer: int) -> tuple[list[str], list[str]]:
-    """Prefixes of both sub-layers, and of what is inside their norms."""
+    """Prefixes of both sub-layers and of the layers inside their norms."""
     if a.get("reversible"):
         outer = [f"{p}layers.blocks.{layer}.{part}.net." for part in "fg"]
     else:
@@ -111,7 +111,7 @@ def transformer_shapes(a: dict[str, Any], p: str = "") -> dict[str, Any]:
 
 
 def angles(a: dict[str, Any]) -> Tensor:
-    """The rotary table's, (tokens, pairs)."""
+    """Angles of the rotary table, (tokens, pairs)."""
     side, r = a["image_fmap_size"], a.get("dim_head", 64) // 3
     text = a["seq_len"] + 1 - side**2
     pairs = r // 2
@@ -148,7 +148,7 @@ def transform(w: Weights, p: str, x: Tensor, a: dict[str, Any]) -> Tensor:
     streams = [x, x]
     for layer, kind in enumerate(kinds(a)):
         outer, inner = places(a, p, layer)
-        seen = visible(kind, x.shape[1], text, side, {"causal": a.get("causal", True)})
+        allowed = visible(kind, x.shape[1], text, side, {"causal": a.get("causal", True)})
         for place in (0, 1):
             y = layer_norm(w, f"{outer[place]}fn.norm", streams[1 - place])
             y = shift(y, text, side) if a.get("shift_tokens") else y
@@ -156,7 +156,7 @@ def transform(w: Weights, p: str, x: Tensor, a: dict[str, Any]) -> Tensor:
                 value, gate = linear(w, f"{inner[1]}net.0", y).chunk(2, -1)
                 y = linear(w, f"{inner[1]}net.3", value * gelu(gate))
             else:
-                y = attend(w, inner[0], y, a, seen, angle)
+                y = attend(w, inner[0], y, a, allowed, angle)
             y = layer_norm(w, f"{outer[place]}fn.norm_out", y) if a.get("sandwich_norm") else y
             new = streams[place] + w[f"{outer[place]}scale"] * y
             if a.get("reversible"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.interop.slow.formulas import (
+from tests.interop.formulas.common import (
     Weights,
     gelu,
     heads,
@@ -92,9 +92,9 @@ def full(w: Weights, p: str, x: Tensor, a: dict[str, Any]) -> Tensor:
     if a.get("rotary_emb"):
         angle = torch.arange(x.shape[1])[:, None] * w[f"{p}rotary_emb.freqs"]
         q, k = rotate(q, angle), rotate(k, angle)
-    scores, seen = q.shape[-1] ** -0.5 * q @ k.transpose(-1, -2), past(x.shape[1])
+    scores, allowed = q.shape[-1] ** -0.5 * q @ k.transpose(-1, -2), past(x.shape[1])
     raw = a.get("softmax_normalize") is False
-    y = merge((scores.masked_fill(~seen, 0) if raw else softmax(scores, seen)) @ v)
+    y = merge((scores.masked_fill(~allowed, 0) if raw else softmax(scores, allowed)) @ v)
     if a.get("add_swish_gating"):
         gates = linear(w, f"{p}to_gates.0", x)
         y = y * gates * gates.sigmoid()
@@ -124,13 +124,13 @@ def run_simple(w: Weights, inputs: Weights, a: dict[str, Any], options: dict[str
 
 
 def mixer(a: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Shapes, formula and arguments of the transformer's mixer."""
+    """Shapes, formula and arguments of the transformer's attention layer."""
     swish = a.get("attn_add_swish_gating", True)
     if a.get("use_gate_looped_attn", True):
         names = ("sub_ln", "frac_gradient_state_transition", "ablate_complex", "ablate_state_transition")
-        said = {name: a[name] for name in names if name in a}
+        arguments = {name: a[name] for name in names if name in a}
         sizes = {"dim_inner": a.get("dim_gate_looped_attn"), "heads": a.get("gate_loop_heads")}
-        return loop_shapes, loop, {"dim": a["dim"], "add_swish_gating": swish, **sizes, **said}
+        return loop_shapes, loop, {"dim": a["dim"], "add_swish_gating": swish, **sizes, **arguments}
     sizes = {name: a[name] for name in ("dim", "heads", "dim_head", "rotary_emb") if name in a}
     softmaxed = {"softmax_normalize": a.get("attn_softmax_normalize")}
     return full_shapes, full, {"add_swish_gating": swish, **sizes, **softmaxed}
@@ -139,11 +139,11 @@ def mixer(a: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
 def transformer_shapes(a: dict[str, Any]) -> dict[str, Any]:
     d, v, post = a["dim"], a["num_tokens"], a.get("post_ln_norm", False)
     hidden = int(d * a.get("ff_mult", 4))
-    shapes_of, _, said = mixer(a)
+    shapes_of, _, arguments = mixer(a)
     shapes: dict[str, Any] = {"token_emb.weight": (v, d)}
     for layer in range(a["depth"]):
         p = f"layers.{layer}."
-        shapes |= shapes_of(said, f"{p}0.fn.")
+        shapes |= shapes_of(arguments, f"{p}0.fn.")
         shapes |= {f"{p}1.fn.0.weight": (hidden, d), f"{p}1.fn.0.bias": (hidden,)}
         shapes |= {f"{p}1.fn.2.weight": (d, hidden), f"{p}1.fn.2.bias": (d,)}
         for place in (0, 1):
@@ -157,14 +157,14 @@ def transformer_shapes(a: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_transformer(w: Weights, inputs: Weights, a: dict[str, Any], options: dict[str, Any]) -> Weights:
-    _, mix, said = mixer(a)
+    _, mix, arguments = mixer(a)
     tokens, post = inputs["x"], a.get("post_ln_norm", False)
     x = w["token_emb.weight"][tokens[:, :-1] if options.get("return_loss") else tokens]
     for layer in range(a["depth"]):
         for place in (0, 1):
             p = f"layers.{layer}.{place}."
             y = x if post else rms(x, w[f"{p}norm.gamma"])
-            y = linear(w, f"{p}fn.2", gelu(linear(w, f"{p}fn.0", y))) if place else mix(w, f"{p}fn.", y, said)
+            y = linear(w, f"{p}fn.2", gelu(linear(w, f"{p}fn.0", y))) if place else mix(w, f"{p}fn.", y, arguments)
             x = layer_norm(w, f"{p}norm", x + y) if post else x + y
     logits = linear(w, "to_logits", x) if post else linear(w, "to_logits.1", rms(x, w["to_logits.0.gamma"]))
     return {"out": next_token_loss(logits, tokens[:, 1:]) if options.get("return_loss") else logits}

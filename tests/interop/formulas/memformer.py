@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.interop.slow.formulas import Weights, gelu, heads, layer_norm, linear, merge, next_token_loss, past, softmax
+from tests.interop.formulas.common import (
+    Weights,
+    gelu,
+    heads,
+    layer_norm,
+    linear,
+    merge,
+    next_token_loss,
+    past,
+    softmax,
+)
 
 PACKAGE = "memformer"
 
@@ -22,12 +32,12 @@ def attention_shapes(a: dict[str, Any], p: str = "") -> dict[str, Any]:
 
 
 def attend(
-    w: Weights, p: str, x: Tensor, read: Tensor, h: int, seen: Tensor | None, bias: Tensor | float = 0.0
+    w: Weights, p: str, x: Tensor, read: Tensor, h: int, allowed: Tensor | None, bias: Tensor | float = 0.0
 ) -> Tensor:
     q = heads(linear(w, f"{p}to_q", x), h)
     k, v = (heads(part, h) for part in linear(w, f"{p}to_kv", read).chunk(2, -1))
     scores = q.shape[-1] ** -0.5 * q @ k.transpose(-1, -2) + bias
-    maps = scores.softmax(-1) if seen is None else softmax(scores, seen)
+    maps = scores.softmax(-1) if allowed is None else softmax(scores, allowed)
     return linear(w, f"{p}to_out", merge(maps @ v))
 
 
@@ -35,20 +45,20 @@ def both(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:
     """(b, 1, i, j) of masks (b, i) and (b, j)."""
     if queries is None and keys is None:
         return None
-    seen = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    seen = seen if queries is None else seen & queries[:, None, :, None]
-    return seen if keys is None else seen & keys[:, None, None]
+    allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    allowed = allowed if queries is None else allowed & queries[:, None, :, None]
+    return allowed if keys is None else allowed & keys[:, None, None]
 
 
 def run_attention(w: Weights, inputs: Weights, a: dict[str, Any], options: dict[str, Any]) -> Weights:
     x, context = inputs["x"], inputs.get("context")
     read = x if context is None else torch.cat((x, context), 1) if options.get("attend_self") else context
     queries, keys = inputs.get("query_mask"), inputs.get("kv_mask")
-    seen = both(queries, queries if keys is None and context is None else keys)
-    seen = torch.ones(x.shape[1], read.shape[1], dtype=torch.bool) if seen is None else seen
-    seen = seen & past(x.shape[1]) if a.get("causal") else seen
-    seen = seen & inputs["mask"][:, None] if "mask" in inputs else seen
-    return {"out": attend(w, "", x, read, a.get("heads", 8), seen)}
+    allowed = both(queries, queries if keys is None and context is None else keys)
+    allowed = torch.ones(x.shape[1], read.shape[1], dtype=torch.bool) if allowed is None else allowed
+    allowed = allowed & past(x.shape[1]) if a.get("causal") else allowed
+    allowed = allowed & inputs["mask"][:, None] if "mask" in inputs else allowed
+    return {"out": attend(w, "", x, read, a.get("heads", 8), allowed)}
 
 
 def bucket(distance: int, *, both_sides: bool) -> int:
@@ -114,15 +124,17 @@ def memformer_shapes(a: dict[str, Any]) -> dict[str, Any]:
     return shapes
 
 
-def side(w: Weights, p: str, x: Tensor, h: int, depth: int, seen: Tensor | None, read: Any, *, decodes: bool) -> Tensor:
-    bias = bias_of(w, f"{p}layer_blocks.", x.shape[1], both_sides=decodes)  # the wrong way round, as it was
+def side(
+    w: Weights, p: str, x: Tensor, h: int, depth: int, allowed: Tensor | None, read: Any, *, decodes: bool
+) -> Tensor:
+    bias = bias_of(w, f"{p}layer_blocks.", x.shape[1], both_sides=decodes)  # swapped, as upstream
     if decodes:
-        seen = past(x.shape[1]) if seen is None else seen & past(x.shape[1])
+        allowed = past(x.shape[1]) if allowed is None else allowed & past(x.shape[1])
     context, visible = read
     for layer in range(depth):
         here = f"{p}layer_blocks.layers.{layer}."
         y = layer_norm(w, f"{here}0.fn.norm", x)
-        x = x + attend(w, f"{here}0.fn.fn.", y, y, h, seen, bias)
+        x = x + attend(w, f"{here}0.fn.fn.", y, y, h, allowed, bias)
         x = x + attend(w, f"{here}1.fn.fn.", layer_norm(w, f"{here}1.fn.norm", x), context, h, visible)
         x = x + feedforward(w, f"{here}2.fn.fn.", layer_norm(w, f"{here}2.fn.norm", x))
     return layer_norm(w, f"{p}norm", x)
@@ -135,11 +147,11 @@ def run_memformer(w: Weights, inputs: Weights, a: dict[str, Any], options: dict[
     encoded = side(w, "encoder.", x, h, a["enc_depth"], both(mask, mask), (memory, None), decodes=False)
     slots, new = memory.shape[1], memory
     for _ in range(a.get("num_mem_updates", 1)):
-        seen = torch.cat((torch.eye(slots, dtype=torch.bool), torch.ones(slots, x.shape[1], dtype=torch.bool)), 1)
+        allowed = torch.cat((torch.eye(slots, dtype=torch.bool), torch.ones(slots, x.shape[1], dtype=torch.bool)), 1)
         if mask is not None:
-            seen = seen & torch.cat((mask.new_ones(len(mask), slots), mask), 1)[:, None, None]
+            allowed = allowed & torch.cat((mask.new_ones(len(mask), slots), mask), 1)[:, None, None]
         read = torch.cat((new, encoded), 1)
-        update = attend(w, "mem_updater.", new, read, a.get("mem_update_attn_heads", 8), seen)
+        update = attend(w, "mem_updater.", new, read, a.get("mem_update_attn_heads", 8), allowed)
         new = gru(w, update, new)
         new = new + feedforward(w, "mem_ff.fn.fn.", layer_norm(w, "mem_ff.fn.norm", new))
     found = {"enc_out": encoded, "mem": new}
@@ -150,8 +162,8 @@ def run_memformer(w: Weights, inputs: Weights, a: dict[str, Any], options: dict[
     target_mask = None if target_mask is None else target_mask[:, : read.shape[1]]
     x = w[f"{p}token_emb.weight"][read]
     cross = (encoded, both(target_mask, mask))
-    seen = both(target_mask, target_mask)
-    x = side(w, p, x, a.get("dec_heads", 8), a["dec_depth"], seen, cross, decodes=True)
+    allowed = both(target_mask, target_mask)
+    x = side(w, p, x, a.get("dec_heads", 8), a["dec_depth"], allowed, cross, decodes=True)
     return {**found, "dec_out": next_token_loss(linear(w, f"{p}to_logits", x), target[:, 1:])}
 
 

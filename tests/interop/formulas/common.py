@@ -9,20 +9,20 @@ Weights = dict[str, Tensor]
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """x W^T + b, b where there is one."""
+    """x W^T + b, with b if it exists."""
     out = x @ weights[f"{name}.weight"].t()
     return out + weights[f"{name}.bias"] if f"{name}.bias" in weights else out
 
 
 def layer_norm(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """Eps 1e-5, affine."""
+    """LayerNorm with eps 1e-5."""
     centred = x - x.mean(-1, keepdim=True)
     unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     return unit * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The exact one."""
+    """The exact GELU."""
     return 0.5 * x * (1 + torch.erf(x / 2**0.5))
 
 
@@ -36,9 +36,9 @@ def merge(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def softmax(scores: Tensor, seen: Tensor) -> Tensor:
-    """Over the visible keys, the lowest number standing for the others."""
-    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+def softmax(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax in which the scores of other keys are the lowest finite number."""
+    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
 
 
 def past(n: int) -> Tensor:
@@ -47,9 +47,9 @@ def past(n: int) -> Tensor:
 
 
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Turn interleaved pairs of the first features of (b, h, n, e) by (n, pairs) angles."""
-    turned = x[..., : 2 * angle.shape[-1]]
-    even, odd = turned[..., 0::2], turned[..., 1::2]
+    """Rotate interleaved pairs of the first features of (b, h, n, e) by angles (n, pairs)."""
+    rotated = x[..., : 2 * angle.shape[-1]]
+    even, odd = rotated[..., 0::2], rotated[..., 1::2]
     pairs = torch.stack((even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()), dim=-1)
     return torch.cat((pairs.flatten(-2), x[..., 2 * angle.shape[-1] :]), dim=-1)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.interop.slow.formulas import Weights, gelu, heads, linear, past, softmax
+from tests.interop.formulas.common import Weights, gelu, heads, linear, past, softmax
 
 PACKAGE = "quartic-transformer"
 
@@ -57,9 +57,9 @@ def attend(
     q, k, v = (heads(part, h) for part in linear(w, f"{p}to_qkv.0", x).chunk(3, -1))
     scores = (e**0.5 * q @ k.transpose(-1, -2)).reshape(-1, streams * h, n, n)
     scores = mix(w, f"{p}pre_talking_heads.", scores).reshape(-1, h, n, n)
-    seen = past(n) if a.get("causal") else torch.ones(n, n, dtype=torch.bool)
-    seen = seen if mask is None else seen & mask[:, None, None]
-    maps = softmax(scores, seen)
+    allowed = past(n) if a.get("causal") else torch.ones(n, n, dtype=torch.bool)
+    allowed = allowed if mask is None else allowed & mask[:, None, None]
+    maps = softmax(scores, allowed)
     mixed = mix(w, f"{p}post_talking_heads.", maps.reshape(-1, streams * h, n, n)).reshape(-1, h, n, n)
     gate = linear(w, f"{p}to_gates.0", x).sigmoid().transpose(1, 2)[..., None]
     out = (mixed @ v) * gate

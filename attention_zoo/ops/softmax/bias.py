@@ -1,0 +1,55 @@
+"""Biases of the scores: one number per pair of query and key, or per distance between them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from attention_zoo.ops.precision import at_least_float32
+
+
+class DistanceBias(NamedTuple):
+    """Relative position bias that depends on the distance of query and key only, stored per distance.
+
+    values: (h, i + j - 1). With bottom-right alignment the distances, key - query, are -(j - 1) ... i - 1. Entry d is
+        the bias of all pairs with (key index) - (query index) + i - 1 = d, both counted from 0.
+    """
+
+    values: Tensor
+
+    def pairs(self, queries: int, keys: int) -> Tensor:
+        """The bias of every pair, (h, queries, keys), as a view in which each row is shifted by one key.
+
+        In at least float32, the dtype in which the gradients of all pairs of a distance are summed.
+        """
+        return at_least_float32(self.values).unfold(-1, keys, 1).flip(-2)
+
+    def rows(self, start: int, stop: int, queries: int, keys: int) -> DistanceBias:
+        """The bias of the queries `start` ... `stop` - 1 of `queries` and the first `keys` keys."""
+        return DistanceBias(self.values[:, queries - stop : queries - start - 1 + keys])
+
+
+Bias = Tensor | DistanceBias
+
+
+def check_bias(bias: Bias | None, q: Tensor, k: Tensor) -> None:
+    """Check that a bias fits the scores (b, h, i, j).
+
+    Raises:
+        TypeError: `bias` is not floating point (a boolean mask is passed as `mask`).
+        ValueError: `bias` does not broadcast to (b, h, i, j), or a `DistanceBias` is not (h, i + j - 1).
+    """
+    if bias is None:
+        return
+    values = bias.values if isinstance(bias, DistanceBias) else bias
+    if not values.is_floating_point():
+        raise TypeError(f"bias must be floating point, got dtype {values.dtype}")
+    b, h, i, j = *q.shape[:3], k.shape[-2]
+    if isinstance(bias, DistanceBias):
+        if values.shape != (h, i + j - 1):
+            raise ValueError(f"bias.values must be (h, i + j - 1) = {(h, i + j - 1)}, got shape {tuple(values.shape)}")
+        return
+    sizes = (b, h, i, j)[-bias.ndim :]
+    if bias.ndim not in (2, 3, 4) or any(got not in (1, want) for got, want in zip(bias.shape, sizes, strict=True)):
+        raise ValueError(f"bias must broadcast to (b, h, i, j) = {(b, h, i, j)}, got shape {tuple(bias.shape)}")

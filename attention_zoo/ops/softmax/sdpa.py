@@ -1,0 +1,49 @@
+"""Softmax attention by torch's fused kernels, `scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention_zoo.ops.masks import visible
+from attention_zoo.ops.precision import no_autocast
+from attention_zoo.ops.softmax.bias import Bias, DistanceBias
+
+
+def sdpa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    bias: Bias | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Arguments as in `softmax_attention`."""
+    i, j = q.shape[-2], k.shape[-2]
+    # is_causal aligns top-left, which is bottom-right too where i = j. As a bool it is no symbol of a dynamic trace.
+    is_causal = False
+    if causal and mask is None and bias is None and i > 1 and i == j:
+        is_causal = True
+    allowed = None if is_causal else visible(i, j, mask=mask, causal=causal, device=q.device)
+    attn_mask = allowed
+    if bias is not None:
+        attn_mask = bias.pairs(i, j) if isinstance(bias, DistanceBias) else bias
+        if allowed is not None:  # an empty row keeps its finite bias: a row of -inf is NaN on some backends
+            has_key = allowed.any(-1, keepdim=True)
+            attn_mask = attn_mask.masked_fill(~allowed & has_key, -math.inf)
+        if attn_mask.element_size() > q.element_size():
+            # Rounded to half precision below. Softmax does not change with a shift of a row, and one that takes the
+            # largest bias to 0 rounds the biases that matter least.
+            attn_mask = attn_mask - attn_mask.detach().amax(-1, keepdim=True)
+        attn_mask = attn_mask.to(q.dtype)
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    with no_autocast(q):
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout, is_causal=is_causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
+    return out if bias is None or allowed is None else torch.where(has_key, out, out.new_zeros(()))

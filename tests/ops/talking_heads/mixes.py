@@ -1,0 +1,69 @@
+"""Inputs and head mixes, shared by the tests of talking heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_zoo.ops import talking_heads
+from attention_zoo.ops.talking_heads import HeadMix, HeadMLP, diversity, head_mixing, tiled
+
+HEADS = 6
+
+
+def inputs(i: int, j: int, dtype: torch.dtype = torch.float32, batch: int = 2) -> list[Tensor]:
+    shapes = [(batch, HEADS, i, 8), (batch, HEADS, j, 8), (batch, HEADS, j, 5)]
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def make_mix(kind: str | None, dtype: torch.dtype = torch.float32, heads: int = HEADS) -> HeadMix:
+    def weight(*shape: int) -> Tensor:
+        return (torch.randn(shape) * heads**-0.5).to(dtype).requires_grad_()
+
+    if kind is None:
+        return None
+    if kind == "linear":
+        return weight(heads, heads)
+    return HeadMLP(weight(heads), weight(2 * heads, heads), weight(heads, 2 * heads))
+
+
+def tensors_of(*mixes: HeadMix) -> list[Tensor]:
+    return [part for mix in mixes for part in ([] if mix is None else [mix] if isinstance(mix, Tensor) else mix)]
+
+
+def forbid_fast_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every fast function raise."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("the reference ran a fast implementation")
+
+    fast: dict[object, list[str]] = {
+        talking_heads: ["tiled_talking_heads", "tiled_diversity", "dropout_seed"],
+        tiled: ["_forward", "_backward", "mix_into", "mix_backward", "map_tiles", "softmax_maps", "softmax_backward"],
+        diversity: ["mix_backward", "map_tiles", "softmax_maps", "softmax_backward", "_divergence", "_entropy"],
+        head_mixing: ["mix_into", "mix_backward"],
+    }
+    for module, names in fast.items():
+        for name in names:
+            monkeypatch.setattr(module, name, fail)
+
+
+def largest_tensor(run: Callable[[], Tensor]) -> int:
+    """Numbers in the largest tensor that forward and backward allocate."""
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                largest = max(largest, t.numel() if isinstance(t, Tensor) else 0)
+            return out
+
+    with Largest():
+        run().sum().backward()
+    return largest

@@ -1,0 +1,70 @@
+"""Argument checks: what they accept, and that an error names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from attention_zoo import _checks as checks
+
+TOKENS, X = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, 4)
+ACCEPTED = {
+    "positive sizes": lambda: checks.check_positive(dim=1, heads=8, kv_heads=None),
+    "a size of 0": lambda: checks.check_at_least(0, text_len=0),
+    "fractions": lambda: checks.check_fraction(dropout=0.0, other=0.99),
+    "a known name": lambda: checks.check_choice("norm", "rms", ["layer", "rms"]),
+    "a boolean mask": lambda: checks.check_boolean(mask=TOKENS.bool()),
+    "features": lambda: checks.check_features(X.half(), 4),
+    "no padding": lambda: checks.check_padding(None, X),
+    "padding": lambda: checks.check_padding(TOKENS.bool(), X),
+    "token ids": lambda: checks.check_tokens(TOKENS.int() + 2, 3),
+    "no token ids": lambda: checks.check_token_range(TOKENS[:, :0], 3),
+}
+REJECTED = {
+    "a float size": (lambda: checks.check_positive(dim=2.0), TypeError, r"dim must be an int, got dim=2\.0"),
+    "a bool size": (lambda: checks.check_positive(dim=True), TypeError, "dim must be an int, got dim=True"),
+    "a size of 0": (lambda: checks.check_positive(dim=0), ValueError, "dim must be at least 1, got dim=0"),
+    "a small size": (lambda: checks.check_at_least(3, n=2), ValueError, "n must be at least 3, got n=2"),
+    "a fraction of 1": (lambda: checks.check_fraction(p=1.0), ValueError, r"p must lie in \[0, 1\), got p=1\.0"),
+    "a negative fraction": (lambda: checks.check_fraction(p=-0.5), ValueError, r"p must lie in .*, got p=-0\.5"),
+    "a misspelt name": (
+        lambda: checks.check_choice("norm", "layr", ["layer", "rms"]),
+        ValueError,
+        r"norm must be one of \['layer', 'rms'\], got norm='layr'; did you mean 'layer'\?",
+    ),
+    "an unknown name": (lambda: checks.check_choice("norm", 7, ["layer"]), ValueError, r"got norm=7$"),
+    "a mask of floats": (lambda: checks.check_boolean(mask=X), TypeError, "mask must be a boolean tensor, .*float32"),
+    "a list": (lambda: checks.check_boolean(mask=[True]), TypeError, "mask must be a boolean tensor, got list"),
+    "integer features": (lambda: checks.check_features(TOKENS, 4), TypeError, "x must be a floating .*int64"),
+    "wrong features": (lambda: checks.check_features(X, 3), ValueError, r"x must be .* dim=3, got shape \(2, 5, 4\)"),
+    "no tokens": (lambda: checks.check_features(X[:, :0], 4), ValueError, r"at least one token, got shape \(2, 0, 4\)"),
+    "float padding": (lambda: checks.check_padding(X[..., 0], X), TypeError, "mask must be a boolean .*float32"),
+    "long padding": (
+        lambda: checks.check_padding(torch.ones(2, 6).bool(), X, name="target_mask"),
+        ValueError,
+        r"target_mask must be \(b, n\) = \(2, 5\), got shape \(2, 6\)",
+    ),
+    "float ids": (
+        lambda: checks.check_tokens(X, 3),
+        TypeError,
+        "tokens must be an int64 or int32 .*got dtype .*float32",
+    ),
+    "flat ids": (lambda: checks.check_tokens(TOKENS[0], 3), ValueError, r"tokens must be \(b, n\) .*got shape \(5,\)"),
+    "a large id": (lambda: checks.check_tokens(TOKENS + 3, 3), ValueError, "lie in 0 .* = 2, got ids from 3 to 3"),
+    "a negative id": (lambda: checks.check_tokens(TOKENS - 1, 3), ValueError, "got ids from -1 to -1"),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_a_check_accepts_valid_arguments(case: str) -> None:
+    ACCEPTED[case]()
+
+
+@pytest.mark.parametrize(("check", "error", "message"), REJECTED.values(), ids=REJECTED)
+def test_a_check_names_the_argument_the_rule_and_the_value(
+    check: Callable[[], None], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        check()
