@@ -28,6 +28,9 @@ from attention_zoo.ops.sparse import (
 from attention_zoo.ops.talking_heads import HeadMLP, stream_diversity_loss, talking_heads_attention
 
 __all__ = [
+    "AxialPattern",
+    "BlockSparsePattern",
+    "ConvPattern",
     "DistanceBias",
     "HeadMLP",
     "MaskPattern",
