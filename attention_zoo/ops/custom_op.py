@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+
 from attention_zoo.ops.precision import no_autocast
 
 TENSOR = object()  # stands for a saved tensor
