@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attention_zoo.ops.precision import no_autocast
 
-TENSOR = object()  # stands for a saved tensor
+TENSOR = object()  # placeholder of a saved tensor
 SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
 
 
@@ -76,7 +76,7 @@ def register_operator(
         found = iter(operator_backward(list(gradients[:differentiable_outputs]), outputs, *args))
         return tuple(_take(found, value) for value in args)
 
-    def refuse(ctx: Any, gradients: Sequence[Tensor]) -> None:
+    def raise_second_derivative(ctx: Any, gradients: Sequence[Tensor]) -> None:
         raise RuntimeError(
             f"{name} has no second derivative on its fast path: compute it inside `with attention_zoo.reference():`"
         )
@@ -93,7 +93,7 @@ def register_operator(
     operator.register_fake(lambda *args: list(fake(inputs(*args))))
     operator_backward.register_fake(fake_backward)
     operator.register_autograd(differentiate, setup_context=setup_context)
-    operator_backward.register_autograd(refuse)
+    operator_backward.register_autograd(raise_second_derivative)
     return lambda given: operator(*given)
 
 

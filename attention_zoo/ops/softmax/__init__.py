@@ -42,8 +42,8 @@ def softmax_attention(
 ) -> Tensor:
     """out_i = sum_j softmax_j(scale q_i . k_j + bias_ij) v_j over the allowed keys j, in at least float32 inside.
 
-    Time O(i j e). "sdpa" holds the scores of no or all pairs, as torch's kernel for the arguments does; "tiled" those
-    of a tile of queries.
+    Time O(i j e). Memory for the scores: O(i j) in "reference", O(j) in "tiled"; that of "sdpa" depends on the kernel
+    that torch chooses for the arguments.
 
     Args:
         q: (b, h, i, e).
