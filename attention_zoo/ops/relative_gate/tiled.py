@@ -68,7 +68,7 @@ def tiled_relative_gate_weights(q: Tensor, k: Tensor, gate: Tensor, mask: Tensor
 def _fold(q: Tensor, k: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled and folded queries, folded keys, and log-magnitudes, as in `RelativeGateInputs`."""
     log, phase = (part.cumsum(2) for part in log_and_phase(torch.view_as_real(gate)))
-    if q.shape[2] == 1:  # measured from a single query, whose sine is 0, phases need the cosine only
+    if q.shape[2] == 1:  # phases relative to a single query: its sine is 0, so that the cosines suffice
         waves = (phase[:, :, -1:] - phase).cos()[:, :, :, None]
     else:
         waves = torch.stack((phase.cos(), phase.sin()), dim=3)
