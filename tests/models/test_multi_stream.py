@@ -102,7 +102,7 @@ def test_diversity_loss_is_a_weighted_term_with_gradients_to_queries_and_keys() 
     total = model.loss(tokens, diversity_weight=0.1)
     torch.testing.assert_close(total, model.loss(tokens) + 0.1 * diversity, rtol=1e-5, atol=1e-6)
     diversity.backward()
-    weight = model.get_parameter("stack.layers.1.sublayers.0.block.block.to_k.weight")
+    weight = model.get_parameter("stack.layers.1.sublayers.0.block.block.to_qkv.weight")
     assert weight.grad is not None
     assert weight.grad.any()
     assert small(streams=1).diversity(tokens) == 0
