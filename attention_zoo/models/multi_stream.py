@@ -109,6 +109,8 @@ class MultiStreamTransformer(SavedModel):
         ValueError, TypeError: an argument is invalid; the message names it.
     """
 
+    fsdp_wrap_classes: tuple[type[nn.Module], ...] = ()  # the diversity loss calls parts of layers
+
     def __init__(
         self,
         *,

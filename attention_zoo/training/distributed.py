@@ -158,7 +158,7 @@ class DataParallelLoss(nn.Module):
         world: the world returned by `join_world`.
         strategy: "single" (one process); "ddp" (replicated model, averaged gradients); "fsdp" (sharded parameters,
             gradients and optimizer state). FSDP wraps modules of the classes in `fsdp_wrap_classes`, an attribute of
-            the model or any submodule, and turns parameters into DTensors: create the optimizer afterwards.
+            the model or else of its submodules, and turns parameters into DTensors: create the optimizer afterwards.
         unused_parameters: with "ddp", whether a step may leave parameters without a gradient. Slower.
 
     Raises:
@@ -248,13 +248,19 @@ def _shard(model: nn.Module, units: list[nn.Module], world: World) -> None:
 
 
 def find_units(model: nn.Module) -> list[nn.Module]:
-    """Modules for FSDP to wrap: those of the classes in `fsdp_wrap_classes` of the model or any submodule.
+    """Modules for FSDP to wrap: in each outermost module with `fsdp_wrap_classes`, those of its classes.
 
     Modules that share a parameter with another one are excluded and belong to the root, since FSDP manages each
     parameter in one group.
     """
-    kinds = tuple({kind for module in model.modules() for kind in getattr(module, "fsdp_wrap_classes", ())})
-    units = [module for module in model.modules() if isinstance(module, kinds)]
+
+    def find(module: nn.Module) -> list[nn.Module]:
+        kinds = getattr(module, "fsdp_wrap_classes", None)
+        if kinds is None:
+            return [unit for child in module.children() for unit in find(child)]
+        return [unit for unit in module.modules() if isinstance(unit, tuple(kinds))]
+
+    units = list(dict.fromkeys(find(model)))
     owners = Counter(parameter for unit in units for parameter in unit.parameters())
     return [unit for unit in units if all(owners[parameter] == 1 for parameter in unit.parameters())]
 

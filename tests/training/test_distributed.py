@@ -527,3 +527,4 @@ def test_fsdp_wraps_layers_that_do_not_share_parameters() -> None:
     assert find_units(shared) == [shared.layers[1]]
     assert find_units(Stack(16, 3, reversible=True)) == []
     assert find_units(nn.Linear(3, 3)) == []
+    assert find_units(multi_stream_model()) == []  # the diversity loss calls parts of layers
