@@ -145,7 +145,9 @@ class Memformer(SavedModel):
         check_tokens(target, self.target_embedding.num_embeddings, name="target")
         check_padding(target_mask, target, name="target_mask")
         if target.shape[0] != source.shape[0]:
-            raise ValueError(f"target must have the batch of the source, got {target.shape[0]} and {source.shape[0]}")
+            raise ValueError(
+                f"target must have the batch size of the source, got {target.shape[0]} and {source.shape[0]}"
+            )
         check_length(target, None, self.max_seq_len, name="target", limit="dec_max_seq_len")
         x = self.decoder(self.target_embedding(target), mask=target_mask, context=encoded, context_mask=mask)
         return MemformerOutput(encoded, memory, self.to_logits(x))

@@ -236,7 +236,7 @@ class MultiStreamTransformer(SavedModel):
         if state is not None and not isinstance(state, MultiStreamState):
             raise TypeError(f"state must be a MultiStreamState, got {type(state).__name__}")
         if not self.causal:
-            raise ValueError(f"step needs a model built with causal=True, got causal={self.causal}")
+            raise ValueError("step needs causal=True, got causal=False")
         x, valid_count = self._embed(tokens, mask, state)
         x, stack = self.stack.step(x, None if state is None else state.stack, mask=self._fold(mask))
         return self._logits(x), MultiStreamState(stack, valid_count)

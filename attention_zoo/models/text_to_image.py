@@ -55,9 +55,9 @@ class TextToImageTransformer(SavedModel):
         ValueError, TypeError: an argument is invalid; the message names it.
 
     Example:
-        >>> kinds = ["full", "axial_row", "axial_col", "conv"]
+        >>> blocks = ["full", "axial_row", "axial_col", "conv"]
         >>> model = TextToImageTransformer(num_text_tokens=256, text_len=16, num_image_tokens=17, height=8, width=8,
-        ...     dim=128, depth=4, attention=kinds)
+        ...     dim=128, depth=4, attention=blocks)
         >>> loss = model.loss(text, image)
     """
 

@@ -14,6 +14,9 @@ from attention_zoo.ops.relative_gate import relative_gate_attention
 from attention_zoo.ops.rotary import rotate
 from attention_zoo.ops.softmax import DistanceBias, softmax_attention, softmax_attention_weights
 from attention_zoo.ops.sparse import (
+    AxialPattern,
+    BlockSparsePattern,
+    ConvPattern,
     MaskPattern,
     TextImageLayout,
     axial_attention,
@@ -28,6 +31,9 @@ from attention_zoo.ops.sparse import (
 from attention_zoo.ops.talking_heads import HeadMLP, stream_diversity_loss, talking_heads_attention
 
 __all__ = [
+    "AxialPattern",
+    "BlockSparsePattern",
+    "ConvPattern",
     "DistanceBias",
     "HeadMLP",
     "MaskPattern",

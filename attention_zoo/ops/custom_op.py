@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from attention_zoo.ops.precision import no_autocast
 
+TENSOR = object()  # stands for a saved tensor
 SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
 
 
@@ -52,28 +52,27 @@ def register_operator(
     arguments = ", ".join(f"{_schema_type(hint)} {field}" for field, hint in hints.items())
 
     def run_forward(*args: Any) -> list[Tensor]:
-        with no_autocast(_differentiable(args)[0]):
+        with no_autocast(next(_tensors(args))):
             return list(forward(inputs(*args)))
 
     def run_backward(gradients: list[Tensor], outputs: list[Tensor], *args: Any) -> list[Tensor]:
-        tensors = _differentiable(args)
-        with no_autocast(tensors[0]):
+        with no_autocast(next(_tensors(args))):
             found = backward(inputs(*args), outputs, gradients)
-        return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(found, tensors, strict=True)]
+        pairs = zip(found, filter(_has_gradient, _tensors(args)), strict=True)
+        return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in pairs]
 
     def fake_backward(gradients: list[Tensor], outputs: list[Tensor], *args: Any) -> list[Tensor]:
-        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _differentiable(args)]
+        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _tensors(args) if _has_gradient(t)]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         ctx.mark_non_differentiable(*output[differentiable_outputs:])
-        leaves, ctx.structure = pytree.tree_flatten((inputs, output if save_outputs else []))
-        ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
-        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        values = (*inputs, output if save_outputs else [])
+        ctx.save_for_backward(*_tensors(values))
+        ctx.values = _map(lambda value: TENSOR if isinstance(value, Tensor) else value, values)
 
     def differentiate(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
-        pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
-        leaves = [other if tensor is None else tensor for tensor, other in pairs]
-        args, outputs = pytree.tree_unflatten(leaves, ctx.structure)
+        saved = iter(ctx.saved_tensors)
+        *args, outputs = _map(lambda value: next(saved) if value is TENSOR else value, ctx.values)
         found = iter(operator_backward(list(gradients[:differentiable_outputs]), outputs, *args))
         return tuple(_take(found, value) for value in args)
 
@@ -107,9 +106,15 @@ def _has_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _differentiable(args: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors of the arguments that get gradients, lists flattened."""
-    return [leaf for leaf in pytree.tree_leaves(args) if _has_gradient(leaf)]
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors among values, lists flattened."""
+    for value in values:
+        yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, Tensor))
+
+
+def _map(function: Callable[[Any], Any], values: Sequence[Any]) -> list[Any]:
+    """The function of every value, and of every item of a list."""
+    return [[function(item) for item in value] if isinstance(value, list) else function(value) for value in values]
 
 
 def _take(found: Iterator[Tensor], value: Any) -> Any:

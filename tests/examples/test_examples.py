@@ -57,8 +57,9 @@ def command(example: Example, folder: Path, out: str, *options: str) -> list[str
 
 
 def environment() -> dict[str, str]:
-    # One thread: the tensors are tiny. Unbuffered: a test waits for output.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    # One thread and no compilation: the tensors are tiny. Unbuffered: a test waits for output.
+    settings = {"OMP_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    return {**os.environ, **settings}
 
 
 def run(call: list[str]) -> subprocess.CompletedProcess[str]:
@@ -77,6 +78,7 @@ def test_training_example_writes_its_files(example: Example, tmp_path: Path) -> 
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.contents["model"].items())
 
 
+@pytest.mark.slow
 def test_model_card_states_data_score_and_command(tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "2", *TINY, "--card"]
     done = run(command(CASES[0], tmp_path, "out", *fresh))
@@ -109,17 +111,11 @@ def test_digits_example_generates_and_classifies(tmp_path: Path) -> None:
     assert TextToImageTransformer.load(tmp_path).num_image_tokens == 17
 
 
+@pytest.mark.slow
 def test_comparison_example_continues_an_interrupted_run(tmp_path: Path) -> None:
     call = command(Example("compare_blocks.py", (), (), LanguageModel.load), tmp_path, "out", "--steps", "2")
-    call += [
-        "--quick",
-        "--seeds",
-        "2",
-        "--blocks",
-        "full,simple_gate_loop + full",
-        "--data",
-        str(tmp_path / "text.txt"),
-    ]
+    call += ["--quick", "--seeds", "2", "--blocks", "full,simple_gate_loop + full"]
+    call += ["--data", str(tmp_path / "text.txt")]
     first = run(call)
     assert first.returncode == 0, first.stderr
     table = (tmp_path / "out" / "compare_blocks.md").read_text()
@@ -151,13 +147,14 @@ def test_streams_example_scores_both_models_and_writes_a_plot(tmp_path: Path) ->
 
 def test_accelerate_example_trains_an_unmodified_model(tmp_path: Path) -> None:
     call = command(Example("train_with_accelerate.py", (), (), LanguageModel.load), tmp_path, "out", "--cpu")
-    done = run([*call, "--data", str(tmp_path / "text.txt"), "--dim", "32", "--depth", "2", "--seq-len", "16"])
+    sizes = ["--dim", "32", "--depth", "2", "--seq-len", "16", "--steps", "60"]
+    done = run([*call, "--data", str(tmp_path / "text.txt"), *sizes])
     assert done.returncode == 0, done.stderr
     before, after = (
         float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith(("before:", "after:"))
     )
     assert before > 7
-    assert after < 2  # the text repeats one sentence
+    assert after < 4  # the text repeats one sentence
     assert LanguageModel.load(tmp_path / "out").arguments["dim"] == 32
 
 
@@ -277,11 +274,7 @@ def test_long_context_example_prints_both_tables(tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     data.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     sizes = ["--dim", "16", "--depth", "1", "--train-len", "16", "--long-len", "64", "--batch", "2", "--steps", "2"]
-    script = str(EXAMPLES / "gate_loop_long_context.py")
-    ran = subprocess.run(
-        [sys.executable, script, "--data", str(data), *sizes],
-        env=environment(), capture_output=True, text=True, timeout=TIMEOUT, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert "bits per byte by position" in ran.stdout
-    assert "decoding after n bytes" in ran.stdout
+    done = run([sys.executable, str(EXAMPLES / "gate_loop_long_context.py"), "--data", str(data), *sizes])
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte by position" in done.stdout
+    assert "decoding after n bytes" in done.stdout

@@ -140,10 +140,10 @@ def test_eos_in_the_prompt_does_not_end_a_row() -> None:
 
 def test_ended_rows_do_not_change_other_rows() -> None:
     model, prompt = build(), ids(4, 5)
-    whole = greedy(model, prompt, 20)
-    eos = int(whole[0, 2])
+    full = greedy(model, prompt, 20)
+    eos = int(full[0, 2])
     got = generate(model, prompt, 20, temperature=0, eos_token_id=eos)
-    for row, want in zip(got.tolist(), whole.tolist(), strict=True):
+    for row, want in zip(got.tolist(), full.tolist(), strict=True):
         end = want.index(eos) if eos in want else len(want)
         assert row == want[:end] + [eos] * (len(want) - end)
 
@@ -377,12 +377,12 @@ def test_progress_bar_counts_tokens(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_progress_bar_without_tqdm_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
+    original = builtins.__import__
 
     def without_tqdm(name: str, *args: object, **kwargs: object) -> object:
         if name.startswith("tqdm"):
             raise ImportError(name)
-        return real(name, *args, **kwargs)
+        return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
     with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install attention-zoo\[examples\]"):

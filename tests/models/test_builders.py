@@ -1,4 +1,4 @@
-"""Models of the builders against the definition of the whole transformer."""
+"""Models of the builders against the definition of the transformer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
 def transformer(
     weights: dict[str, Tensor], tokens: Tensor, *, depth: int, heads: int, pre_norm: bool, cosine_sim: bool
 ) -> Tensor:
-    """The whole model by its definition, scale 3 and groups 2."""
+    """The model by its definition, with scale 3 and groups 2."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ weights[f"{name}.weight"].t()

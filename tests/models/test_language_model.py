@@ -85,10 +85,10 @@ def test_t5_positions_share_one_bias_between_all_blocks() -> None:
 
 def test_learned_positions_are_added_to_the_embedding() -> None:
     model, tokens = build(positions="learned"), ids(2, 7)
-    seen: list[Tensor] = []
-    model.stack.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    captured: list[Tensor] = []
+    model.stack.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
     model(tokens)
-    assert torch.equal(seen[0], model.token_embedding.weight[tokens] + model.positions.weight[:7])
+    assert torch.equal(captured[0], model.token_embedding.weight[tokens] + model.positions.weight[:7])
 
 
 def test_tied_embeddings_get_gradients_from_inputs_and_logits() -> None:
@@ -111,10 +111,10 @@ def test_padded_rows_have_the_logits_of_unpadded_rows(side: str, hybrid: str, po
     mask = torch.stack([torch.arange(11) < length for length in lengths])
     mask = mask.flip(1) if side == "left" else mask
     got = model(tokens, mask=mask)
-    for row, real in enumerate(mask):
-        want = model(tokens[row, real][None])[0]
+    for row, valid in enumerate(mask):
+        want = model(tokens[row, valid][None])[0]
         # the positions differ: rotary angles are float32
-        torch.testing.assert_close(got[row, real], want, atol=1e-7, rtol=0)
+        torch.testing.assert_close(got[row, valid], want, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -166,7 +166,7 @@ def test_loss_is_the_mean_cross_entropy_of_valid_tokens(masked: bool) -> None:
     rows = list(tokens)
     if masked:
         mask = torch.stack([torch.arange(8) >= 8 - length for length in (8, 3, 2)])
-        rows = [row[real] for row, real in zip(tokens, mask, strict=True)]
+        rows = [row[valid] for row, valid in zip(tokens, mask, strict=True)]
     want = torch.cat([cross_entropies(model(row[None, :-1])[0], row[1:]) for row in rows]).mean()
     assert relative_error(model.loss(tokens, mask=mask), want) < 1e-12
 
@@ -343,7 +343,7 @@ def test_loss_of_one_token_raises() -> None:
 def test_state_of_another_batch_raises(positions: str | None, batch: int) -> None:
     model = build(positions=positions)
     _, state = model.step(ids(3, 4))
-    with pytest.raises(ValueError, match=r"state must come from this (block|model) and batch"):
+    with pytest.raises(ValueError, match=r"state must come from this (layer|model) and batch"):
         model.step(ids(batch, 1), state)
 
 
@@ -353,7 +353,7 @@ def test_state_of_another_model_raises() -> None:
         build().step(ids(3, 1), state.stack)
     with pytest.raises(TypeError, match="state must be a StackState of 3 blocks, got one of 2 blocks"):
         build(depth=3).step(ids(3, 1), state)
-    with pytest.raises(ValueError, match="state must come from this block and batch"):
+    with pytest.raises(ValueError, match="state must come from this layer and batch"):
         build(heads=3).step(ids(3, 1), state)
     with pytest.raises(ValueError, match=r"state must come from this model and batch: counts of .* got none"):
         build(positions="learned").step(ids(3, 1), state)

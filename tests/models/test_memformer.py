@@ -128,7 +128,7 @@ BAD = {
     "mask must be (b, n)": lambda m: m(SRC, mask=torch.ones(2, 6, dtype=torch.bool)),
     "target_mask must be (b, n)": lambda m: m(SRC, TGT, target_mask=torch.ones(2, 4, dtype=torch.bool)),
     "target_mask must come with a target": lambda m: m(SRC, target_mask=torch.ones(2, 4, dtype=torch.bool)),
-    "target must have the batch": lambda m: m(SRC, TGT[:1]),
+    "target must have the batch size": lambda m: m(SRC, TGT[:1]),
     "at least two tokens": lambda m: m.loss(SRC, TGT[:, :1]),
     "source must be one segment": lambda m: m(torch.zeros(2, 9, dtype=torch.int64)),
     "target must fit dec_max_seq_len": lambda m: m(SRC, torch.zeros(2, 9, dtype=torch.int64)),

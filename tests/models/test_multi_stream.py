@@ -37,7 +37,7 @@ def test_steps_over_any_split_equal_forward_with_left_padding(changes: dict[str,
     model, tokens = small(**changes), torch.randint(0, 31, (3, 70))
     mask = torch.arange(70) >= torch.tensor([[0], [9], [66]])
     with torch.no_grad():
-        whole = model(tokens, mask=mask)
+        full = model(tokens, mask=mask)
         for splits in ([70], [1, 66, 3], [64, 1, 5]):
             state, outs, start = None, [], 0
             for size in splits:
@@ -45,9 +45,9 @@ def test_steps_over_any_split_equal_forward_with_left_padding(changes: dict[str,
                 out, state = model.step(tokens[:, piece], state, mask=mask[:, piece])
                 outs.append(out)
                 start += size
-            assert relative_error(torch.cat(outs, 1)[mask], whole[mask]) < 1e-5
+            assert relative_error(torch.cat(outs, 1)[mask], full[mask]) < 1e-5
         alone = model(tokens[1:2, 9:])
-    assert relative_error(alone, whole[1:2, 9:]) < 1e-5
+    assert relative_error(alone, full[1:2, 9:]) < 1e-5
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)

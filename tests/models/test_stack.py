@@ -191,7 +191,7 @@ def test_bidirectional_stack_has_bidirectional_blocks() -> None:
     changed = x.clone()
     changed[:, -1] += torch.randn(DIM)
     assert not torch.equal(stack(x)[:, 0], stack(changed)[:, 0])
-    with pytest.raises(ValueError, match="step needs a block built with causal=True, got causal=False"):
+    with pytest.raises(ValueError, match="step needs causal=True, got causal=False"):
         stack.step(x)
 
 
@@ -304,11 +304,11 @@ BAD = {
     "half pairs": (
         {"attention": ("cosine_sim", {"groups": 2, "dim_head": 6}), "rotary": Rotary()},
         ValueError,
-        "groups must leave rotary whole pairs in a slice, got groups=2, dim_head=6",
+        "groups must not split rotary pairs, got groups=2, dim_head=6",
     ),
     "scale": ({"attention": ("cosine_sim", {"scale": 0.0})}, ValueError, r"scale must be positive, got scale=0.0"),
-    "pattern": ({"attention": ("full", {"pattern": torch.ones(2, 3).bool()})}, ValueError, r"pattern must be square"),
-    "pattern dtype": ({"attention": ("full", {"pattern": torch.ones(3, 3)})}, TypeError, r"pattern must be a boolean"),
+    "pattern": ({"attention": ("full", {"pattern": torch.ones(2, 3).bool()})}, ValueError, "allowed must be square"),
+    "pattern dtype": ({"attention": ("full", {"pattern": torch.ones(3, 3)})}, TypeError, "allowed must be a boolean"),
     "attn_dropout": ({"attn_dropout": 1.0}, ValueError, r"attn_dropout must lie in \[0, 1\), got attn_dropout=1.0"),
     "ff_dropout": ({"ff_dropout": -0.5}, ValueError, r"ff_dropout must lie in \[0, 1\), got ff_dropout=-0.5"),
     "ff_dropout of nothing": (
@@ -374,7 +374,7 @@ def test_missing_or_invalid_context_raises(how: str) -> None:
         run(X)
     with pytest.raises(ValueError, match=r"context must be \(b, n, dim\) with dim=12, got shape \(2, 4, 5\)"):
         run(X, context=torch.zeros(2, 4, 5))
-    with pytest.raises(ValueError, match="context must have the batch of x, got 3 and 2"):
+    with pytest.raises(ValueError, match="context must have the batch size of x, got 3 and 2"):
         run(X, context=torch.zeros(3, 4, DIM))
     with pytest.raises(ValueError, match=r"context_mask must be \(b, n\) = \(2, 4\), got shape \(2, 5\)"):
         run(X, context=torch.zeros(2, 4, DIM), context_mask=torch.ones(2, 5).bool())
@@ -390,7 +390,7 @@ def test_invalid_state_raises() -> None:
     with pytest.raises(TypeError, match="state must be a KeyValueState of an earlier step, got CrossAttentionState"):
         stack.step(X, Stack(DIM, 1, attention="cross", **SMALL).step(X, context=X)[1])
     with pytest.raises(
-        ValueError, match=r"state must come from this block and batch: .*\(1, 2, 3, 6\), got .*\(2, 2, 3"
+        ValueError, match=r"state must come from this layer and batch: .*\(1, 2, 3, 6\), got .*\(2, 2, 3"
     ):
         wide.step(X[:1], state)
 

@@ -85,10 +85,10 @@ def test_steps_over_any_split_equal_the_full_pass(options: dict[str, Any], split
     mask[0, 3:] = False
     mask[1, :2] = False
     tokens = model.tokens(text, image)[:, :17]
-    whole = torch.ones(3, 17, dtype=torch.bool)
-    whole[:, 1 : 1 + TEXT_LEN] = mask
+    sequence_mask = torch.ones(3, 17, dtype=torch.bool)
+    sequence_mask[:, 1 : 1 + TEXT_LEN] = mask
     with torch.no_grad():
-        for given, padding in ((None, None), (mask, whole)):
+        for given, padding in ((None, None), (mask, sequence_mask)):
             want = model(text, image, mask=given)
             got = in_steps(model, tokens, splits, padding)
             finite = want.isfinite()
@@ -179,17 +179,17 @@ def invalid_calls() -> dict[str, tuple[Any, str]]:
         "image length": (lambda m: m(text, torch.cat((image, image), 1)), r"image must be .*at most 12.*\(3, 24\)"),
         "part of an image": (lambda m: m.loss(text, image[:, 1:]), r"image must hold 12 tokens.*\(3, 11\)"),
         "batch": (lambda m: m(text, image[:2]), r"image must be .*b = 3.*\(2, 12\)"),
-        "whole prime": (lambda m: generate_image_tokens(m, text, prime=image), r"prime must hold fewer.*\(3, 12\)"),
+        "complete prime": (lambda m: generate_image_tokens(m, text, prime=image), r"prime must hold fewer.*\(3, 12\)"),
         "null_prob": (lambda m: m.loss(text, image, null_prob=1.5), "null_prob must lie in"),
         "vocabulary": (
             lambda m: generate_images(m, wrong_shades, text),
             "tokenizer must have .* 7 image ids, got 5",
         ),
         "too long": (lambda m: m.step(torch.zeros(1, 30, dtype=torch.int64)), "tokens must hold at most the 18 tokens"),
-        "kind": (lambda m: m.step(torch.zeros(1, 8, dtype=torch.int64)), "tokens must be text up to position 5"),
+        "modality": (lambda m: m.step(torch.zeros(1, 8, dtype=torch.int64)), "tokens must be text up to position 5"),
         "state": (lambda m: m.step(torch.zeros(1, 1, dtype=torch.int64), "x"), "state must be a StackState, got str"),
         "positions": (lambda m: small(positions="t5"), "positions must be one of"),
-        "unlike layers": (
+        "different layers": (
             lambda m: small(shared_attn_ids=[0]),
             "shared_attn_ids must give the same id only to layers of one kind",
         ),

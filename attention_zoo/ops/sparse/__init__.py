@@ -11,7 +11,7 @@ from torch import Tensor
 from attention_zoo._checks import check_padding
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.masks import key_mask
-from attention_zoo.ops.softmax import DistanceBias, check_bias, check_heads, softmax_attention
+from attention_zoo.ops.softmax import Bias, check_bias, check_heads, softmax_attention
 from attention_zoo.ops.sparse.axial import AxialPattern, axial_mask
 from attention_zoo.ops.sparse.block_sparse import BlockSparsePattern, block_sparse_mask, choose_blocks
 from attention_zoo.ops.sparse.conv import ConvPattern, conv_mask
@@ -47,7 +47,7 @@ def pattern_attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
-    bias: Tensor | DistanceBias | None = None,
+    bias: Bias | None = None,
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
@@ -110,7 +110,7 @@ def pattern_weights(
     k: Tensor,
     *,
     mask: Tensor | None = None,
-    bias: Tensor | DistanceBias | None = None,
+    bias: Bias | None = None,
 ) -> Tensor:
     """The weights (b, h, i, j) by which `pattern_attention` multiplies the values, by the reference."""
     from attention_zoo.ops.sparse import reference
@@ -224,9 +224,7 @@ def _allowed(pattern: Pattern, q: Tensor, k: Tensor, mask: Tensor | None) -> Ten
     return allowed if mask is None else allowed & key_mask(mask)
 
 
-def _check(
-    pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | DistanceBias | None
-) -> None:
+def _check(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Bias | None) -> None:
     check_heads(q, k, v)
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q must be the last of the tokens of k, got {q.shape[2]} queries and {k.shape[2]} keys")

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attention_zoo._checks import check_boolean
 from attention_zoo.ops.masks import causal_mask
 
 
@@ -93,7 +94,6 @@ def check_table(name: str, table: Tensor) -> None:
         TypeError: `table` is not a boolean tensor.
         ValueError: `table` is not square.
     """
-    if not isinstance(table, Tensor) or table.dtype != torch.bool:
-        raise TypeError(f"{name} must be a boolean tensor, got {getattr(table, 'dtype', type(table))}")
+    check_boolean(**{name: table})
     if table.ndim != 2 or table.shape[0] != table.shape[1]:
         raise ValueError(f"{name} must be square, (N, N), got shape {tuple(table.shape)}")

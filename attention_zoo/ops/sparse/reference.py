@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.ops.precision import at_least_float32, no_autocast
-from attention_zoo.ops.softmax import DistanceBias
+from attention_zoo.ops.softmax import Bias, DistanceBias
 
 
-def pattern_attention(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | DistanceBias | None, dropout: float
-) -> Tensor:
+def pattern_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Bias | None, dropout: float) -> Tensor:
     """softmax(e^-0.5 q k^T + bias) v over the allowed pairs.
 
     Args:
@@ -33,7 +31,7 @@ def pattern_attention(
         return out.to(v.dtype)
 
 
-def pattern_weights(q: Tensor, k: Tensor, allowed: Tensor, bias: Tensor | DistanceBias | None) -> Tensor:
+def pattern_weights(q: Tensor, k: Tensor, allowed: Tensor, bias: Bias | None) -> Tensor:
     """The weights (b, h, i, j) of `pattern_attention`, in at least float32; 0 for a query without an allowed key."""
     import einx
 

@@ -22,8 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map_only
 
-from attention_zoo.training.checkpoint.single_file import Checkpoint, read_contents, write_contents
-from attention_zoo.training.checkpoint.state import TrainingState, check_fit
+from attention_zoo.training.checkpoint.single_file import Checkpoint, TrainingState, check_fit, read_file, write_file
 from attention_zoo.training.distributed import World
 from attention_zoo.training.random_state import random_state
 
@@ -112,7 +111,7 @@ def save_sharded(
 
     def finish() -> None:
         files = {file.name: _digest(file) for file in place.iterdir() if SHARD.fullmatch(file.name)}
-        write_contents(folder / RUN, {**contents, "place": place.name, "files": files})
+        write_file(folder / RUN, {**contents, "place": place.name, "files": files})
 
     world.once(finish)
 
@@ -129,7 +128,7 @@ def read_sharded(path: str | os.PathLike[str]) -> ShardedCheckpoint:
     own = list(contents["files"].items())[world.rank :: world.size]  # each rank verifies some of the files
     damaged = [name for name, digest in own if _digest(folder / contents["place"] / name) != digest]
     for name in chain(*world.gather(damaged)):
-        raise ValueError(f"{folder / contents['place'] / name} must be as it was written, but is missing or damaged")
+        raise ValueError(f"{folder / contents['place'] / name} is missing or damaged")
     return ShardedCheckpoint(folder, contents["step"], contents["extra"], contents)
 
 
@@ -137,9 +136,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Contents of `run.pt`.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_contents`.
+        FileNotFoundError, ValueError: see `read_file`.
     """
-    contents = read_contents(folder / RUN)
+    contents = read_file(folder / RUN)
     place, files = contents.get("place"), contents.get("files")
     if place not in PLACES or not isinstance(files, dict) or not all(map(SHARD.fullmatch, files)):
         raise ValueError(f"{folder / RUN}: fields 'place' and 'files' must name shards, got {place!r}, {files!r}")

@@ -67,9 +67,7 @@ class SafeReader(FileSystemReader):
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         with open(f"{self.path}/.metadata", "rb") as file:
-            metadata: Metadata = MetadataUnpickler(file).load()
-        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
-        return metadata
+            return MetadataUnpickler(file).load()
 
 
 class MetadataUnpickler(pickle.Unpickler):

@@ -66,7 +66,7 @@ def attend(blocks: Tensor, block_size: int = 8) -> Tensor:
     ("call", "error", "message"),
     [
         (lambda: attend(torch.ones(3, 3).bool()), ValueError, "k must hold at most 24 tokens, got 47"),
-        (lambda: attend(torch.ones(3, 3).int()), TypeError, "blocks must be a boolean tensor, got torch.int32"),
+        (lambda: attend(torch.ones(3, 3).int()), TypeError, "blocks must be a boolean tensor, got dtype torch.int32"),
         (lambda: attend(torch.ones(2, 3).bool()), ValueError, r"blocks must be square, .* got shape \(2, 3\)"),
         (lambda: attend(torch.ones(6, 6).bool(), 0), ValueError, "block_size must be at least 1, got block_size=0"),
         (lambda: block_sparse_mask(torch.ones(3, 3).bool(), block_size=8, stop=25), ValueError, "stop must be at most"),

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
 
-import pytest
 import torch
 from torch import Tensor
 
-from attention_zoo.ops import talking_heads
-from attention_zoo.ops.talking_heads import HeadMix, HeadMLP, diversity, head_mixing, tiled
+from attention_zoo.ops.talking_heads import HeadMix, HeadMLP
 
 HEADS = 6
 
@@ -33,23 +30,6 @@ def make_mix(kind: str | None, dtype: torch.dtype = torch.float32, heads: int = 
 
 def tensors_of(*mixes: HeadMix) -> list[Tensor]:
     return [part for mix in mixes for part in ([] if mix is None else [mix] if isinstance(mix, Tensor) else mix)]
-
-
-def forbid_fast_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every fast function raise."""
-
-    def fail(*_: object, **__: object) -> NoReturn:
-        raise AssertionError("the reference ran a fast implementation")
-
-    fast: dict[object, list[str]] = {
-        talking_heads: ["tiled_talking_heads", "tiled_diversity", "dropout_seed"],
-        tiled: ["_forward", "_backward", "mix_into", "mix_backward", "map_tiles", "softmax_maps", "softmax_backward"],
-        diversity: ["mix_backward", "map_tiles", "softmax_maps", "softmax_backward", "_divergence", "_entropy"],
-        head_mixing: ["mix_into", "mix_backward"],
-    }
-    for module, names in fast.items():
-        for name in names:
-            monkeypatch.setattr(module, name, fail)
 
 
 def largest_tensor(run: Callable[[], Tensor]) -> int:

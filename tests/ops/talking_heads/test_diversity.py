@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.talking_heads import HeadMLP, stream_diversity_loss
+from attention_zoo.ops import tiling
+from attention_zoo.ops.talking_heads import HeadMLP, diversity, head_mixing, stream_diversity_loss, tiled
 from attention_zoo.ops.tiling import QUERY_TILE
-from tests.ops.talking_heads.mixes import HEADS, forbid_fast_code, inputs, largest_tensor, make_mix, tensors_of
+from tests.ops.fast_code import forbid
+from tests.ops.talking_heads.mixes import HEADS, inputs, largest_tensor, make_mix, tensors_of
 
 
 def diversity_by_definition(q: Tensor, k: Tensor, streams: int, mask: Tensor) -> Tensor:
@@ -32,15 +34,16 @@ def diversity_by_definition(q: Tensor, k: Tensor, streams: int, mask: Tensor) ->
 
 
 @pytest.mark.parametrize("streams", [2, 3])
-@pytest.mark.parametrize("impl", ["tiled", "reference"])
-def test_diversity_loss_is_minus_the_mean_jensen_shannon_divergence(streams: int, impl: str) -> None:
+def test_diversity_loss_is_minus_the_mean_jensen_shannon_divergence(streams: int) -> None:
     q, k, _ = inputs(67, 67, torch.float64)
     mask = torch.rand(2, 67) < 0.7
-    got = stream_diversity_loss(q, k, None, streams=streams, mask=mask, causal=True, impl=impl)
     want = diversity_by_definition(q, k, streams, mask)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, check_dtype=False)
-    for ours, theirs in zip(torch.autograd.grad(got, [q, k]), torch.autograd.grad(want, [q, k]), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
+    gradients = torch.autograd.grad(want, [q, k])
+    for impl in ("tiled", "reference"):
+        got = stream_diversity_loss(q, k, None, streams=streams, mask=mask, causal=True, impl=impl)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, check_dtype=False)
+        for ours, theirs in zip(torch.autograd.grad(got, [q, k]), gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -63,7 +66,7 @@ def test_tiled_diversity_loss_equals_the_reference(n: int, kind: str | None, cau
 def test_diversity_reference_is_twice_differentiable_and_runs_no_fast_code(
     masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forbid_fast_code(monkeypatch)
+    forbid(monkeypatch, head_mixing, tiled, diversity, tiling)
     q, k = (torch.randn(2, 4, 5, 3, dtype=torch.float64).requires_grad_() for _ in range(2))
     mix = make_mix("mlp", torch.float64, heads=4)
     mask = torch.tensor([[True] * 5, [True, True, False, True, False]]) if masked else None

@@ -9,16 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_zoo.ops import tiling
 from attention_zoo.ops.talking_heads import (
     HeadMix,
     HeadMLP,
+    diversity,
+    head_mixing,
     mix_heads,
     talking_heads_attention,
     talking_heads_weights,
+    tiled,
 )
 from attention_zoo.ops.tiling import QUERY_TILE
 from tests.formulas import relative_error
-from tests.ops.talking_heads.mixes import HEADS, forbid_fast_code, inputs, largest_tensor, make_mix, tensors_of
+from tests.ops.fast_code import forbid
+from tests.ops.talking_heads.mixes import HEADS, inputs, largest_tensor, make_mix, tensors_of
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -133,7 +138,7 @@ def test_dropout_keeps_the_mean_of_the_output(impl: str) -> None:
 def test_reference_is_twice_differentiable_and_runs_no_fast_code(
     pre: str | None, post: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forbid_fast_code(monkeypatch)
+    forbid(monkeypatch, head_mixing, tiled, diversity, tiling)
     q, k, v = (torch.randn(2, 2, 4, 3, dtype=torch.float64).requires_grad_() for _ in range(3))
     mixes = [make_mix(kind, torch.float64, heads=2) for kind in (pre, post)]
     mask = torch.tensor([[True] * 4, [False, True, True, True]])

@@ -39,14 +39,14 @@ def test_resumed_run_repeats_the_losses_of_an_uninterrupted_one(tmp_path: Path, 
         parts["schedule"] = torch.optim.lr_scheduler.CosineAnnealingLR(parts["optimizer"], 10)
         return parts
 
-    unbroken = train(make(0), before + 4)
+    uninterrupted = train(make(0), before + 4)
     parts = make(0)
     begun = train(parts, before)
     save_sharded(tmp_path, **parts, step=before)
-    assert begun + train(parts, 4) == unbroken, "saving changed the run"
+    assert begun + train(parts, 4) == uninterrupted, "saving changed the run"
     resumed = make(1)  # different weights and random states
     read_sharded(tmp_path).restore(**resumed)
-    assert begun + train(resumed, 4) == unbroken
+    assert begun + train(resumed, 4) == uninterrupted
 
 
 def test_saves_alternate_between_two_subdirectories(saved: Path) -> None:
@@ -90,14 +90,14 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 def test_read_names_a_damaged_or_missing_file(saved: Path, damage: Callable[[Path], None], name: str) -> None:
     damage(saved / "shards_a" / name)
-    with pytest.raises(ValueError, match=rf"shards_a/{name} must be as it was written, but is missing or damaged"):
+    with pytest.raises(ValueError, match=rf"shards_a/{name} is missing or damaged"):
         read_sharded(saved)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", pickle.dumps({})])
 def test_read_rejects_a_damaged_run_file(saved: Path, content: bytes) -> None:
     (saved / "run.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run\.pt must be a whole checkpoint"):
+    with pytest.raises(ValueError, match=r"run\.pt must be an? (undamaged )?checkpoint"):
         read_sharded(saved)
 
 
@@ -243,8 +243,8 @@ def path_in_schedule(parts: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "step", "message"),
     [
-        (numpy_rate, 1, "groups must consist of numbers"),
-        (path_in_schedule, 1, "schedule must consist of numbers"),
+        (numpy_rate, 1, "groups must be made of numbers"),
+        (path_in_schedule, 1, "schedule must be made of numbers"),
         (lambda parts: None, "one", "step must be an int of at least 0, got 'one'"),
         (lambda parts: None, torch.tensor(1), r"step must be an int of at least 0, got tensor\(1\)"),
         (lambda parts: None, -1, "step must be an int of at least 0, got -1"),
@@ -312,19 +312,19 @@ def test_restore_rejects_a_malformed_file_and_changes_nothing(saved: Path, field
     rewrite(saved, **fields)
     parts = make_parts(1)
     before = {name: tensor.clone() for name, tensor in parts["model"].state_dict().items()}
-    with pytest.raises(ValueError, match=r"checkpoint.* must "):
+    with pytest.raises(ValueError, match=r"checkpoint.*( must | is malformed)"):
         read_sharded(saved).restore(**parts)
     assert all(torch.equal(tensor, parts["model"].state_dict()[name]) for name, tensor in before.items())
     assert not parts["optimizer"].state
 
 
 def test_save_rejects_unreadable_extra_values_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"extra must consist of numbers, strings"):
+    with pytest.raises(TypeError, match=r"extra must be made of numbers, strings"):
         save_sharded(tmp_path / "new", **make_parts(), step=0, extra={"folder": tmp_path})
     assert not (tmp_path / "new").exists()
 
 
 def test_save_rejects_the_optimizer_of_another_model(tmp_path: Path) -> None:
     parts = {**make_parts(), "model": make_parts()["model"]}
-    with pytest.raises(ValueError, match="optimizer must have the model's parameters after sharding"):
+    with pytest.raises(ValueError, match="optimizer must have the model's parameters, sharded"):
         save_sharded(tmp_path / "new", **parts, step=0)

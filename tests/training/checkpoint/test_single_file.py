@@ -26,7 +26,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_resumed_run_repeats_the_losses_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    unbroken = train(make_parts(), 7)
+    uninterrupted = train(make_parts(), 7)
     parts = make_parts()
     begun = train(parts, 3)
     save_checkpoint(tmp_path / "checkpoint.pt", **parts, step=3)
@@ -34,17 +34,17 @@ def test_resumed_run_repeats_the_losses_of_an_uninterrupted_one(tmp_path: Path) 
     checkpoint = read_checkpoint(tmp_path / "checkpoint.pt")
     checkpoint.restore(**resumed)
     assert checkpoint.step == 3
-    assert begun + train(resumed, 4) == unbroken
+    assert begun + train(resumed, 4) == uninterrupted
 
 
 def test_saving_does_not_change_the_run(tmp_path: Path) -> None:
-    unbroken = train(make_parts(), 5)
+    uninterrupted = train(make_parts(), 5)
     parts = make_parts()
     losses = []
     for step in range(5):
         losses += train(parts, 1)
         save_checkpoint(tmp_path / "checkpoint.pt", **parts, step=step)
-    assert losses == unbroken
+    assert losses == uninterrupted
 
 
 def test_training_after_restore_does_not_change_the_checkpoint(saved: Path) -> None:
@@ -64,7 +64,7 @@ def test_extra_values_survive_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_save_rejects_unreadable_extra_values_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"extra must consist of numbers, strings"):
+    with pytest.raises(TypeError, match=r"extra must be made of numbers, strings"):
         save_checkpoint(tmp_path / "checkpoint.pt", **make_parts(), step=0, extra={"fine": 1, "folder": tmp_path})
     assert not list(tmp_path.iterdir())
 
@@ -147,7 +147,7 @@ def test_read_names_a_missing_file(tmp_path: Path) -> None:
 def test_read_rejects_a_truncated_file(saved: Path, part: float) -> None:
     data = saved.read_bytes()
     saved.write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt must be a whole checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt must be an? (undamaged )?checkpoint"):
         read_checkpoint(saved)
 
 
@@ -159,7 +159,7 @@ def test_read_rejects_a_changed_byte_in_the_weights(saved: Path) -> None:
     assert place > 0
     data[place + 2] ^= 1
     saved.write_bytes(data)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt must be a whole checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt must be an? (undamaged )?checkpoint"):
         read_checkpoint(saved)
 
 
@@ -176,7 +176,7 @@ class Payload:
 def test_read_rejects_code_without_executing_it(tmp_path: Path) -> None:
     for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
         save({"format": Payload(tmp_path / "ran")}, tmp_path / "evil.pt")
-        with pytest.raises(ValueError, match=r"evil\.pt must be a whole checkpoint"):
+        with pytest.raises(ValueError, match=r"evil\.pt must be an? (undamaged )?checkpoint"):
             read_checkpoint(tmp_path / "evil.pt")
         assert not (tmp_path / "ran").exists()
 
@@ -184,7 +184,7 @@ def test_read_rejects_code_without_executing_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("foreign", [{"a": 1}, [1, 2], torch.ones(2), nn.Linear(2, 2).state_dict()])
 def test_read_rejects_a_file_that_is_not_a_checkpoint(tmp_path: Path, foreign: object) -> None:
     torch.save(foreign, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt must be a checkpoint of"):
+    with pytest.raises(ValueError, match=r"other\.pt must be an undamaged checkpoint of"):
         read_checkpoint(tmp_path / "other.pt")
 
 
