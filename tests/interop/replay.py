@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.talking_heads import HeadMixer
 from attention_zoo.interop import from_upstream
-from attention_zoo.ops.losses import total_loss
 
 ABLATIONS = ("ablate_complex", "ablate_state_transition")  # arguments of forward upstream, of the constructor here
 
@@ -117,7 +116,7 @@ def run_memformer(module: Any, inputs: dict[str, Tensor], options: dict[str, Any
     arguments = {names[name]: tensor for name, tensor in inputs.items()}
     output = module(**{name: tensor for name, tensor in arguments.items() if not name.startswith("target")})
     found = {"enc_out": output.encoded, "mem": output.memory}
-    return {**found, "dec_out": total_loss(module.loss_terms(**arguments))} if "target" in arguments else found
+    return {**found, "dec_out": module.loss(**arguments)} if "target" in arguments else found
 
 
 def run_dalle(module: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
