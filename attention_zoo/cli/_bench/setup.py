@@ -88,10 +88,9 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be cpu, cuda or cuda:0, cuda:1, ..., got device={name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, got device={name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be on this machine, which has {torch.cuda.device_count()} GPUs, got {name!r}")
+    count = torch.cuda.device_count()
+    if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < count):
+        raise ValueError(f"device must be cpu or one of the {count} CUDA devices of this machine, got device={name!r}")
     return device
 
 
