@@ -6,7 +6,6 @@ w_ij = softmax_j(scale q_i . k_j + bias_ij),  out_i = sum_j w_ij v_j
 from __future__ import annotations
 
 import torch
-from einops import repeat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,8 +21,8 @@ def attention_weights(
     import einx
 
     with no_autocast(q):
-        k = repeat(k, "b h j e -> b (h group) j e", group=q.shape[1] // k.shape[1])
-        scores = scale * einx.dot("b h i e, b h j e -> b h i j", at_least_float32(q), at_least_float32(k))
+        # (kv g): each of the key/value heads serves g neighbouring query heads
+        scores = scale * einx.dot("b (kv g) i e, b kv j e -> b (kv g) i j", at_least_float32(q), at_least_float32(k))
         i, j = scores.shape[-2:]
         if bias is not None:
             scores = scores + (bias.pairs(i, j) if isinstance(bias, DistanceBias) else bias)
@@ -50,5 +49,4 @@ def attention(
 
     weights = F.dropout(attention_weights(q, k, mask, causal, bias, scale), dropout)
     with no_autocast(q):
-        values = repeat(at_least_float32(v), "b h j e -> b (h group) j e", group=q.shape[1] // v.shape[1])
-        return einx.dot("b h i j, b h j e -> b h i e", weights, values).to(v.dtype)
+        return einx.dot("b (kv g) i j, b kv j e -> b (kv g) i e", weights, at_least_float32(v)).to(v.dtype)

@@ -105,12 +105,7 @@ def pattern_attention(
 
 
 def pattern_weights(
-    pattern: Pattern,
-    q: Tensor,
-    k: Tensor,
-    *,
-    mask: Tensor | None = None,
-    bias: Bias | None = None,
+    pattern: Pattern, q: Tensor, k: Tensor, *, mask: Tensor | None = None, bias: Bias | None = None
 ) -> Tensor:
     """The weights (b, h, i, j) by which `pattern_attention` multiplies the values, by the reference."""
     from attention_zoo.ops.sparse import reference
