@@ -159,7 +159,8 @@ class DataParallelLoss(nn.Module):
         strategy: "single" (one process); "ddp" (replicated model, averaged gradients); "fsdp" (sharded parameters,
             gradients and optimizer state). FSDP wraps modules of the classes in `fsdp_wrap_classes`, an attribute of
             the model or else of its submodules, and turns parameters into DTensors: create the optimizer afterwards.
-        unused_parameters: with "ddp", whether a step may leave parameters without a gradient. Slower.
+        unused_parameters: with "ddp", whether a step may leave parameters without a gradient, as a Memformer on one
+            segment does. Slower.
 
     Raises:
         ValueError: `strategy` is unknown or does not fit the number of processes.
