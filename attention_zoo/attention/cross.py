@@ -13,28 +13,24 @@ from torch import Tensor, nn
 from attention_zoo._checks import check_features, check_padding, check_positive
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.heads import merge_heads, split_heads
-from attention_zoo.layers.state import State, count_tokens, register_state
+from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
 
 @dataclass
 class CrossAttentionState(State):
-    """Keys and values of the context. Size: 2 j h dim_head numbers per row for a context of j tokens.
+    """Keys and values of the context. Size: 2 j h dim_head elements per row for a context of j tokens.
 
     Attributes:
         keys, values: (b, h, j, e).
-        token_count: number of tokens that have attended to the context so far, a tensor without axes.
-        mask: (b, j) bool padding mask of the context, or None.
+        token_count: number of tokens that have attended to the context so far, a 0-d tensor.
+        mask: (b, j) bool, True = a valid token of the context, or None.
     """
 
     keys: Tensor
     values: Tensor
     token_count: Tensor
     mask: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        return int(self.token_count)
 
 
 register_state(CrossAttentionState)
@@ -48,7 +44,7 @@ class CrossAttention(AttentionBlock):
 
     Args:
         dim, heads, dim_head, dropout: see `AttentionBlock`.
-        context_dim: features of the context. Default: dim.
+        context_dim: features of the context. Default: `dim`.
         qkv_bias, out_bias: whether the QKV projections and the output projection have a bias.
     """
 
@@ -79,8 +75,8 @@ class CrossAttention(AttentionBlock):
         Args:
             x: (b, n, d).
             context: (b, j, context_dim).
-            mask: (b, n) bool padding mask of x; outputs at masked tokens are meaningless.
-            context_mask: (b, j) bool padding mask of the context. A row without valid tokens gives 0.
+            mask: (b, n) bool, True = a valid token. Outputs at masked tokens are finite and meaningless.
+            context_mask: (b, j) bool, True = a valid token of the context. A row without any gives 0.
 
         Returns:
             (b, n, d).
@@ -103,14 +99,21 @@ class CrossAttention(AttentionBlock):
         Args:
             x, state, mask: see `AttentionBlock.step`.
             context, context_mask: see `forward`; only in the first step.
+
+        Returns:
+            (b, t, d) and the new state.
+
+        Raises:
+            TypeError: `state` is of another kind of layer.
+            ValueError: `context` is missing in the first step or given in a later one, or `state` comes from another
+                layer or batch size.
         """
         self.check_step(x, state, mask, CrossAttentionState)
         if isinstance(state, CrossAttentionState):
             if context is not None:
                 raise ValueError("context must be given with the first step only, got a context and a state")
-            want = (x.shape[0], self.heads, "j", self.dim_head)
-            if state.keys.shape[:2] != want[:2] or state.keys.shape[-1] != self.dim_head:
-                raise ValueError(f"state must hold keys of shape {want}, got {tuple(state.keys.shape)}")
+            shape = (x.shape[0], self.heads, state.keys.shape[2], self.dim_head)
+            check_state_shape(state.keys, "(b, heads, j, dim_head)", shape)
             keys, values, context_mask, count = state.keys, state.values, state.mask, state.token_count
         else:
             if context is None:

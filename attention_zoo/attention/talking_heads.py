@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_choice, check_features, check_padding, check_positive
+from attention_zoo._checks import check_choice, check_positive
 from attention_zoo.attention.base import SelfAttention
 from attention_zoo.layers.positions import RotaryEmbedding
 from attention_zoo.ops.talking_heads import (
@@ -135,15 +135,12 @@ class TalkingHeadsAttention(SelfAttention):
         return q, k, _mix(self.pre_softmax)
 
     def check_inputs(self, x: Tensor, mask: Tensor | None) -> None:
-        if self.streams == 1 and (not isinstance(x, Tensor) or x.ndim != 4):
-            check_features(x, self.dim)
-            check_padding(mask, x)
-            return
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.streams:
-            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be (b, streams, n, dim) with streams={self.streams}, dim={self.dim}, got {got}")
-        check_features(x[:, 0], self.dim)
-        check_padding(mask, x[:, 0])
+        if isinstance(x, Tensor) and (self.streams > 1 or x.ndim == 4):
+            if x.ndim != 4 or x.shape[1] != self.streams:
+                want = f"(b, streams, n, dim) with streams={self.streams}, dim={self.dim}"
+                raise ValueError(f"x must be {want}, got shape {tuple(x.shape)}")
+            x = x[:, 0]
+        super().check_inputs(x, mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, streams={self.streams}"

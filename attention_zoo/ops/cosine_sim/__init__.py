@@ -72,11 +72,12 @@ def cosine_sim_attention(
         scale: factor of the cosines, in place of softmax attention's e^-0.5.
         groups: number of slices of the features, normalised separately; scores then lie in scale * [-groups, groups].
         eps: see `l2_normalize`.
-        dropout: probability of dropping a weight. Pass 0 outside training.
+        dropout: dropout probability of the weights. Pass 0 outside training.
         impl: as in `softmax_attention`.
 
     Returns:
-        (b, h, i, e_v), or (b, i, e_v) for a 3-D `q`, in the dtype of `v`. A query without an allowed key gets 0.
+        (b, h, i, e_v), or (b, i, e_v) for a 3-D `q`, in the dtype of `v`. A query without an allowed key gets exactly
+        0, with zero gradient.
 
     Raises:
         TypeError: the dtype of an argument is wrong.

@@ -37,9 +37,9 @@ def relative_gate_attention(
     Args:
         q: queries (b, h, i, e), aligned with the last keys; e is even.
         k, v: keys (b, h, j, e) and values (b, h, j, e_v).
-        gate: (b, h, j, e / 2) complex with 0 <= |a| <= 1, one gate per key and pair of features. A gate of exactly 0
-            hides all earlier keys; the tiled implementation gives it no gradient, and the rounding error of the
-            gradient of a gate grows with 1 / |a|.
+        gate: gates a, (b, h, j, e / 2) complex with 0 <= |a| <= 1, one per key and pair of features. A gate of exactly
+            0 removes its pair from the scores of all earlier keys; the tiled implementation gives it no gradient, and
+            the rounding error of the gradient of a gate grows with 1 / |a|.
         mask: (b, j) bool, True = a valid token. The gates of masked tokens are taken as 1.
         softmax: whether the weights are the softmax of the scores, or the scores.
         dropout: probability of dropping a weight.

@@ -14,14 +14,12 @@ from attention_zoo.ops.softmax.bias import Bias, DistanceBias, check_bias
 from attention_zoo.ops.softmax.distance_bias import distance_biased_attention
 from attention_zoo.ops.softmax.sdpa import sdpa_attention
 from attention_zoo.ops.softmax.tiled import repeat_heads, tiled_attention
-from attention_zoo.ops.tiling import masked_softmax
 
 __all__ = [
     "Bias",
     "DistanceBias",
     "check_bias",
     "check_heads",
-    "masked_softmax",
     "repeat_heads",
     "softmax_attention",
     "softmax_attention_weights",
@@ -53,7 +51,7 @@ def softmax_attention(
         causal: causal masking, aligned bottom-right: the last query attends to the last key.
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`; differentiable.
         scale: factor of the scores; e^-0.5 if None.
-        dropout: probability of dropping a weight. Pass 0 outside training.
+        dropout: dropout probability of the weights. Pass 0 outside training.
         impl: "auto", "reference" (full score matrix, twice differentiable), "sdpa" (torch's fused kernels) or
             "tiled" (query tiles, recomputed in backward: memory O(n) where `bias` is learned).
 

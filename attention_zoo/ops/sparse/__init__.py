@@ -57,7 +57,7 @@ def pattern_attention(
         pattern: which keys a query may attend to.
         q: (b, h, i, e), the last i of the j tokens.
         k, v: (b, kv_h, j, e); kv_h divides h, and each key/value head serves h / kv_h neighbouring query heads.
-        mask: (b, j) bool key padding mask, True = a valid token.
+        mask: (b, j) bool, True = a valid token.
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`.
         dropout: dropout probability of the weights. Pass 0 outside training.
         impl: "auto", "reference" (full score matrix, twice differentiable), "dense" (torch's fused kernels under the

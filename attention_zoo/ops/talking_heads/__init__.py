@@ -70,15 +70,15 @@ def talking_heads_attention(
         v: (b, h, j, e_v).
         pre_softmax, post_softmax: mixes before and after the softmax: a matrix (h, h), with
             out_o = sum_h mix[o, h] map_h; a `HeadMLP`; or None.
-        causal: causal masking, the last query aligned with the last key.
-        mask: key padding mask (b, j), or any boolean tensor that broadcasts to (b, h, i, j); True = visible.
+        causal: causal masking, aligned bottom-right: the last query attends to the last key.
+        mask: padding (b, j), or four axes that broadcast to (b, h, i, j); boolean, True = allowed.
         scale: factor of the scores. None: e^-0.5.
         dropout: dropout probability of the weights, before `post_softmax`. Pass 0 outside training.
         impl: "auto", "reference" (all maps at once, twice differentiable) or "tiled" (query tiles, recomputed in
             backward).
 
     Returns:
-        (b, h, i, e_v) in the dtype of v. A query without a visible key gets exactly 0.
+        (b, h, i, e_v) in the dtype of v. A query without an allowed key gets exactly 0, with zero gradient.
 
     Raises:
         TypeError: a tensor has the wrong dtype, or a mix is not a `HeadMix`.
