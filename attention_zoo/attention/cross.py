@@ -1,6 +1,6 @@
-"""Cross-attention: tokens attend to a context, another sequence or a memory.
+"""Cross-attention: tokens attend to a context, which is another sequence or a memory.
 
-Papers: Attention Is All You Need, https://arxiv.org/abs/1706.03762; reading a memory: Memformer,
+Papers: Attention Is All You Need, https://arxiv.org/abs/1706.03762; attention to a memory: Memformer,
     https://arxiv.org/abs/2010.06891
 """
 

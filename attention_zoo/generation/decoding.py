@@ -91,11 +91,11 @@ def generate_stream(
 ) -> Iterator[Tensor]:
     """Sample one token per row at a time.
 
-    Arguments and errors as in `generate`; the arguments are checked when this is called. Between tokens the model is in
-    its own training mode.
+    Arguments and errors as in `generate`; the arguments are checked in the call, before the first token. The model is
+    in eval mode during its steps only.
 
     Returns:
-        An iterator of at most `max_new_tokens` tensors (b,). It ends early when every row has met `eos_token_id`.
+        An iterator of at most `max_new_tokens` tensors (b,). It stops when every row has ended with `eos_token_id`.
     """
     sampler = Sampler(temperature, top_k, top_p, min_p, generator)
     _check_arguments(model, prompt, max_new_tokens, eos_token_id, mask)

@@ -2,7 +2,7 @@
 
 Upstream: DALLE-pytorch, PreShiftToken.
 Differs: prefixes inside the text are shifted too; decoding has its own state, for any number of tokens at a time and
-across the boundary of text and image; a masked neighbour counts as 0.
+across the boundary of text and image; a masked neighbour is replaced by 0.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TokenShift(nn.Module):
         text:   the first half from the previous token
         image:  the first quarter from the token above, the second quarter from the token to the left
 
-    A neighbour outside the text or the image, or a masked one, counts as 0.
+    A neighbour outside the text or the image, or a masked one, is replaced by 0.
 
     Args:
         block: an attention layer or a feedforward.
@@ -98,8 +98,8 @@ class TokenShift(nn.Module):
         half = x[..., : 2 * quarter]
         if mask is not None:
             half = torch.where(mask[..., None], half, half.new_zeros(()))
-        known = torch.cat((recent, half), dim=1)  # (b, width + t, d / 2)
-        previous, above = known[:, width - 1 : -1], known[:, :t]
+        history = torch.cat((recent, half), dim=1)  # (b, width + t, d / 2)
+        previous, above = history[:, width - 1 : -1], history[:, :t]
         if t == 1 and not torch.compiler.is_compiling():
             first, second = self._shift_one(previous, above, int(start) - self.layout.text_len)
         else:
@@ -108,7 +108,7 @@ class TokenShift(nn.Module):
             upper = above[..., :quarter] * has_above[:, None]
             first = torch.where(is_text[:, None], previous[..., :quarter], upper)
             second = previous[..., quarter:] * (is_text | has_left)[:, None]
-        return torch.cat((first, second, x[..., 2 * quarter :]), dim=-1), known[:, t:]
+        return torch.cat((first, second, x[..., 2 * quarter :]), dim=-1), history[:, t:]
 
     def _shift_one(self, previous: Tensor, above: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Both quarters of one token at this position of the image (below 0: text): the fast path of decoding."""

@@ -208,7 +208,7 @@ class MemoryLanguageModel(SavedModel):
         x, stack = self.stack.step(self.token_embedding(tokens), state.stack, mask=mask, context=context)
         logits, token_count = self.to_logits(x), count_tokens(state.token_count, tokens.shape[1])
         if state.features is not None:
-            mask = concat_masks(state.mask, mask, *state.features.shape[:2], x.shape[1], x.device)
+            mask = concat_masks(state.mask, mask, x.shape[0], state.features.shape[1], x.shape[1], x.device)
             x = torch.cat((state.features, x), dim=1)
         if x.shape[1] < self.segment_len:
             return logits, MemoryState(state.memory, token_count, stack, x, mask)

@@ -143,7 +143,7 @@ class Stack(nn.Module):
         feedforward: a name in FEEDFORWARDS, `(name, options)`, a function of dim, or None for no feedforward.
         norm: a name in NORMS, or a function of dim.
         residual: a name in RESIDUALS: "pre", "post", "sandwich" or "deepnorm".
-        heads, dim_head: of every block that has them. None: each block's own default.
+        heads, dim_head: number and size of the heads of every block that takes them. None: the defaults of each block.
         causal: whether the blocks are causal. False is an error for a block that is always causal.
         attn_dropout: dropout probability of the attention weights.
         ff_dropout: dropout probability of the hidden features of the feedforwards.

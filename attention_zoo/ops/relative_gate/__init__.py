@@ -12,7 +12,7 @@ from attention_zoo.ops.gate_loop import complex_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.relative_gate.tiled import tiled_relative_gate_attention, tiled_relative_gate_weights
-from attention_zoo.ops.softmax import check_heads
+from attention_zoo.ops.softmax import check_qkv
 
 __all__ = ["relative_gate_attention", "relative_gate_weights"]
 
@@ -54,7 +54,7 @@ def relative_gate_attention(
         ValueError: shapes do not match, or e is odd.
     """
     impl = choose(impl, ("tiled",))
-    check_heads(q, k, v)
+    check_qkv(q, k, v)
     gate = _check_gate(q, k, gate, mask)
     with no_autocast(q):
         args = at_least_float32(q), at_least_float32(k), at_least_float32(v), gate, mask, softmax, dropout

@@ -19,7 +19,7 @@ __all__ = [
     "Bias",
     "DistanceBias",
     "check_bias",
-    "check_heads",
+    "check_qkv",
     "repeat_heads",
     "softmax_attention",
     "softmax_attention_weights",
@@ -63,7 +63,7 @@ def softmax_attention(
         ValueError: the shapes of the arguments do not fit, or `impl` is unknown.
     """
     impl = choose(impl, ("sdpa", "tiled"))
-    check_heads(q, k, v)
+    check_qkv(q, k, v)
     check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     check_bias(bias, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -105,7 +105,7 @@ def _needs_grad(bias: Bias | None) -> bool:
     return values is not None and values.requires_grad and torch.is_grad_enabled()
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check that q, k and v fit each other.
 
     Raises:

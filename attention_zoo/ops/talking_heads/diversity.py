@@ -1,4 +1,4 @@
-"""Diversity of streams over query tiles, recomputed in backward."""
+"""Diversity of streams in query tiles, recomputed in backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Talking heads and the diversity of streams by their definition, all maps at once.
+"""Talking-heads attention and the diversity of streams by their definition, all maps at once.
 
 Papers: Talking-Heads Attention, https://arxiv.org/abs/2003.02436; Multi-Stream Transformers,
     https://arxiv.org/abs/2107.10342

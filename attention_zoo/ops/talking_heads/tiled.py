@@ -1,4 +1,4 @@
-"""Talking heads over query tiles, recomputed in backward: memory O(n), no tensor of h n^2 numbers."""
+"""Talking-heads attention in query tiles, recomputed in backward: memory O(n)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TalkingHeadsInputs(NamedTuple):
     """Inputs of the operator: see `talking_heads_attention`.
 
     Attributes:
-        pre_softmax, post_softmax: tensors of the mixes: none, one or three.
+        pre_softmax, post_softmax: tensors of the head mixing: none, one or three.
         seed: scalar int64 on the CPU, from `dropout_seed`.
     """
 
