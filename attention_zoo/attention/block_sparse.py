@@ -26,7 +26,8 @@ class BlockSparseAttention(SelfAttention):
         g . . r l
 
     Time proportional to the number of visible blocks, memory O(n d); O(n^2) with dropout. Blocks of 64 tokens are
-    efficient, blocks of 16 are not. State: keys and values of all tokens. The pattern is a buffer, saved with the weights.
+    efficient, blocks of 16 are not. State: keys and values of all tokens. The pattern is a buffer, saved with the
+    weights.
 
     Args:
         dim, heads, dim_head, causal, dropout, rotary, rotate_values, out_bias: see `SelfAttention`.
