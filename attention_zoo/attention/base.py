@@ -7,10 +7,9 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_features, check_fraction, check_padding, check_positive
-from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.patterns import make_pattern
 from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
-from attention_zoo.layers.projections import Projections, map_queries_and_keys
+from attention_zoo.layers.projections import Projections, map_queries_and_keys, merge_heads, split_heads
 from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads, softmax_attention, softmax_attention_weights
 from attention_zoo.ops.sparse import Pattern, pattern_attention, pattern_weights

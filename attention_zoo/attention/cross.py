@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_features, check_padding, check_positive
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
-from attention_zoo.layers.heads import merge_heads, split_heads
+from attention_zoo.layers.projections import merge_heads, split_heads
 from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 

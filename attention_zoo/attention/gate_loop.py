@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_zoo._checks import check_positive
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
-from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.norms import LayerNorm
+from attention_zoo.layers.projections import merge_heads, split_heads
 from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.gate_loop import (
     channel_gate_loop,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
-from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.positions import Rotary
+from attention_zoo.layers.projections import merge_heads, split_heads
 from attention_zoo.layers.state import KeyValueState, State, check_state_shape, register_state
 from attention_zoo.ops.gate_loop import complex_of, scale_gradient, unit_gate
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_features, check_padding, check_positive
 from attention_zoo.layers.feedforward import FeedForward
-from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.norms import LayerNorm
+from attention_zoo.layers.projections import merge_heads, split_heads
 from attention_zoo.ops.masks import key_mask
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax import softmax_attention
