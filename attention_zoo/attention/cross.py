@@ -82,8 +82,8 @@ class CrossAttention(AttentionBlock):
             (b, n, d).
         """
         self.check_inputs(x, mask)
-        keys, values = self.project_context(context, context_mask, x)
-        return self.merge(self.attend(self.project_queries(x), keys, values, context_mask))
+        k, v = self.project_context(context, context_mask, x)
+        return self.merge(self.attend(self.project_queries(x), k, v, context_mask))
 
     def step(
         self,
@@ -114,14 +114,14 @@ class CrossAttention(AttentionBlock):
                 raise ValueError("context must be given with the first step only, got a context and a state")
             shape = (x.shape[0], self.heads, state.keys.shape[2], self.dim_head)
             check_state_shape(state.keys, "(b, heads, j, dim_head)", shape)
-            keys, values, context_mask, count = state.keys, state.values, state.mask, state.token_count
+            k, v, context_mask, count = state.keys, state.values, state.mask, state.token_count
         else:
             if context is None:
                 raise ValueError("context must be given with the first step, got None")
-            keys, values = self.project_context(context, context_mask, x)
+            k, v = self.project_context(context, context_mask, x)
             count = None
-        out = self.merge(self.attend(self.project_queries(x), keys, values, context_mask))
-        return out, CrossAttentionState(keys, values, count_tokens(count, x.shape[1]), context_mask)
+        out = self.merge(self.attend(self.project_queries(x), k, v, context_mask))
+        return out, CrossAttentionState(k, v, count_tokens(count, x.shape[1]), context_mask)
 
     def project_queries(self, x: Tensor) -> Tensor:
         """Queries (b, h, n, e)."""
@@ -135,12 +135,12 @@ class CrossAttention(AttentionBlock):
             raise ValueError(f"context must have the batch size of x, got {context.shape[0]} and {x.shape[0]}")
         return split_heads(self.to_k(context), self.dim_head), split_heads(self.to_v(context), self.dim_head)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor | None) -> Tensor:
-        """The attention operation, (b, h, n, e)."""
-        return softmax_attention(q, keys, values, mask=context_mask, dropout=self.dropout_now)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context_mask: Tensor | None) -> Tensor:
+        """The attention operation: q (b, h, n, e), k and v (b, h, j, e) -> (b, h, n, e)."""
+        return softmax_attention(q, k, v, mask=context_mask, dropout=self.dropout_now)
 
     def merge(self, out: Tensor) -> Tensor:
-        """Merge the heads and project to (b, n, d)."""
+        """Merge the heads (b, h, n, e) and project to (b, n, d)."""
         return self.to_out(merge_heads(out))
 
     def attention_map(  # type: ignore[override]
@@ -148,12 +148,12 @@ class CrossAttention(AttentionBlock):
     ) -> Tensor:
         """The weights (b, h, n, j) on the values of the context."""
         self.check_inputs(x, mask)
-        keys, _ = self.project_context(context, context_mask, x)
-        return softmax_attention_weights(self.project_queries(x), keys, mask=context_mask)
+        k, _ = self.project_context(context, context_mask, x)
+        return softmax_attention_weights(self.project_queries(x), k, mask=context_mask)
 
     def values_and_output(  # type: ignore[override]
         self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, context_mask: Tensor | None = None
     ) -> ValuesAndOutput:
         self.check_inputs(x, mask)
-        keys, values = self.project_context(context, context_mask, x)
-        return ValuesAndOutput(values, self.attend(self.project_queries(x), keys, values, context_mask))
+        k, v = self.project_context(context, context_mask, x)
+        return ValuesAndOutput(v, self.attend(self.project_queries(x), k, v, context_mask))
