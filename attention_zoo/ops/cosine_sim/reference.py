@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax import Bias
-from attention_zoo.ops.softmax import reference as softmax_reference
+from attention_zoo.ops.softmax.reference import attention as softmax_attention
 
 
 def l2_normalize(x: Tensor, groups: int, eps: float) -> Tensor:
@@ -36,4 +36,4 @@ def attention(
     """The output out, (b, h, i, e), in the dtype of `v`. Arguments as in `cosine_sim_attention`, with a head axis."""
     with no_autocast(q):
         q, k = (l2_normalize(x, groups, eps) for x in (q, k))
-    return softmax_reference.attention(q, k, v, mask, causal, bias, scale, dropout)
+    return softmax_attention(q, k, v, mask, causal, bias, scale, dropout)
