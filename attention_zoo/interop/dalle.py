@@ -1,27 +1,34 @@
 """Weights of DALLE-pytorch.
 
-Upstream, rotary positions also rotate the values. With `stable`, the gradient into the embeddings is scaled, and the
-features are divided by their maximum before the last norm.
+Upstream, the rotary position embedding is applied to the values too. With `stable`, the gradient into the embeddings is
+scaled, and the features are divided by their maximum before the last norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice
-from attention_zoo.attention import AxialAttention, ConvAttention, FullAttention
+from attention_zoo.attention import (
+    AxialAttention,
+    AxialColumnAttention,
+    AxialRowAttention,
+    ConvAttention,
+    FullAttention,
+    SelfAttention,
+)
 from attention_zoo.interop.loader import Loader
 from attention_zoo.interop.weights import Transfer, Weights
 from attention_zoo.layers.positions import TextImageRotary
 from attention_zoo.models import Stack, TextToImageTransformer
 from attention_zoo.ops.sparse import TextImageLayout
 
-KINDS = {"full": "full", "axial_row": "axial_row", "axial_col": "axial_col", "conv_like": "conv", "sparse": "full"}
 GLOBAL = 256  # first tokens, to which every token attends in block-sparse attention besides its random blocks
 STABLE = 0.1  # fraction of the gradient that reaches the embeddings with `stable`
 
@@ -34,12 +41,58 @@ class DivideMax(nn.Module):
         return x / x.detach().amax(-1, keepdim=True)
 
 
-class StableTextToImage(TextToImageTransformer):
-    """`TextToImageTransformer` with the scaled embedding gradient of `stable`. Args: see `TextToImageTransformer`."""
+class RotatedValues(SelfAttention):
+    """Base class of layers whose rotary position embedding is applied to the values too."""
+
+    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x, start)
+        return q, k, v if self.rotary is None else self.rotary(v, start)
+
+
+class RotatedFullAttention(RotatedValues, FullAttention):
+    """`FullAttention` with rotated values. Args: see `FullAttention`."""
+
+
+class RotatedRowAttention(RotatedValues, AxialRowAttention):
+    """`AxialRowAttention` with rotated values. Args: see `AxialAttention`."""
+
+
+class RotatedColumnAttention(RotatedValues, AxialColumnAttention):
+    """`AxialColumnAttention` with rotated values. Args: see `AxialAttention`."""
+
+
+class RotatedConvAttention(RotatedValues, ConvAttention):
+    """`ConvAttention` with rotated values. Args: see `ConvAttention`."""
+
+
+ATTENTION: dict[str, type[RotatedValues]] = {
+    "full": RotatedFullAttention,
+    "axial_row": RotatedRowAttention,
+    "axial_col": RotatedColumnAttention,
+    "conv_like": RotatedConvAttention,
+    "sparse": RotatedFullAttention,
+}
+
+
+class OldTextToImage(TextToImageTransformer):
+    """`TextToImageTransformer` with rotated values.
+
+    Args:
+        attention: names in ATTENTION, cycled over the depth.
+        stable: whether the gradient into the embeddings is scaled and the features are divided by their maximum.
+        arguments: see `TextToImageTransformer`.
+    """
+
+    def __init__(self, *, attention: Sequence[str], stable: bool, **arguments: Any) -> None:
+        super().__init__(attention=[ATTENTION[name] for name in attention], **arguments)
+        self.arguments |= {"attention": list(attention), "stable": stable}
+        self.stable = stable
+        if stable:
+            self.stack.norm = nn.Sequential(DivideMax(), self.stack.norm)
 
     def _embed(self, tokens: Tensor, start: int) -> Tensor:
         x = super()._embed(tokens, start)
-        return x * STABLE + x.detach() * (1 - STABLE)
+        return x * STABLE + x.detach() * (1 - STABLE) if self.stable else x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +194,7 @@ class AnyModelLoader(Loader):
         }
 
     def kinds(self, seq_len: int) -> list[str]:
-        """The names of the attention layers, one cycle over the depth at most.
+        """The names of the attention layers in ATTENTION, one cycle over the depth at most.
 
         Raises:
             ValueError: a name is unknown, or block-sparse attention has random blocks.
@@ -149,14 +202,14 @@ class AnyModelLoader(Loader):
         types = self.attn_types or ("full",)
         names = (types,) if isinstance(types, str) else tuple(types)
         for name in names:
-            check_choice("attn_types", name, KINDS)
+            check_choice("attn_types", name, ATTENTION)
         if "sparse" in names and seq_len > GLOBAL:
             raise ValueError(
                 f"attn_types must not hold 'sparse' beyond {GLOBAL} tokens, got {self.attn_types} with {seq_len}: the "
                 "random blocks are drawn by every process and are not saved. To train with saved random blocks, use "
                 "BlockSparseAttention"
             )
-        return [KINDS[name] for name in names][: self.depth]
+        return list(names[: self.depth])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +224,7 @@ class TransformerLoader(AnyModelLoader):
 
     def build(self, weights: Weights) -> Stack:
         kinds = self.kinds(self.seq_len)
-        sparse = set(kinds) != {"full"}
+        sparse = not {*kinds} <= {"full", "sparse"}
         layout = None
         if self.image_fmap_size is not None:
             layout = _layout(self.seq_len, self.image_fmap_size, "image_fmap_size")
@@ -179,16 +232,17 @@ class TransformerLoader(AnyModelLoader):
         if layout is None and any(needs.values()):
             names = ", ".join(name for name, needed in needs.items() if needed)
             raise ValueError(f"image_fmap_size must be given with {names}, got None")
+        full = partial(RotatedFullAttention, causal=self.causal)
+        blocks = {**ATTENTION, "full": full, "sparse": full}
         stack = Stack(
             self.dim,
-            attention=[("full", {"causal": self.causal}) if kind == "full" else kind for kind in kinds],
+            attention=[blocks[kind] for kind in kinds],
             feedforward=("geglu", {"bias": True}),
             ff_mult=self.ff_mult,
             layer_scale=True,
             token_shift=layout if self.shift_tokens else None,
             layout=layout if sparse else None,
             rotary=TextImageRotary(layout) if self.rotary_emb and layout is not None else None,
-            rotate_values=self.rotary_emb or None,
             out_bias=True,
             **self.options(),
         )
@@ -211,18 +265,17 @@ class DALLELoader(AnyModelLoader):
     shift_tokens: bool = True
     share_input_output_emb: bool = False
 
-    def build(self, weights: Weights) -> TextToImageTransformer:
-        return (StableTextToImage if self.stable else TextToImageTransformer)(
+    def build(self, weights: Weights) -> OldTextToImage:
+        return OldTextToImage(
             text_len=self.text_seq_len,
             height=self.image_fmap_size,
             width=self.image_fmap_size,
             attention=self.kinds(self.text_seq_len + self.image_fmap_size**2),
             positions="rotary" if self.rotary_emb else "learned",
-            rotate_values=self.rotary_emb,
             token_shift=self.shift_tokens,
             image_loss_weight=self.loss_img_weight,
             tie_embeddings=self.share_input_output_emb,
-            **self.same("num_text_tokens", "num_image_tokens", "dim"),
+            **self.same("num_text_tokens", "num_image_tokens", "dim", "stable"),
             **self.options(),
         )
 
@@ -230,7 +283,7 @@ class DALLELoader(AnyModelLoader):
         for name in move.weights.names("vae."):
             move.weights.leave(name, "the image autoencoder is a model of its own")
         _move_stack(move.at("stack.", "transformer."))
-        move.fill("stack.norm", "to_logits.0")
+        move.fill("stack.norm.1" if self.stable else "stack.norm", "to_logits.0")
         move.fill("to_logits", "to_logits.1")
         if self.share_input_output_emb:
             for name in ("text_emb", "image_emb"):
@@ -244,9 +297,6 @@ class DALLELoader(AnyModelLoader):
                 source = f"image_pos_emb.weights.{index}"
                 source = source if source in move.weights else f"image_pos_emb.weights_{index}"  # older versions
                 move.put(name, source, change=lambda table: table.flatten(0, -2))
-        if self.stable:
-            stack = move.target("stack")
-            stack.norm = nn.Sequential(DivideMax(), stack.norm)
 
 
 def _layout(seq_len: int, side: int, name: str) -> TextImageLayout:

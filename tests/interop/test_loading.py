@@ -253,3 +253,22 @@ def test_every_upstream_class_has_a_loader() -> None:
             "Attention", "DALLE", "SparseAxialCausalAttention", "SparseConvCausalAttention", "Transformer",
         ],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_a_loaded_text_to_image_model_decodes_in_steps_and_survives_saving(stable: bool, tmp_path: Path) -> None:
+    meta, weights = record("dalle_model_logits")
+    model = build(meta, weights, stable=stable)
+    inputs = torch.load(RECORDS / "dalle_model_logits.pt", weights_only=True)["inputs"]
+    tokens = model.tokens(inputs["text"], inputs["image"])
+    with torch.no_grad():
+        want = model(inputs["text"], inputs["image"])
+        first, state = model.step(tokens[:, :8])
+        parts = [first]
+        for index in range(8, tokens.shape[1]):
+            out, state = model.step(tokens[:, index : index + 1], state)
+            parts.append(out)
+        torch.testing.assert_close(torch.cat(parts, 1), want)
+        model.save(tmp_path)
+        again = type(model).load(tmp_path).eval()
+        torch.testing.assert_close(again(inputs["text"], inputs["image"]), want, rtol=0, atol=0)
