@@ -226,10 +226,10 @@ class TransformerLoader(AnyModelLoader):
         kinds = self.kinds(self.seq_len)
         sparse = not {*kinds} <= {"full", "sparse"}
         layout = None
+        needs = {"rotary_emb": self.rotary_emb, "shift_tokens": self.shift_tokens, "attn_types": sparse}
         if self.image_fmap_size is not None:
             layout = _layout(self.seq_len, self.image_fmap_size, "image_fmap_size")
-        needs = {"rotary_emb": self.rotary_emb, "shift_tokens": self.shift_tokens, "attn_types": sparse}
-        if layout is None and any(needs.values()):
+        elif any(needs.values()):
             names = ", ".join(name for name, needed in needs.items() if needed)
             raise ValueError(f"image_fmap_size must be given with {names}, got None")
         full = partial(RotatedFullAttention, causal=self.causal)
@@ -280,23 +280,20 @@ class DALLELoader(AnyModelLoader):
         )
 
     def transfer(self, move: Transfer) -> None:
-        for name in move.weights.names("vae."):
-            move.weights.leave(name, "the image autoencoder is a model of its own")
+        move.weights.leave("vae.", "the image autoencoder is a model of its own")
         _move_stack(move.at("stack.", "transformer."))
-        move.fill("stack.norm.1" if self.stable else "stack.norm", "to_logits.0")
-        move.fill("to_logits", "to_logits.1")
+        move.fill({"stack.norm.1" if self.stable else "stack.norm": "to_logits.0", "to_logits": "to_logits.1"})
         if self.share_input_output_emb:
-            for name in ("text_emb", "image_emb"):
-                for kind in ("weight", "bias"):
-                    move.weights.repeat(f"{name}.linear.{kind}", f"to_logits.1.{kind}")
+            move.weights.repeat("text_emb.linear.", "to_logits.1.")
+            move.weights.repeat("image_emb.linear.", "to_logits.1.")
         else:
-            move.put("embedding.weight", "text_emb.weight", "image_emb.weight", change=lambda *rows: torch.cat(rows))
+            move.put("embedding.weight", "text_emb.weight", "image_emb.weight")
         if not self.rotary_emb:
             move.put("text_positions", "text_pos_emb.weight")
             for index, name in enumerate(("row_positions", "column_positions")):
                 source = f"image_pos_emb.weights.{index}"
-                source = source if source in move.weights else f"image_pos_emb.weights_{index}"  # older versions
-                move.put(name, source, change=lambda table: table.flatten(0, -2))
+                older = f"image_pos_emb.weights_{index}"
+                move.put(name, older if older in move.weights else source)
 
 
 def _layout(seq_len: int, side: int, name: str) -> TextImageLayout:
@@ -315,29 +312,26 @@ def _move_stack(move: Transfer) -> None:
         for place, (inner, move_block) in enumerate((("fn.fn.fn.", _move_attention), ("fn.fn.", _move_feedforward))):
             source = f"blocks.{layer}.{'fg'[place]}.net." if stack.reversible else f"layers.{layer}.{place}."
             here = move.at(f"layers.{layer}.sublayers.{place}.", f"layers.{source}")
-            here.put("residual.scale.weight", "scale", change=torch.flatten)
-            here.fill("residual.norm", "fn.norm")
+            here.put("residual.scale.weight", "scale")
+            here.fill({"residual.norm": "fn.norm"})
             if hasattr(here.target("residual"), "norm_out"):
-                here.fill("residual.norm_out", "fn.norm_out")
+                here.fill({"residual.norm_out": "fn.norm_out"})
             block = here.at("block.block." if stack.shifts else "block.", f"{inner}{shift}")
-            if block.target() in first:
-                for name in move.weights.names(block.source):
-                    move.weights.repeat(name, first[block.target()] + name.removeprefix(block.source))
-            else:
-                first[block.target()] = block.source
+            source = first.setdefault(block.target(), block.source)
+            if source == block.source:
                 move_block(block)
+            else:
+                move.weights.repeat(block.source, source)
 
 
 def _move_attention(move: Transfer) -> None:
     move.qkv("to_qkv")
-    move.fill("to_out", "to_out.0")
+    move.fill({"to_out": "to_out.0"})
 
 
 def _move_feedforward(move: Transfer) -> None:
-    for kind in ("weight", "bias"):
-        for index, name in enumerate(("to_hidden", "to_gate")):
-            move.put(f"{name}.{kind}", f"net.0.{kind}", change=lambda rows, i=index: rows.chunk(2)[i])
-    move.fill("to_out", "net.3")
+    move.split(("to_hidden", "to_gate"), "net.0")
+    move.fill({"to_out": "net.3"})
 
 
 CLASSES: dict[str, type[Loader]] = {

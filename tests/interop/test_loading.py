@@ -236,7 +236,7 @@ def test_a_damaged_converted_folder_raises_a_value_error(tmp_path: Path) -> None
     torch.save(weights, tmp_path / "old.pt")
     convert(meta["package"], meta["cls"], tmp_path / "old.pt", tmp_path, arguments=meta["kwargs"])
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"model\.safetensors must be a safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a complete safetensors file"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"package": "memformer"}')
     with pytest.raises(ValueError, match="field 'class'"):
