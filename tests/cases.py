@@ -25,7 +25,7 @@ from attention_zoo import (
     TextImageLayout,
     TextImageRotary,
 )
-from attention_zoo.interop.dalle import RotatedRowAttention
+from attention_zoo.interop.dalle import RotatedAxialAttention
 from attention_zoo.testing import Subject
 
 DIM = 32
@@ -133,7 +133,7 @@ CASES = [
     ),
     Case(
         "axial_row: rotated values",
-        lambda: RotatedRowAttention(DIM, layout=LAYOUT, rotary=TextImageRotary(LAYOUT), out_bias=True, **SMALL),
+        lambda: RotatedAxialAttention(DIM, layout=LAYOUT, rotary=TextImageRotary(LAYOUT), out_bias=True, **SMALL),
         lengths=PREFIXES,
         options=BY_INDEX,
     ),

@@ -6,7 +6,7 @@ scaled, and the features are divided by their maximum before the last norm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,14 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice
-from attention_zoo.attention import (
-    AxialAttention,
-    AxialColumnAttention,
-    AxialRowAttention,
-    ConvAttention,
-    FullAttention,
-    SelfAttention,
-)
+from attention_zoo.attention import AxialAttention, ConvAttention, FullAttention, SelfAttention
 from attention_zoo.interop.loader import Loader
 from attention_zoo.interop.weights import Transfer, Weights
 from attention_zoo.layers.positions import TextImageRotary
@@ -53,22 +46,18 @@ class RotatedFullAttention(RotatedValues, FullAttention):
     """`FullAttention` with rotated values. Args: see `FullAttention`."""
 
 
-class RotatedRowAttention(RotatedValues, AxialRowAttention):
-    """`AxialRowAttention` with rotated values. Args: see `AxialAttention`."""
-
-
-class RotatedColumnAttention(RotatedValues, AxialColumnAttention):
-    """`AxialColumnAttention` with rotated values. Args: see `AxialAttention`."""
+class RotatedAxialAttention(RotatedValues, AxialAttention):
+    """`AxialAttention` with rotated values. Args: see `AxialAttention`."""
 
 
 class RotatedConvAttention(RotatedValues, ConvAttention):
     """`ConvAttention` with rotated values. Args: see `ConvAttention`."""
 
 
-ATTENTION: dict[str, type[RotatedValues]] = {
+ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "full": RotatedFullAttention,
-    "axial_row": RotatedRowAttention,
-    "axial_col": RotatedColumnAttention,
+    "axial_row": partial(RotatedAxialAttention, axis="row"),
+    "axial_col": partial(RotatedAxialAttention, axis="column"),
     "conv_like": RotatedConvAttention,
     "sparse": RotatedFullAttention,
 }
@@ -227,13 +216,13 @@ class TransformerLoader(AnyModelLoader):
         sparse = not {*kinds} <= {"full", "sparse"}
         layout = None
         needs = {"rotary_emb": self.rotary_emb, "shift_tokens": self.shift_tokens, "attn_types": sparse}
+        names = [name for name, needed in needs.items() if needed]
         if self.image_fmap_size is not None:
             layout = _layout(self.seq_len, self.image_fmap_size, "image_fmap_size")
-        elif any(needs.values()):
-            names = ", ".join(name for name, needed in needs.items() if needed)
-            raise ValueError(f"image_fmap_size must be given with {names}, got None")
+        elif names:
+            raise ValueError(f"image_fmap_size must be given with {', '.join(names)}, got None")
         full = partial(RotatedFullAttention, causal=self.causal)
-        blocks = {**ATTENTION, "full": full, "sparse": full}
+        blocks: dict[str, Callable[..., nn.Module]] = {**ATTENTION, "full": full, "sparse": full}
         stack = Stack(
             self.dim,
             attention=[blocks[kind] for kind in kinds],
@@ -290,10 +279,9 @@ class DALLELoader(AnyModelLoader):
             move.put("embedding.weight", "text_emb.weight", "image_emb.weight")
         if not self.rotary_emb:
             move.put("text_positions", "text_pos_emb.weight")
-            for index, name in enumerate(("row_positions", "column_positions")):
-                source = f"image_pos_emb.weights.{index}"
-                older = f"image_pos_emb.weights_{index}"
-                move.put(name, older if older in move.weights else source)
+            dot = "_" if "image_pos_emb.weights_0" in move.weights else "."  # "_" in older versions
+            move.put("row_positions", f"image_pos_emb.weights{dot}0")
+            move.put("column_positions", f"image_pos_emb.weights{dot}1")
 
 
 def _layout(seq_len: int, side: int, name: str) -> TextImageLayout:

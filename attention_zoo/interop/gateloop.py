@@ -27,37 +27,35 @@ EPS = 1e-12  # of RMSNorm
 
 
 class SwishAttention(FullAttention):
-    """Causal attention with softmax or raw scores as weights, and an optional gate SiLU(x W_g) on the output.
+    """Causal attention with an optional gate SiLU(x W_g) on the output.
 
     Args:
         dim, heads, dim_head: see `FullAttention`.
-        softmax: False uses the scaled scores as weights.
         swish_gate: whether the output is multiplied by SiLU(x W_g).
     """
 
-    def __init__(self, dim: int, *, heads: int, dim_head: int, softmax: bool, swish_gate: bool) -> None:
+    def __init__(self, dim: int, *, heads: int, dim_head: int, swish_gate: bool) -> None:
         super().__init__(dim, heads=heads, dim_head=dim_head, out_bias=True)
-        self.softmax = softmax
         self.to_gate = nn.Linear(dim, heads * dim_head, bias=False) if swish_gate else None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if self.softmax:
-            return super().attend(q, k, v, mask)
-        with no_autocast(q):
-            return (self.weights(q, k, mask) @ at_least_float32(v)).to(v.dtype)
-
-    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        if self.softmax:
-            return super().weights(q, k, mask)
-        with no_autocast(q):
-            scores = self.dim_head**-0.5 * at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
-            allowed = visible(*scores.shape[-2:], mask=mask, causal=True, device=q.device)
-            return scores if allowed is None else scores.masked_fill(~allowed, 0.0)
 
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
         if self.to_gate is not None:
             out = out * rearrange(F.silu(self.to_gate(x)), "b n (h e) -> b h n e", h=self.heads)
         return super().merge(out, x)
+
+
+class RawScoreAttention(SwishAttention):
+    """`SwishAttention` with the scaled scores as weights, without softmax. Args: see `SwishAttention`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        with no_autocast(q):
+            return (self.weights(q, k, mask) @ at_least_float32(v)).to(v.dtype)
+
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        with no_autocast(q):
+            scores = self.dim_head**-0.5 * at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
+            allowed = visible(*scores.shape[-2:], mask=mask, causal=True, device=q.device)
+            return scores if allowed is None else scores.masked_fill(~allowed, 0.0)
 
 
 class GateLoopTransformer(LanguageModel):
@@ -82,9 +80,9 @@ class GateLoopLoader(Loader):
     ablate_complex: bool = False
     ablate_state_transition: bool = False
 
-    def options(self) -> dict[str, Any]:
-        """Arguments of `GateLoopAttention`."""
-        return {
+    def spec(self) -> tuple[str, dict[str, Any]]:
+        """The name and the options of the attention layer."""
+        return "gate_loop", {
             **self.same("heads", "dim_inner"),
             "swish_gate": self.add_swish_gating,
             "sub_norm": self.sub_ln,
@@ -94,7 +92,8 @@ class GateLoopLoader(Loader):
         }
 
     def build(self, weights: Weights) -> GateLoopAttention:
-        return GateLoopAttention(self.dim, **self.options())
+        _, options = self.spec()
+        return GateLoopAttention(self.dim, **options)
 
     def transfer(self, move: Transfer) -> None:
         move.qkv("to_qkv")
@@ -118,19 +117,19 @@ class FullAttentionLoader(Loader):
     ablate_complex: bool = False
     ablate_state_transition: bool = False
 
-    def options(self) -> dict[str, Any]:
-        """Arguments of `SwishAttention`."""
+    def spec(self) -> partial[SwishAttention]:
+        """The attention layer as a function of `dim`."""
         if self.data_dependent_rel_pos:
             raise ValueError(
                 "data_dependent_rel_pos must be False, got True: the package multiplies the gates over pairs of "
                 "features, not over the sequence, so that these weights hold no positions. To train with the relative "
                 "positions of the paper, use RelativeGateAttention"
             )
-        softmax = self.softmax_normalize is not False
-        return {**self.same("heads", "dim_head"), "softmax": softmax, "swish_gate": self.add_swish_gating}
+        layer = RawScoreAttention if self.softmax_normalize is False else SwishAttention
+        return partial(layer, heads=self.heads, dim_head=self.dim_head, swish_gate=self.add_swish_gating)
 
     def build(self, weights: Weights) -> SwishAttention:
-        return SwishAttention(self.dim, **self.options())
+        return self.spec()(self.dim)
 
     def transfer(self, move: Transfer) -> None:
         if self.rotary_emb:
@@ -204,9 +203,8 @@ class TransformerLoader(Loader):
         )
 
     def build(self, weights: Weights) -> GateLoopTransformer:
-        options = self.attention.options()
         return GateLoopTransformer(
-            attention=("gate_loop", options) if self.use_gate_looped_attn else partial(SwishAttention, **options),
+            attention=self.attention.spec(),
             positions=None,
             feedforward=("gelu", {"bias": True}),
             norm="layer" if self.post_ln_norm else "rms",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -134,8 +134,12 @@ class Transfer:
         for index, to in enumerate(submodules):
             for name, _ in self.target(to).named_parameters(recurse=False):
                 rows = [f"{source}.{name}" for source in sources]
-                self.put(f"{to}.{name}", *rows, change=lambda x, i=index: x.tensor_split(len(submodules))[i])
+                self.put(f"{to}.{name}", *rows, change=partial(_share, index, len(submodules)))
 
     def qkv(self, *sources: str) -> None:
         """Fill the query, key and value projections from sources whose rows are queries, keys, values in this order."""
         self.split(("to_qkv",) if hasattr(self.target(), "to_qkv") else ("to_q", "to_k", "to_v"), *sources)
+
+
+def _share(index: int, count: int, rows: Tensor) -> Tensor:
+    return rows.tensor_split(count)[index]
