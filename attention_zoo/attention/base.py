@@ -252,4 +252,4 @@ class SelfAttention(AttentionBlock):
     def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
         self.check_inputs(x, mask)
         q, k, v = self.project(x, start=0)
-        return ValuesAndOutput(repeat_heads(v, self.heads), self.attend(q, k, v, mask))
+        return ValuesAndOutput(repeat_heads(v, q.shape[1]), self.attend(q, k, v, mask))
