@@ -39,7 +39,7 @@ def check_fraction(**fractions: float) -> None:
     """Check that fractions lie in [0, 1).
 
     Raises:
-        ValueError: a fraction is outside.
+        ValueError: a fraction is outside [0, 1).
     """
     for name, fraction in fractions.items():
         if not 0.0 <= fraction < 1.0:
@@ -47,7 +47,7 @@ def check_fraction(**fractions: float) -> None:
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Check that a name is one of the known ones; the message proposes the nearest.
+    """Check that `value` is one of `known`. The error message suggests the closest match.
 
     Raises:
         ValueError: `value` is not one of `known`.
@@ -64,7 +64,7 @@ def check_boolean(**masks: Tensor) -> None:
     """Check that masks are boolean tensors.
 
     Raises:
-        TypeError: a mask is not.
+        TypeError: a mask is not a boolean tensor.
     """
     for name, mask in masks.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -100,28 +100,28 @@ def check_padding(mask: Tensor | None, x: Tensor, *, name: str = "mask") -> None
         raise ValueError(f"{name} must be (b, n) = {tuple(x.shape[:2])}, got shape {tuple(mask.shape)}")
 
 
-def check_tokens(tokens: Tensor, num_tokens: int, *, name: str = "tokens") -> None:
-    """Check that token ids are integers (b, n) with n >= 1, and on the CPU that they are in range.
+def check_tokens(tokens: Tensor, num_tokens: int, *, name: str = "tokens", minimum: int = 1) -> None:
+    """Check that token ids are integers (b, n) with n >= minimum, and on the CPU that they are in range.
 
-    The range is not checked on other devices, where it would wait for the device, nor in a compiled function.
+    The range is not checked on other devices, where the check would synchronise, nor in a compiled function.
 
     Raises:
         TypeError: `tokens` is not an int64 or int32 tensor.
-        ValueError: `tokens` has another shape, or an id is outside 0 ... num_tokens - 1.
+        ValueError: `tokens` has another shape, n is below `minimum`, or an id is outside 0 ... num_tokens - 1.
     """
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be an int64 or int32 tensor of ids, got {_type_of(tokens)}")
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"{name} must be (b, n) with n >= 1, got shape {tuple(tokens.shape)}")
+    if tokens.ndim != 2 or tokens.shape[1] < minimum:
+        raise ValueError(f"{name} must be (b, n) with n >= {minimum}, got shape {tuple(tokens.shape)}")
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
         check_token_range(tokens, num_tokens, name=name)
 
 
 def check_token_range(tokens: Tensor, num_tokens: int, *, name: str = "tokens") -> None:
-    """Check that token ids lie in 0 ... num_tokens - 1. Waits for the device.
+    """Check that token ids lie in 0 ... num_tokens - 1. Synchronises with the device.
 
     Raises:
-        ValueError: an id is outside.
+        ValueError: an id is outside 0 ... num_tokens - 1.
     """
     if not tokens.numel():
         return

@@ -1,4 +1,4 @@
-"""Atomic file writing: a reader finds the old file or the new one, never a partial one."""
+"""Atomic file writing: other processes see the old file or the new one, never a partial one."""
 
 from __future__ import annotations
 

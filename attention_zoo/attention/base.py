@@ -7,11 +7,10 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_features, check_fraction, check_padding, check_positive
-from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.patterns import make_pattern
 from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
-from attention_zoo.layers.projections import Projections, map_queries_and_keys
-from attention_zoo.layers.state import KeyValueState, State
+from attention_zoo.layers.projections import Projections, map_queries_and_keys, merge_heads, split_heads
+from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads, softmax_attention, softmax_attention_weights
 from attention_zoo.ops.sparse import Pattern, pattern_attention, pattern_weights
 
@@ -68,7 +67,7 @@ class AttentionBlock(nn.Module):
 
         Args:
             x: (b, n, d).
-            mask: (b, n) bool key padding mask, True = a valid token. Outputs at masked tokens are finite and
+            mask: (b, n) bool, True = a valid token. Outputs at masked tokens are finite and
                 meaningless.
 
         Returns:
@@ -82,12 +81,13 @@ class AttentionBlock(nn.Module):
         Args:
             x: (b, t, d), t >= 1 new tokens.
             state: the state returned by the previous step; None for the first. It is not modified.
-            mask: (b, t) bool padding mask of the new tokens; the state holds that of the earlier ones.
+            mask: (b, t) bool, True = a valid token. The state holds the mask of the earlier tokens.
 
         Returns:
             (b, t, d) and the new state.
 
         Raises:
+            TypeError: `state` is of another kind of layer.
             ValueError: the layer is not causal, or `state` comes from another layer or batch size.
         """
         raise NotImplementedError
@@ -97,7 +97,7 @@ class AttentionBlock(nn.Module):
         raise NotImplementedError
 
     def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
-        """Values and output of the operation, with which `attention_map` can be compared."""
+        """Values and output of the operation inside the layer, for checks of `attention_map`."""
         raise NotImplementedError
 
     @property
@@ -106,17 +106,21 @@ class AttentionBlock(nn.Module):
         return self.dropout if self.training else 0.0
 
     def check_inputs(self, x: Tensor, mask: Tensor | None) -> None:
-        """Check the arguments of `forward`."""
+        """Check the arguments of `forward`.
+
+        Raises:
+            TypeError: `x` is not floating point, or `mask` is not boolean.
+            ValueError: `x` or `mask` has the wrong shape.
+        """
         check_features(x, self.dim)
         check_padding(mask, x)
 
     def check_step(self, x: Tensor, state: State | None, mask: Tensor | None, kind: type[State]) -> None:
-        """Check the arguments of `step`."""
+        """Check the arguments of `step`; `kind` is the class of the layer's states. Errors as in `step`."""
         self.check_inputs(x, mask)
         if not self.causal:
             raise ValueError(f"step needs causal=True, got causal={self.causal}")
-        if state is not None and not isinstance(state, kind):
-            raise TypeError(f"state must be a {kind.__name__} of an earlier step, got {type(state).__name__}")
+        check_state(state, kind)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}, causal={self.causal}"
@@ -190,7 +194,7 @@ class SelfAttention(AttentionBlock):
         self.check_step(x, state, mask, KeyValueState)
         q, k, v = self.project(x, start=0 if state is None else state.length)
         if isinstance(state, KeyValueState):
-            state.check_keys((*k.shape[:2], state.length, self.dim_head))
+            check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
             state = state.append(k, v, mask)
         else:
             state = KeyValueState(k, v, mask)
@@ -213,7 +217,7 @@ class SelfAttention(AttentionBlock):
         Args:
             q: (b, h, i, e).
             k, v: (b, kv_h, j, e).
-            mask: (b, j) bool, True = a valid key.
+            mask: (b, j) bool, True = a valid token.
 
         Returns:
             (b, h, i, e).
@@ -241,7 +245,10 @@ class SelfAttention(AttentionBlock):
         return None if self.bias is None else self.bias(q.shape[-2], k.shape[-2], q.device)
 
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
-        """Merge the heads (b, h, n, e) and project to (b, n, d). `x`, the input of the layer, is for gates."""
+        """Merge the heads (b, h, n, e) and project to (b, n, d).
+
+        `x` is the input of the layer, from which subclasses compute output gates.
+        """
         return self.to_out(merge_heads(out))
 
     def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:

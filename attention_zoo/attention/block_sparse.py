@@ -25,8 +25,9 @@ class BlockSparseAttention(SelfAttention):
         g r l l
         g . . r l
 
-    Time in proportion to the visible blocks, memory O(n d); O(n^2) with dropout. Blocks of 64 tokens are efficient,
-    blocks of 16 are not. State: keys and values of all tokens. The pattern is a buffer, saved with the weights.
+    Time proportional to the number of visible blocks, memory O(n d); O(n^2) with dropout. Blocks of 64 tokens are
+    efficient, blocks of 16 are not. State: keys and values of all tokens. The pattern is a buffer, saved with the
+    weights.
 
     Args:
         dim, heads, dim_head, causal, dropout, rotary, out_bias: see `SelfAttention`.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from attention_zoo.attention.base import AttentionBlock
-from attention_zoo.ops.sparse.image_layout import TextImageLayout
+from attention_zoo.ops.sparse import TextImageLayout
 
 DIM = 16  # features of the small instances
 LAYOUT = TextImageLayout(text_len=4, height=3, width=4)
@@ -24,7 +24,7 @@ class Capabilities:
     Attributes:
         causal: "always", or "optional" if causal=False is possible.
         mask: padding masks.
-        step: step-by-step decoding.
+        step: incremental decoding.
         state: growth of the decoding state with the number n of tokens: "n", "1" (constant), or "" without `step`.
         map: attention maps.
         compile: torch.compile(fullgraph=True), with gradients.

@@ -1,6 +1,6 @@
-"""Cross-attention: tokens attend to a context, another sequence or a memory.
+"""Cross-attention: tokens attend to a context, which is another sequence or a memory.
 
-Papers: Attention Is All You Need, https://arxiv.org/abs/1706.03762; reading a memory: Memformer,
+Papers: Attention Is All You Need, https://arxiv.org/abs/1706.03762; attention to a memory: Memformer,
     https://arxiv.org/abs/2010.06891
 """
 
@@ -12,29 +12,25 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_features, check_padding, check_positive
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
-from attention_zoo.layers.heads import merge_heads, split_heads
-from attention_zoo.layers.state import State, count_tokens, register_state
+from attention_zoo.layers.projections import merge_heads, split_heads
+from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
 
 @dataclass
 class CrossAttentionState(State):
-    """Keys and values of the context. Size: 2 j h dim_head numbers per row for a context of j tokens.
+    """Keys and values of the context. Size: 2 j h dim_head elements per row for a context of j tokens.
 
     Attributes:
         keys, values: (b, h, j, e).
-        token_count: number of tokens that have attended to the context so far, a tensor without axes.
-        mask: (b, j) bool padding mask of the context, or None.
+        token_count: number of tokens that have attended to the context so far, a 0-d tensor.
+        mask: (b, j) bool, True = a valid token of the context, or None.
     """
 
     keys: Tensor
     values: Tensor
     token_count: Tensor
     mask: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        return int(self.token_count)
 
 
 register_state(CrossAttentionState)
@@ -48,7 +44,7 @@ class CrossAttention(AttentionBlock):
 
     Args:
         dim, heads, dim_head, dropout: see `AttentionBlock`.
-        context_dim: features of the context. Default: dim.
+        context_dim: features of the context. Default: `dim`.
         qkv_bias, out_bias: whether the QKV projections and the output projection have a bias.
     """
 
@@ -79,15 +75,15 @@ class CrossAttention(AttentionBlock):
         Args:
             x: (b, n, d).
             context: (b, j, context_dim).
-            mask: (b, n) bool padding mask of x; outputs at masked tokens are meaningless.
-            context_mask: (b, j) bool padding mask of the context. A row without valid tokens gives 0.
+            mask: (b, n) bool, True = a valid token. Outputs at masked tokens are finite and meaningless.
+            context_mask: (b, j) bool, True = a valid token of the context. A row without any gives 0.
 
         Returns:
             (b, n, d).
         """
         self.check_inputs(x, mask)
-        keys, values = self.project_context(context, context_mask, x)
-        return self.merge(self.attend(self.project_queries(x), keys, values, context_mask))
+        k, v = self.project_context(context, context_mask, x)
+        return self.merge(self.attend(self.project_queries(x), k, v, context_mask))
 
     def step(
         self,
@@ -103,22 +99,29 @@ class CrossAttention(AttentionBlock):
         Args:
             x, state, mask: see `AttentionBlock.step`.
             context, context_mask: see `forward`; only in the first step.
+
+        Returns:
+            (b, t, d) and the new state.
+
+        Raises:
+            TypeError: `state` is of another kind of layer.
+            ValueError: `context` is missing in the first step or given in a later one, or `state` comes from another
+                layer or batch size.
         """
         self.check_step(x, state, mask, CrossAttentionState)
         if isinstance(state, CrossAttentionState):
             if context is not None:
                 raise ValueError("context must be given with the first step only, got a context and a state")
-            want = (x.shape[0], self.heads, "j", self.dim_head)
-            if state.keys.shape[:2] != want[:2] or state.keys.shape[-1] != self.dim_head:
-                raise ValueError(f"state must hold keys of shape {want}, got {tuple(state.keys.shape)}")
-            keys, values, context_mask, count = state.keys, state.values, state.mask, state.token_count
+            shape = (x.shape[0], self.heads, state.keys.shape[2], self.dim_head)
+            check_state_shape(state.keys, "(b, heads, j, dim_head)", shape)
+            k, v, context_mask, count = state.keys, state.values, state.mask, state.token_count
         else:
             if context is None:
                 raise ValueError("context must be given with the first step, got None")
-            keys, values = self.project_context(context, context_mask, x)
+            k, v = self.project_context(context, context_mask, x)
             count = None
-        out = self.merge(self.attend(self.project_queries(x), keys, values, context_mask))
-        return out, CrossAttentionState(keys, values, count_tokens(count, x.shape[1]), context_mask)
+        out = self.merge(self.attend(self.project_queries(x), k, v, context_mask))
+        return out, CrossAttentionState(k, v, count_tokens(count, x.shape[1]), context_mask)
 
     def project_queries(self, x: Tensor) -> Tensor:
         """Queries (b, h, n, e)."""
@@ -132,12 +135,12 @@ class CrossAttention(AttentionBlock):
             raise ValueError(f"context must have the batch size of x, got {context.shape[0]} and {x.shape[0]}")
         return split_heads(self.to_k(context), self.dim_head), split_heads(self.to_v(context), self.dim_head)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, context_mask: Tensor | None) -> Tensor:
-        """The attention operation, (b, h, n, e)."""
-        return softmax_attention(q, keys, values, mask=context_mask, dropout=self.dropout_now)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context_mask: Tensor | None) -> Tensor:
+        """The attention operation: q (b, h, n, e), k and v (b, h, j, e) -> (b, h, n, e)."""
+        return softmax_attention(q, k, v, mask=context_mask, dropout=self.dropout_now)
 
     def merge(self, out: Tensor) -> Tensor:
-        """Merge the heads and project to (b, n, d)."""
+        """Merge the heads (b, h, n, e) and project to (b, n, d)."""
         return self.to_out(merge_heads(out))
 
     def attention_map(  # type: ignore[override]
@@ -145,12 +148,12 @@ class CrossAttention(AttentionBlock):
     ) -> Tensor:
         """The weights (b, h, n, j) on the values of the context."""
         self.check_inputs(x, mask)
-        keys, _ = self.project_context(context, context_mask, x)
-        return softmax_attention_weights(self.project_queries(x), keys, mask=context_mask)
+        k, _ = self.project_context(context, context_mask, x)
+        return softmax_attention_weights(self.project_queries(x), k, mask=context_mask)
 
     def values_and_output(  # type: ignore[override]
         self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, context_mask: Tensor | None = None
     ) -> ValuesAndOutput:
         self.check_inputs(x, mask)
-        keys, values = self.project_context(context, context_mask, x)
-        return ValuesAndOutput(values, self.attend(self.project_queries(x), keys, values, context_mask))
+        k, v = self.project_context(context, context_mask, x)
+        return ValuesAndOutput(v, self.attend(self.project_queries(x), k, v, context_mask))

@@ -11,8 +11,8 @@ from attention_zoo.attention.base import SelfAttention
 class FullAttention(SelfAttention):
     """out_i = sum_j softmax_j(q_i k_j / sqrt(e) + bias_ij) v_j over the visible keys, followed by an output projection.
 
-    Time O(n^2 d). Memory O(n d); O(n^2) in forward with a mask, a bias or a pattern. A learned bias is computed in
-    query tiles. State: keys and values of all tokens, 2 n kv_heads dim_head numbers per row.
+    Time O(n^2 d). Memory O(n d), with `bias` in query tiles; O(n^2) with a mask or a pattern. State: keys and values of
+    all tokens, 2 n kv_heads dim_head elements per row.
 
     Args and Raises: see `SelfAttention`, which holds the whole forward pass.
 

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_zoo._checks import check_positive
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
-from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.norms import LayerNorm
-from attention_zoo.layers.state import State, count_tokens, register_state
+from attention_zoo.layers.projections import merge_heads, split_heads
+from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.gate_loop import (
     channel_gate_loop,
     complex_of,
@@ -32,21 +32,17 @@ from attention_zoo.ops.gate_loop import (
 
 @dataclass
 class GateLoopState(State):
-    """Decoding state of `GateLoopAttention`. Size: 2 h e^2 numbers per row, for any number of tokens.
+    """Decoding state of `GateLoopAttention`. Size: 2 h e^2 elements per row, for any number of tokens.
 
     Attributes:
         state: (b, h, e, e, 2) in at least float32, real and imaginary part of the hidden state.
         has_valid: (b,) bool, whether a row has had a valid token.
-        token_count: number of tokens so far, masked ones included; a tensor without axes.
+        token_count: number of tokens so far, masked ones included; a 0-d tensor.
     """
 
     state: Tensor
     has_valid: Tensor
     token_count: Tensor
-
-    @property
-    def length(self) -> int:
-        return int(self.token_count)
 
 
 register_state(GateLoopState)
@@ -57,7 +53,7 @@ class GateLoopAttention(AttentionBlock):
 
     Optionally followed by LayerNorm(y), y * SiLU(W_g x) and an output projection. A masked token leaves h unchanged.
 
-    Time O(n d (64 + e)) for heads of e features and O(n d) for e = 1, memory O(n d). State: 2 d e numbers per row.
+    Time O(n d (64 + e)) for heads of e features and O(n d) for e = 1, memory O(n d). State: 2 d e elements per row.
 
     Args:
         dim: input and output features d.
@@ -111,12 +107,8 @@ class GateLoopAttention(AttentionBlock):
         has_valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.cumsum(1) > 0
         hidden, count = None, None
         if isinstance(state, GateLoopState):
-            want = (x.shape[0], self.heads, self.dim_head, self.dim_head, 2)
-            if state.state.shape != want:
-                raise ValueError(
-                    f"state must come from this layer and batch: (b, heads, dim_head, dim_head, 2) = {want}, "
-                    f"got shape {tuple(state.state.shape)}"
-                )
+            shape = (x.shape[0], self.heads, self.dim_head, self.dim_head, 2)
+            check_state_shape(state.state, "(b, heads, dim_head, dim_head, 2)", shape)
             hidden, count = torch.view_as_complex(state.state), state.token_count
             has_valid = has_valid | state.has_valid[:, None]
         out, hidden = self.recur(*self.project(x), mask, hidden)

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
-from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.positions import Rotary
-from attention_zoo.layers.state import KeyValueState, State, register_state
+from attention_zoo.layers.projections import merge_heads, split_heads
+from attention_zoo.layers.state import KeyValueState, State, check_state_shape, register_state
 from attention_zoo.ops.gate_loop import complex_of, scale_gradient, unit_gate
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
 
 
 @dataclass
 class RelativeGateState(State):
-    """Keys, values and gates of all tokens so far. Size: 3 n h e numbers per row.
+    """Keys, values and gates of all tokens so far. Size: 3 n h e elements per row.
 
     Attributes:
         cache: keys and values with their mask.
@@ -103,7 +103,8 @@ class RelativeGateAttention(AttentionBlock):
     def step(self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
         self.check_step(x, state, mask, RelativeGateState)
         if isinstance(state, RelativeGateState):
-            state.cache.check_keys((x.shape[0], self.heads, state.length, self.dim_head))
+            shape = (x.shape[0], self.heads, state.length, self.dim_head)
+            check_state_shape(state.cache.keys, "(b, heads, n, dim_head)", shape)
             q, k, v, gate = self.project(x, mask, state.length)
             cache = state.cache.append(k, v, mask)
             gates = torch.cat((state.gates, torch.view_as_real(gate)), dim=2)

@@ -13,26 +13,22 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.norms import LayerNorm, RMSNorm
-from attention_zoo.layers.state import State, count_tokens, register_state
+from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.gate_loop import linear_recurrence
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
 
 @dataclass
 class SimpleGateLoopState(State):
-    """Decoding state of `SimpleGateLoop`. Size: d numbers per row, for any number of tokens.
+    """Decoding state of `SimpleGateLoop`. Size: d elements per row, for any number of tokens.
 
     Attributes:
         state: (b, d) in at least float32, the hidden state.
-        token_count: number of tokens so far, masked ones included; a tensor without axes.
+        token_count: number of tokens so far, masked ones included; a 0-d tensor.
     """
 
     state: Tensor
     token_count: Tensor
-
-    @property
-    def length(self) -> int:
-        return int(self.token_count)
 
 
 register_state(SimpleGateLoopState)
@@ -41,7 +37,7 @@ register_state(SimpleGateLoopState)
 class SimpleGateLoop(AttentionBlock):
     """h_t = sigmoid(a_t) h_{t-1} + kv_t, y_t = q_t h_t per channel, [q | kv | a] = W RMSNorm(x); then LayerNorm(y).
 
-    A masked token leaves h unchanged. Time and memory O(n d). State: d numbers per row.
+    A masked token leaves h unchanged. Time and memory O(n d). State: d elements per row.
 
     Args:
         dim: input and output features d; each is a head.
@@ -70,11 +66,7 @@ class SimpleGateLoop(AttentionBlock):
         q, kv, gate = self.project(x, mask)
         hidden, count = None, None
         if isinstance(state, SimpleGateLoopState):
-            if state.state.shape != (x.shape[0], self.dim):
-                raise ValueError(
-                    f"state must come from this layer and batch: (b, dim) = {(x.shape[0], self.dim)}, "
-                    f"got shape {tuple(state.state.shape)}"
-                )
+            check_state_shape(state.state, "(b, dim)", (x.shape[0], self.dim))
             hidden, count = state.state, state.token_count
         h, hidden = linear_recurrence(gate, kv, state=hidden)
         out = (q * h).to(q.dtype)

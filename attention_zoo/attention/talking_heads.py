@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_choice, check_features, check_padding, check_positive
+from attention_zoo._checks import check_choice, check_positive
 from attention_zoo.attention.base import SelfAttention
 from attention_zoo.layers.positions import RotaryEmbedding
 from attention_zoo.ops.talking_heads import (
@@ -27,7 +27,7 @@ MIXES = ("linear", "mlp")
 
 
 class HeadMixer(nn.Module):
-    """Parameters of one mix of attention maps across heads; initialised so that the maps do not change.
+    """Parameters of head mixing, a map across the heads of attention maps, initialised to the identity.
 
     Args:
         heads: number of maps.
@@ -46,7 +46,7 @@ class HeadMixer(nn.Module):
             nn.init.normal_(self.w1, std=heads**-0.5)
 
     def forward(self) -> HeadMix:
-        """The mix as an argument of `talking_heads_attention`."""
+        """The parameters as an argument of `talking_heads_attention`."""
         return self.weight if self.kind == "linear" else HeadMLP(self.norm, self.w1, self.w2)
 
 
@@ -59,12 +59,12 @@ class TalkingHeadsAttention(SelfAttention):
 
     Args:
         dim, heads, dim_head, scale, rotary, causal, dropout: see `SelfAttention`; `heads` is the number of heads h of
-            each stream. Dropout comes before the mix after the softmax.
+            each stream. Dropout is applied before `post_softmax`.
         streams: number of streams s whose heads are mixed. The input is (b, n, d), or (b, s, n, d) with s streams.
-        pre_softmax, post_softmax: the mixes before and after the softmax: "linear", "mlp" or None.
+        pre_softmax, post_softmax: head mixing before and after the softmax: "linear", "mlp" or None.
 
     Raises:
-        ValueError: an unknown mix, or a size below 1.
+        ValueError: `pre_softmax` or `post_softmax` is unknown, or a size is below 1.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class TalkingHeadsAttention(SelfAttention):
         )
 
     def softmax_weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        """The softmax (b, s h, i, j) before the last mix."""
+        """The softmax (b, s h, i, j), before `post_softmax`."""
         return talking_heads_weights(q, k, _mix(self.pre_softmax), mask=mask, causal=self.causal, scale=self.scale)
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -124,26 +124,23 @@ class TalkingHeadsAttention(SelfAttention):
         return self.to_out((heads.reshape(*gate.shape, self.dim_head) * gate[..., None]).flatten(-2))
 
     def attention_map(self, x: Tensor, *, mask: Tensor | None = None, mixed: bool = True) -> Tensor:
-        """The weights (b, s h, i, j) on the values; with `mixed=False` the softmax before the last mix."""
+        """The weights (b, s h, i, j) on the values; with `mixed=False` the softmax, before `post_softmax`."""
         self.check_inputs(x, mask)
         q, k, _ = self.project(x, start=0)
         return self.weights(q, k, mask) if mixed else self.softmax_weights(q, k, mask)
 
     def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, HeadMix]:
-        """Queries and keys (b, s h, n, e) and the mix before the softmax, the inputs of the stream diversity loss."""
+        """Queries and keys (b, s h, n, e) and `pre_softmax`, the inputs of the stream diversity loss."""
         q, k, _ = self.project(x, start=0)
         return q, k, _mix(self.pre_softmax)
 
     def check_inputs(self, x: Tensor, mask: Tensor | None) -> None:
-        if self.streams == 1 and (not isinstance(x, Tensor) or x.ndim != 4):
-            check_features(x, self.dim)
-            check_padding(mask, x)
-            return
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != self.streams:
-            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be (b, streams, n, dim) with streams={self.streams}, dim={self.dim}, got {got}")
-        check_features(x[:, 0], self.dim)
-        check_padding(mask, x[:, 0])
+        if isinstance(x, Tensor) and (self.streams > 1 or x.ndim == 4):
+            if x.ndim != 4 or x.shape[1] != self.streams:
+                want = f"(b, streams, n, dim) with streams={self.streams}, dim={self.dim}"
+                raise ValueError(f"x must be {want}, got shape {tuple(x.shape)}")
+            x = x[:, 0]
+        super().check_inputs(x, mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, streams={self.streams}"

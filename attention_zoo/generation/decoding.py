@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_padding, check_token_range, check_tokens
+from attention_zoo._checks import check_at_least, check_padding, check_token_range, check_tokens
 from attention_zoo.generation.sampling import Sampler
 
 
@@ -91,11 +91,11 @@ def generate_stream(
 ) -> Iterator[Tensor]:
     """Sample one token per row at a time.
 
-    Arguments and errors as in `generate`; the arguments are checked when this is called. Between tokens the model is in
-    its own training mode.
+    Arguments and errors as in `generate`; the arguments are checked in the call, before the first token. The model is
+    in eval mode during its steps only.
 
     Returns:
-        An iterator of at most `max_new_tokens` tensors (b,). It ends early when every row has met `eos_token_id`.
+        An iterator of at most `max_new_tokens` tensors (b,). It stops when every row has ended with `eos_token_id`.
     """
     sampler = Sampler(temperature, top_k, top_p, min_p, generator)
     _check_arguments(model, prompt, max_new_tokens, eos_token_id, mask)
@@ -163,10 +163,7 @@ def _check_arguments(
 ) -> None:
     if not callable(getattr(model, "step", None)):
         raise TypeError(f"model must have step to be sampled from, got {type(model).__name__}")
-    if not isinstance(max_new_tokens, int):
-        raise TypeError(f"max_new_tokens must be an int, got {max_new_tokens=}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens=}")
+    check_at_least(0, max_new_tokens=max_new_tokens)
     num_tokens: int | None = getattr(model, "num_tokens", None)
     check_tokens(prompt, 2**62 if num_tokens is None else num_tokens, name="prompt")
     if num_tokens is not None:

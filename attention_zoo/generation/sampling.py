@@ -28,8 +28,8 @@ class Sampler:
     The filters are applied in this order after the temperature; None leaves a filter out.
 
     Raises:
-        ValueError: a number outside its range.
-        TypeError: top_k is not an int.
+        TypeError: `top_k` is not an int.
+        ValueError: an argument is outside its range.
     """
 
     temperature: float = 1.0

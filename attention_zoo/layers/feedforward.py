@@ -23,7 +23,7 @@ class FeedForward(nn.Module):
         bias: whether W1 and W2 have a bias.
 
     Raises:
-        ValueError: a size is below 1, or `dropout` is outside [0, 1).
+        ValueError: `dim` is below 1, `mult` gives no hidden feature, or `dropout` is outside [0, 1).
     """
 
     activation: Callable[[Tensor], Tensor] = staticmethod(F.gelu)

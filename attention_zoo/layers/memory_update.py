@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_features, check_padding, check_positive
 from attention_zoo.layers.feedforward import FeedForward
-from attention_zoo.layers.heads import merge_heads, split_heads
 from attention_zoo.layers.norms import LayerNorm
+from attention_zoo.layers.projections import merge_heads, split_heads
 from attention_zoo.ops.masks import key_mask
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax import softmax_attention
@@ -58,13 +58,14 @@ class MemoryUpdate(nn.Module):
         Args:
             memory: (b, m, d).
             x: (b, n, d), the features of the segment.
-            mask: (b, n) bool padding mask, True = a valid token.
+            mask: (b, n) bool, True = a valid token.
 
         Returns:
             (b, m, d) in the dtype of `memory`.
 
         Raises:
-            ValueError, TypeError: a shape or dtype does not fit.
+            TypeError: `memory` or `x` is not floating point, or `mask` is not boolean.
+            ValueError: a shape or the batch size does not fit.
         """
         check_features(memory, self.dim, name="memory")
         check_features(x, self.dim)
@@ -132,10 +133,9 @@ class InitialMemory(nn.Module):
 
         Raises:
             TypeError: `memory` is not a floating point tensor.
-            ValueError: `memory` has another shape.
+            ValueError: `memory` is not (batch, m, d).
         """
-        if not isinstance(memory, Tensor) or not memory.is_floating_point():
-            raise TypeError(f"memory must be a floating point tensor, got {getattr(memory, 'dtype', type(memory))}")
+        check_features(memory, self.weight.shape[1], name="memory")
         want = (batch, *self.weight.shape)
         if memory.shape != want:
             raise ValueError(f"memory must be (b, memory_slots, dim) = {want}, got shape {tuple(memory.shape)}")

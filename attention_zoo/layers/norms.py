@@ -70,7 +70,7 @@ def make_norm(norm: str | Callable[[int], nn.Module], dim: int) -> nn.Module:
     """A norm by its name in NORMS, or made by a function of `dim`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: `norm` is not in NORMS.
     """
     if callable(norm):
         return norm(dim)

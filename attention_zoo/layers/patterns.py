@@ -1,4 +1,4 @@
-"""Sparse attention patterns as parts of attention layers."""
+"""Sparse attention patterns as modules of attention layers."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class PatternBuffer(nn.Module):
 
 
 def make_pattern(pattern: Pattern | Tensor, *, causal: bool) -> PatternBuffer:
-    """A pattern as a part of a layer.
+    """A pattern as a module of a layer.
 
     Args:
         pattern: a pattern, or an (N, N) bool tensor, True where query i (row) may attend to key j (column), for
             sequences of up to N tokens.
-        causal: combine the (N, N) tensor with causal masking.
+        causal: whether an (N, N) tensor is combined with causal masking.
 
     Raises:
         TypeError: `pattern` is a tensor that is not boolean.

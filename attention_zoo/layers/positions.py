@@ -18,7 +18,7 @@ from attention_zoo.ops.sparse import TextImageLayout
 
 
 class LearnedPositions(nn.Module):
-    """One learned vector per position. Only valid tokens are counted: padding takes no position.
+    """One learned vector per position. Positions count the valid tokens only.
 
     Args:
         max_seq_len: number of positions.
@@ -44,11 +44,11 @@ class LearnedPositions(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Base class of rotary position embeddings; a subclass defines the angles.
+    """Base class of rotary position embeddings. A subclass defines the angles.
 
     The table of cosines and sines is neither parameter nor buffer, so that casting a model does not cast it and meta
-    construction does not empty it. It is float32, computed from integer positions, cached per device, and grows by
-    doubling.
+    construction does not empty it. It is float32, computed from integer positions, cached per device and head size,
+    and grows by doubling.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class RotaryEmbedding(nn.Module):
         return cos[start:stop], sin[start:stop]
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotate the features (..., n, e) of tokens at the positions start, start + 1, ..."""
+        """Rotate features (..., n, e) of tokens at the positions start, start + 1, ...; the shape is kept."""
         return rotate(x, *self.table(start, start + x.shape[-2], x.shape[-1], x.device))
 
     def _build(self, start: int, stop: int, dim_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -189,8 +189,10 @@ class RelativeBias(nn.Module):
         heads: number of heads h of the layers that share it.
         buckets: number of buckets.
         max_distance: distance from which on all distances share the last bucket.
-        causal: whether keys never come after their query, so that all buckets are for the past; otherwise half of the
-            buckets are for each side.
+        causal: whether all buckets are for keys up to the query. False: half of them are for keys after it.
+
+    Raises:
+        ValueError: a size is below 1, or `max_distance` is not above the number of distances that have a bucket each.
     """
 
     def __init__(self, heads: int, *, buckets: int = 32, max_distance: int = 128, causal: bool = True) -> None:

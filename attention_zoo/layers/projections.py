@@ -1,4 +1,4 @@
-"""Several linear projections of one input as one matrix product."""
+"""Projections to attention heads and back: several linear projections as one matrix product, splitting and merging."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ class Projections(nn.Linear):
         names = list(self.sizes)
         start = sum(self.sizes[other] for other in names[: names.index(name)])
         return getattr(self, kind).data[start : start + self.sizes[name]]
+
+
+# Plain torch, not einops: decoding calls both for every token.
+def split_heads(x: Tensor, dim_head: int) -> Tensor:
+    """(..., n, h e) -> (..., h, n, e) with e = `dim_head`."""
+    return x.view(*x.shape[:-1], x.shape[-1] // dim_head, dim_head).transpose(-3, -2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(..., h, n, e) -> (..., n, h e)."""
+    return x.transpose(-3, -2).flatten(-2)
 
 
 def map_queries_and_keys(function: Callable[[Tensor], Tensor], qk: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -66,26 +66,26 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: the code below is not recorded
             raise RuntimeError("reversible streams have no second derivative: use reversible=False")
-        streams, towards = list(ctx.saved_tensors), list(grads)
-        found: dict[Tensor, Tensor] = {}
+        streams, stream_grads = list(ctx.saved_tensors), list(grads)
+        totals: dict[Tensor, Tensor] = {}  # gradients of the parameters
         for k in reversed(range(len(ctx.functions))):
-            into, out_of = k % 2, 1 - k % 2
-            x = streams[out_of].detach().requires_grad_()
+            target, source = k % 2, 1 - k % 2
+            x = streams[source].detach().requires_grad_()
             with torch.enable_grad(), _same_random_numbers(ctx.random[k], x), ctx.autocast():
                 y = ctx.functions[k](x)
             leaves = [x, *ctx.owned[k]]
-            parts = torch.autograd.grad(y, leaves, towards[into].to(y.dtype), allow_unused=True)
-            streams[into] = streams[into] - y.detach()
-            if parts[0] is not None:
-                towards[out_of] = towards[out_of] + parts[0]
-            for parameter, part in zip(ctx.owned[k], parts[1:], strict=True):
-                if part is not None:
-                    found[parameter] = found[parameter] + part if parameter in found else part
-        return None, None, towards[0] + towards[1], *(found.get(p) for p in ctx.parameters)
+            input_grads = torch.autograd.grad(y, leaves, stream_grads[target].to(y.dtype), allow_unused=True)
+            streams[target] = streams[target] - y.detach()
+            if input_grads[0] is not None:
+                stream_grads[source] = stream_grads[source] + input_grads[0]
+            for parameter, grad in zip(ctx.owned[k], input_grads[1:], strict=True):
+                if grad is not None:
+                    totals[parameter] = totals[parameter] + grad if parameter in totals else grad
+        return None, None, stream_grads[0] + stream_grads[1], *(totals.get(p) for p in ctx.parameters)
 
 
 def _autocast(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
-    """A function that returns a context with the present autocast settings."""
+    """A function that returns a context with the current autocast settings."""
     device = x.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -97,7 +97,7 @@ def _random_state(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def _same_random_numbers(state: tuple[Tensor, Tensor | None], x: Tensor) -> Iterator[None]:
-    """Repeat the random numbers drawn from `state`, and restore the present random state afterwards."""
+    """Repeat the random numbers drawn from `state`, and restore the random state afterwards."""
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         torch.set_rng_state(state[0])
         if state[1] is not None:

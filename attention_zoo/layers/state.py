@@ -15,13 +15,19 @@ MIN_BUFFER = 64  # tokens in the smallest buffer; buffers grow by doubling
 class State:
     """Base class of decoding states: dataclasses of tensors, registered as pytrees.
 
-    The first axis of every tensor is the batch; a tensor without axes belongs to the whole batch.
+    The first axis of every tensor is the batch; a 0-d tensor belongs to the whole batch.
+
+    Attributes:
+        token_count: number of tokens so far, masked ones included, a 0-d tensor. A field of every state that does not
+            define `length` itself.
     """
+
+    token_count: Tensor
 
     @property
     def length(self) -> int:
         """Number of tokens so far, masked ones included."""
-        raise NotImplementedError
+        return int(self.token_count)
 
     @property
     def nbytes(self) -> int:
@@ -45,9 +51,34 @@ def register_state(cls: type[State]) -> None:
     pytree.register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
 
 
+def check_state(state: object, kind: type[State]) -> None:
+    """Check that a state is None or of the class that the layer or model returns.
+
+    Raises:
+        TypeError: `state` is of another class.
+    """
+    if state is not None and not isinstance(state, kind):
+        raise TypeError(f"state must be a {kind.__name__} of an earlier step, got {type(state).__name__}")
+
+
+def check_state_shape(tensor: Tensor, axes: str, shape: tuple[int, ...]) -> None:
+    """Check that a tensor of a state fits the layer and the batch.
+
+    Args:
+        tensor: the tensor.
+        axes: names of its axes, for the error message.
+        shape: the shape that it must have.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if tensor.shape != shape:
+        raise ValueError(f"state must come from this layer and batch: {axes} = {shape}, got {tuple(tensor.shape)}")
+
+
 @dataclass
 class Buffer:
-    """Storage shared by a chain of states: the newest state appends its keys and values in place."""
+    """Storage shared by a sequence of states: only the newest one appends its keys and values in place."""
 
     keys: Tensor
     values: Tensor
@@ -66,11 +97,11 @@ class Buffer:
 
 @dataclass
 class KeyValueState(State):
-    """Key/value cache: keys and values of all tokens so far. Size: 2 n kv_heads dim_head numbers per row.
+    """Key/value cache: keys and values of all tokens so far. Size: 2 n kv_heads dim_head elements per row.
 
     Attributes:
         keys, values: (b, kv_h, n, e), as the attention operation takes them: with positions and norms applied.
-        mask: (b, n) bool padding mask, True = a valid token; None if no step had a mask.
+        mask: (b, n) bool, True = a valid token; None if no step had a mask.
     """
 
     keys: Tensor
@@ -82,24 +113,12 @@ class KeyValueState(State):
     def length(self) -> int:
         return self.keys.shape[2]
 
-    def check_keys(self, shape: tuple[int, ...]) -> None:
-        """Check that the state comes from a layer and a batch with keys of this shape.
-
-        Raises:
-            ValueError: the keys have another shape.
-        """
-        if self.keys.shape != shape:
-            raise ValueError(
-                f"state must come from this layer and batch: (b, kv_heads, n, dim_head) = {shape}, "
-                f"got keys of shape {tuple(self.keys.shape)}"
-            )
-
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> KeyValueState:
         """The state after further tokens; this one is not changed.
 
         Args:
             keys, values: (b, kv_h, t, e) of the new tokens.
-            mask: (b, t) bool, or None if all are valid.
+            mask: (b, t) bool, True = a valid token. None: all are valid.
         """
         mask = concat_masks(self.mask, mask, keys.shape[0], self.length, keys.shape[2], keys.device)
         # Concatenation is always correct. Appending in place saves copying the cache, but tensors of a recorded graph,
@@ -132,7 +151,7 @@ register_state(KeyValueState)
 def concat_masks(
     old: Tensor | None, new: Tensor | None, batch: int, old_length: int, new_length: int, device: torch.device
 ) -> Tensor | None:
-    """Two padding masks (b, n) and (b, t) concatenated; None stands for all tokens valid."""
+    """Two padding masks (b, n) and (b, t) concatenated. None: all tokens are valid."""
     if old is None and new is None:
         return None
     old = torch.ones(batch, old_length, dtype=torch.bool, device=device) if old is None else old
@@ -141,7 +160,7 @@ def concat_masks(
 
 
 def count_tokens(count: Tensor | None, new: int) -> Tensor:
-    """`count` increased by `new`: a tensor without axes on the CPU; None stands for 0.
+    """`count` increased by `new`: a 0-d tensor on the CPU. None: 0.
 
     A tensor, because torch.compile and torch.export treat a Python number as a constant.
     """

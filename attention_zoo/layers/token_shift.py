@@ -2,7 +2,7 @@
 
 Upstream: DALLE-pytorch, PreShiftToken.
 Differs: prefixes inside the text are shifted too; decoding has its own state, for any number of tokens at a time and
-across the border of text and image; a masked neighbour counts as 0.
+across the boundary of text and image; a masked neighbour is replaced by 0.
 """
 
 from __future__ import annotations
@@ -14,27 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.layers.state import State, count_tokens, register_state
+from attention_zoo.layers.state import State, check_state, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.sparse import TextImageLayout
 
 
 @dataclass
 class TokenShiftState(State):
-    """Decoding state of a shifted layer. Size: width * d / 2 numbers per row, plus the state of the layer itself.
+    """Decoding state of a shifted layer. Size: width * d / 2 elements per row, plus the state of the layer itself.
 
     Attributes:
         block: the state of the layer, None for a feedforward.
         recent: (b, width, d / 2), the features of the last `width` tokens; 0 for missing or masked ones.
-        token_count: number of tokens so far, a tensor without axes.
+        token_count: number of tokens so far, a 0-d tensor.
     """
 
     block: Any
     recent: Tensor
     token_count: Tensor
-
-    @property
-    def length(self) -> int:
-        return int(self.token_count)
 
 
 register_state(TokenShiftState)
@@ -46,7 +42,7 @@ class TokenShift(nn.Module):
         text:   the first half from the previous token
         image:  the first quarter from the token above, the second quarter from the token to the left
 
-    A neighbour outside the text or the image, or a masked one, counts as 0.
+    A neighbour outside the text or the image, or a masked one, is replaced by 0.
 
     Args:
         block: an attention layer or a feedforward.
@@ -71,7 +67,11 @@ class TokenShift(nn.Module):
         self.layout = layout
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """(b, n, d) -> (b, n, d)."""
+        """(b, n, d) -> (b, n, d), with mask (b, n) bool, True = a valid token.
+
+        Raises:
+            ValueError: the sequence is longer than the layout.
+        """
         self.layout.check(x.shape[1])
         shifted, _ = self._shift(x, mask, self._no_tokens(x), torch.tensor(0))
         return self.block(shifted, **self._extra(mask))
@@ -79,12 +79,10 @@ class TokenShift(nn.Module):
     def step(
         self, x: Tensor, state: TokenShiftState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, TokenShiftState]:
-        """Decode new tokens (b, t, d)."""
-        if state is not None and not isinstance(state, TokenShiftState):
-            raise TypeError(f"state must be a TokenShiftState, got {type(state).__name__}")
+        """Decode new tokens: (b, t, d) -> (b, t, d) and the new state. Arguments as in `AttentionBlock.step`."""
+        check_state(state, TokenShiftState)
         recent = self._no_tokens(x) if state is None else state.recent
-        if recent.shape[0] != x.shape[0]:
-            raise ValueError(f"state must come from this batch of {x.shape[0]} rows, got {recent.shape[0]} rows")
+        check_state_shape(recent, "(b, width, dim / 2)", (x.shape[0], self.layout.width, self.dim // 2))
         count = torch.tensor(0) if state is None else state.token_count
         shifted, recent = self._shift(x, mask, recent, count)
         block_state = None
@@ -100,8 +98,8 @@ class TokenShift(nn.Module):
         half = x[..., : 2 * quarter]
         if mask is not None:
             half = torch.where(mask[..., None], half, half.new_zeros(()))
-        known = torch.cat((recent, half), dim=1)  # (b, width + t, d / 2)
-        previous, above = known[:, width - 1 : -1], known[:, :t]
+        history = torch.cat((recent, half), dim=1)  # (b, width + t, d / 2)
+        previous, above = history[:, width - 1 : -1], history[:, :t]
         if t == 1 and not torch.compiler.is_compiling():
             first, second = self._shift_one(previous, above, int(start) - self.layout.text_len)
         else:
@@ -110,10 +108,10 @@ class TokenShift(nn.Module):
             upper = above[..., :quarter] * has_above[:, None]
             first = torch.where(is_text[:, None], previous[..., :quarter], upper)
             second = previous[..., quarter:] * (is_text | has_left)[:, None]
-        return torch.cat((first, second, x[..., 2 * quarter :]), dim=-1), known[:, t:]
+        return torch.cat((first, second, x[..., 2 * quarter :]), dim=-1), history[:, t:]
 
     def _shift_one(self, previous: Tensor, above: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Both quarters of one token at this position of the image (below 0: text), without arithmetic."""
+        """Both quarters of one token at this position of the image (below 0: text): the fast path of decoding."""
         quarter, width = self.dim // 4, self.layout.width
         first, second = previous[..., :quarter], previous[..., quarter:]
         if position >= 0:

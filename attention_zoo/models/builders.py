@@ -69,10 +69,9 @@ def gate_loop_lm(
 
     Args:
         num_tokens, dim, depth, ff_mult: see `LanguageModel`.
-        heads: of every block that has heads. None: each block's own default, which is one head per channel for a gate
-            loop.
-        dim_head: of the blocks that have it. Gate loops do not, since their heads share dim; an error with gate
-            loops only.
+        heads: number of heads of every block that takes it. None: the default of each block, for a gate loop one head
+            per channel.
+        dim_head: size of the heads of every block that takes it. Gate loops do not; an error with gate loops only.
         attention: "gate_loop", or a list that mixes it with other blocks, such as ["gate_loop", "gate_loop", "full"].
             Blocks with an argument `rotary` get rotary positions.
         post_norm: whether LayerNorm follows every residual sum, with none before the logits; False: RMSNorm before

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_positive
+from attention_zoo._checks import check_at_least, check_positive, check_token_range
 
 
 class ImageTokenizer(Protocol):
@@ -33,9 +33,8 @@ class GreyTokenizer:
     """
 
     def __init__(self, *, height: int, width: int, levels: int) -> None:
-        check_positive(height=height, width=width, levels=levels)
-        if levels < 2:
-            raise ValueError(f"levels must be at least 2, got {levels=}")
+        check_positive(height=height, width=width)
+        check_at_least(2, levels=levels)
         self.height = height
         self.width = width
         self.num_tokens = levels
@@ -61,6 +60,5 @@ class GreyTokenizer:
         """
         if ids.ndim != 2 or ids.shape[1] != self.height * self.width:
             raise ValueError(f"ids must be (b, {self.height * self.width}), got shape {tuple(ids.shape)}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_tokens:
-            raise ValueError(f"ids must lie in 0 ... {self.num_tokens - 1}, got {int(ids.min())} to {int(ids.max())}")
+        check_token_range(ids, self.num_tokens, name="ids")
         return ids.view(-1, self.height, self.width).to(torch.get_default_dtype()) / (self.num_tokens - 1)

@@ -1,4 +1,4 @@
-"""A causal language model: token embedding, stack of blocks, logits."""
+"""A causal language model: token embedding, stack of layers, logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.positions import LearnedPositions
 from attention_zoo.layers.residual import Norm
-from attention_zoo.layers.state import State, register_state
+from attention_zoo.layers.state import State, check_state, register_state
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec
 from attention_zoo.models.positions import check_length, count_valid_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
@@ -24,7 +24,7 @@ class LanguageModelState(State):
 
     Attributes:
         stack: the state of the stack.
-        valid_count: (b,) int, valid tokens so far; None without learned positions.
+        valid_count: (b,) int, number of valid tokens so far; None without learned positions.
     """
 
     stack: StackState
@@ -120,7 +120,8 @@ class LanguageModel(SavedModel):
             (b, n, num_tokens).
 
         Raises:
-            ValueError: an id out of range, more than max_seq_len tokens, a mask of another shape.
+            TypeError: `tokens` is not an integer tensor, or `mask` is not boolean.
+            ValueError: an id is out of range, there are more than max_seq_len tokens, or `mask` has another shape.
         """
         self._check(tokens, None, mask)
         x, _ = self._embed(tokens, None, mask)
@@ -137,10 +138,8 @@ class LanguageModel(SavedModel):
 
     def loss_terms(self, tokens: Tensor, *, mask: Tensor | None = None) -> list[LossTerm]:
         """The loss as a mean and its count of targets. Arguments as in `loss`."""
-        check_tokens(tokens, self.num_tokens)
+        check_tokens(tokens, self.num_tokens, minimum=2)
         check_padding(mask, tokens)
-        if tokens.shape[1] < 2:
-            raise ValueError(f"tokens must hold at least two tokens for a loss, got shape {tuple(tokens.shape)}")
         logits = self(tokens[:, :-1], mask=None if mask is None else mask[:, :-1])
         return [LossTerm(next_token_loss(logits, tokens, mask), count_next_tokens(tokens, mask))]
 
@@ -151,18 +150,17 @@ class LanguageModel(SavedModel):
 
         Args:
             tokens: (b, t) int, any t >= 1.
-            state: the state returned by the step before; None at the start. It is not changed.
-            mask: (b, t) bool over the new tokens.
+            state: the state returned by the previous step; None for the first. It is not modified.
+            mask: (b, t) bool, True = a valid token.
 
         Returns:
             (b, t, num_tokens) and the new state.
 
         Raises:
-            ValueError: more than max_seq_len tokens, or a state of another model or batch.
             TypeError: `state` is not a LanguageModelState.
+            ValueError: there are more than max_seq_len tokens, or `state` comes from another model or batch.
         """
-        if state is not None and not isinstance(state, LanguageModelState):
-            raise TypeError(f"state must be a LanguageModelState, got {type(state).__name__}")
+        check_state(state, LanguageModelState)
         self._check(tokens, state, mask)
         x, valid_count = self._embed(tokens, state, mask)
         x, stack = self.stack.step(x, None if state is None else state.stack, mask=mask)

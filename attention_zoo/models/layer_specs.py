@@ -30,8 +30,8 @@ def parse_layers(attention: AttentionSpec) -> list[list[Any]]:
     """The block specs of each layer of one cycle.
 
     Raises:
-        ValueError: an empty list.
-        TypeError: an entry is not a block spec.
+        TypeError: `attention` or an entry of it is not a spec.
+        ValueError: a list is empty.
     """
     if isinstance(attention, str) or callable(attention) or is_named(attention):
         return [[attention]]
@@ -58,7 +58,7 @@ def check_shared(shared: Mapping[str, Any], attention: AttentionSpec, depth: int
     """Check that every shared argument is taken by a block of the stack.
 
     Raises:
-        ValueError: an argument that no block's constructor has.
+        ValueError: no block takes an argument.
     """
     layers = cycle_layers(attention, depth)
     for name in sorted(shared):
@@ -77,7 +77,7 @@ def make_block(spec: Any, dim: int, *, causal: bool, shared: Mapping[str, Any]) 
         shared: parts and sizes; the block gets those that its constructor has an argument for.
 
     Raises:
-        ValueError: an unknown block or option, or a block that is always causal with causal=False.
+        ValueError: a name or an option is unknown, or the block is always causal with causal=False.
     """
     name, make, options = _resolve("attention", spec, BLOCKS)
     known = _arguments(make)
@@ -92,8 +92,8 @@ def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Mod
     """Build one feedforward. The options of `(name, options)` take precedence over `defaults`.
 
     Raises:
-        ValueError: an unknown name or option.
         TypeError: `spec` is not a feedforward spec.
+        ValueError: a name or an option is unknown.
     """
     if callable(spec):
         return spec(dim)
@@ -150,5 +150,5 @@ def _resolve(
 
 
 def _arguments(make: Callable[..., nn.Module]) -> set[str]:
-    """The arguments of a constructor that are still open: not `dim`, and none that a functools.partial has set."""
+    """The arguments of a constructor besides `dim` that no functools.partial has set."""
     return set(inspect.signature(make).parameters) - {"dim"} - set(getattr(make, "keywords", {}))

@@ -1,4 +1,4 @@
-"""Memformer: an encoder, with or without a decoder, that carries a memory from segment to segment.
+"""Memformer: an encoder, optionally with a decoder, that passes a memory from one segment to the next.
 
 Paper: Memformer, https://arxiv.org/abs/2010.06891
 Upstream: memformer, `Memformer`.
@@ -39,9 +39,12 @@ class MemformerOutput(NamedTuple):
 
 
 class Memformer(SavedModel):
-    """Encoder layers: self-attention, attention to the memory, feedforward. Decoder layers read the encoder's output.
+    """Encoder and optional decoder, with a memory that is passed from one segment to the next.
 
-    The layers of each side share one T5 relative bias, bidirectional in the encoder and causal in the decoder.
+    An encoder layer is self-attention, cross-attention to the memory and a feedforward; a decoder layer attends to the
+    encoder's output in place of the memory. The encoder layers share one T5 relative position bias, bidirectional; the
+    decoder layers share another, causal.
+
     Time O(n^2 d + n m d) per segment, whatever the number of segments before it. State between segments: m d numbers.
 
     Args:
@@ -51,8 +54,8 @@ class Memformer(SavedModel):
         enc_max_seq_len: the longest source segment, in tokens. None: no limit.
         dec_num_tokens, dec_depth, dec_heads, dec_max_seq_len: the same of the decoder. None for the first two: no
             decoder.
-        memory_updates: number of times a segment is written to the memory.
-        memory_heads: heads of the attention that writes it.
+        memory_updates: number of memory updates per segment.
+        memory_heads: number of heads of the memory update.
         ff_mult, attn_dropout, ff_dropout: see `Stack`.
 
     Raises:
@@ -130,7 +133,7 @@ class Memformer(SavedModel):
         Args:
             source: (b, n) int.
             target: (b, t) int, for the decoder; None to encode only.
-            memory: (b, m, d), the memory after the segment before; None for the initial one.
+            memory: (b, m, d), the memory after the previous segment. None: the initial memory.
             mask, target_mask: (b, n) and (b, t) bool, True = a valid token.
 
         Raises:
@@ -179,8 +182,8 @@ class Memformer(SavedModel):
         target_mask: Tensor | None = None,
     ) -> list[LossTerm]:
         """The loss as a mean and its count of targets. Arguments as in `loss`."""
-        if target.ndim == 2 and target.shape[1] < 2:
-            raise ValueError(f"target must hold at least two tokens for a loss, got shape {tuple(target.shape)}")
+        self._check_decoder()
+        check_tokens(target, self.target_embedding.num_embeddings, name="target", minimum=2)
         output = self(source, target, memory=memory, mask=mask, target_mask=target_mask)
         mean = next_token_loss(output.logits[:, :-1], target, target_mask)
         return [LossTerm(mean, count_next_tokens(target, target_mask))]
@@ -198,15 +201,16 @@ class Memformer(SavedModel):
 
         Args:
             tokens: (b, t) int, any t >= 1.
-            state: the state returned by the step before; None at the start. It is not changed.
-            mask: (b, t) bool over the new tokens.
+            state: the state returned by the previous step; None for the first. It is not modified.
+            mask: (b, t) bool, True = a valid token.
             context, context_mask: `encoded` of the source and the source's mask; given with the first step only.
 
         Returns:
             (b, t, dec_num_tokens) and the new state.
 
         Raises:
-            ValueError: no decoder, no context with the first step, or more than dec_max_seq_len tokens.
+            ValueError: the model has no decoder, the first step has no context, or there are more than dec_max_seq_len
+                tokens.
         """
         self._check_decoder()
         if state is None and context is None:
@@ -237,9 +241,7 @@ class Memformer(SavedModel):
     def _encode(self, source: Tensor, memory: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         check_tokens(source, self.enc_num_tokens, name="source")
         check_padding(mask, source)
-        if self.enc_max_seq_len is not None and source.shape[1] > self.enc_max_seq_len:
-            limit, got = self.enc_max_seq_len, source.shape[1]
-            raise ValueError(f"source must be one segment, of at most enc_max_seq_len={limit} tokens, got {got}")
+        check_length(source, None, self.enc_max_seq_len, name="source", limit="enc_max_seq_len")
         memory = self.initial_memory(source.shape[0]) if memory is None else memory
         self.memory.check(memory, source.shape[0])
         encoded = self.encoder(self.source_embedding(source), mask=mask, context=memory)

@@ -1,7 +1,7 @@
-"""A language model that reads text segment by segment and carries a memory from one segment to the next.
+"""A language model over consecutive segments that passes a memory from one segment to the next.
 
 Paper: Memformer, https://arxiv.org/abs/2010.06891
-Differs: no encoder; the layers of one causal stack read the memory, with any blocks.
+Differs: no encoder; every layer of one causal stack attends to the memory; any attention layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.residual import Norm
-from attention_zoo.layers.state import State, register_state
+from attention_zoo.layers.state import State, check_state, concat_masks, count_tokens, register_state
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
 from attention_zoo.models.positions import position_parts
 from attention_zoo.models.stack import Stack, StackState
@@ -41,11 +41,11 @@ class MemoryState(State):
     """Decoding state of a `MemoryLanguageModel`: the memory and at most one segment.
 
     Attributes:
-        memory: (b, m, d), written by the segments that are complete.
-        token_count: tokens so far, a 0-d tensor.
+        memory: (b, m, d), the memory after the last complete segment.
+        token_count: number of tokens so far, a 0-d tensor.
         stack: the state of the stack within the incomplete segment; None at its start.
-        features: (b, t, d) of the incomplete segment, from which the memory will be written.
-        mask: (b, t) bool over the incomplete segment, or None where all tokens are valid.
+        features: (b, t, d) of the incomplete segment, for the next update of the memory.
+        mask: (b, t) bool, True = a valid token of the incomplete segment. None: all are valid.
     """
 
     memory: Tensor
@@ -54,16 +54,12 @@ class MemoryState(State):
     features: Tensor | None = None
     mask: Tensor | None = None
 
-    @property
-    def length(self) -> int:
-        return int(self.token_count)
-
 
 register_state(MemoryState)
 
 
 class MemoryLanguageModel(SavedModel):
-    """p(token | its segment so far, the memory). Every layer reads the memory after its other blocks.
+    """p(token | its segment so far, the memory). Every layer also cross-attends to the memory.
 
     `step` over any split of a text equals `forward` over its consecutive segments of `segment_len` tokens. Time per
     token and the size of the state do not grow with the text.
@@ -74,8 +70,8 @@ class MemoryLanguageModel(SavedModel):
         segment_len: tokens of a segment.
         attention, heads, dim_head, feedforward, ff_mult, norm, residual, attn_dropout, ff_dropout: see `Stack`.
         positions: "auto", "rotary", "t5" or None, within a segment; see `LanguageModel`.
-        memory_updates: number of times a segment is written to the memory.
-        memory_heads: heads of the attention that writes it.
+        memory_updates: number of memory updates per segment.
+        memory_heads: number of heads of the memory update.
 
     Raises:
         ValueError, TypeError: an argument is invalid; the message names it.
@@ -137,11 +133,11 @@ class MemoryLanguageModel(SavedModel):
 
         Args:
             segment: (b, n) int, n <= segment_len.
-            memory: (b, m, d), the memory after the segment before; None for the initial one.
+            memory: (b, m, d), the memory after the previous segment. None: the initial memory.
             mask: (b, n) bool, True = a valid token.
 
         Raises:
-            ValueError, TypeError: an argument is invalid, or there are more than segment_len tokens.
+            TypeError, ValueError: an argument is invalid, or there are more than segment_len tokens.
         """
         check_tokens(segment, self.num_tokens, name="segment")
         check_padding(mask, segment)
@@ -155,7 +151,7 @@ class MemoryLanguageModel(SavedModel):
     def loss(self, tokens: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Mean cross entropy, in nats, of every valid token given the valid tokens before it.
 
-        The text is read in consecutive segments of `segment_len` tokens, through which gradients flow.
+        The text is processed in consecutive segments of `segment_len` tokens, through which gradients flow.
 
         Args:
             tokens: (b, n) int, any n >= 2.
@@ -166,10 +162,8 @@ class MemoryLanguageModel(SavedModel):
 
     def loss_terms(self, tokens: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> list[LossTerm]:
         """The loss as a mean and its count of targets. Arguments as in `loss`."""
-        check_tokens(tokens, self.num_tokens)
+        check_tokens(tokens, self.num_tokens, minimum=2)
         check_padding(mask, tokens)
-        if tokens.shape[1] < 2:
-            raise ValueError(f"tokens must hold at least two tokens for a loss, got shape {tuple(tokens.shape)}")
         logits = []
         for part in _segments(0, tokens.shape[1] - 1, self.segment_len):
             out = self(tokens[:, part], memory=memory, mask=None if mask is None else mask[:, part])
@@ -185,20 +179,19 @@ class MemoryLanguageModel(SavedModel):
 
         Args:
             tokens: (b, t) int, any t >= 1.
-            state: the state returned by the step before; None at the start. It is not changed.
-            mask: (b, t) bool over the new tokens.
+            state: the state returned by the previous step; None for the first. It is not modified.
+            mask: (b, t) bool, True = a valid token.
 
         Returns:
             (b, t, num_tokens) and the new state.
 
         Raises:
-            ValueError: an id out of range, or a state of another batch.
             TypeError: `state` is not a MemoryState.
+            ValueError: an id is out of range, or `state` comes from another batch.
         """
         check_tokens(tokens, self.num_tokens)
         check_padding(mask, tokens)
-        if state is not None and not isinstance(state, MemoryState):
-            raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
+        check_state(state, MemoryState)
         if state is None:
             state = MemoryState(self.initial_memory(tokens.shape[0]), torch.tensor(0))
         self.memory.check(state.memory, tokens.shape[0])
@@ -210,12 +203,12 @@ class MemoryLanguageModel(SavedModel):
         return torch.cat(logits, dim=1), state
 
     def _step_in_segment(self, tokens: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Tensor, MemoryState]:
-        """`step` for tokens of one segment. The memory is written when they complete it."""
+        """`step` for tokens of one segment. The memory is updated when they complete it."""
         context = state.memory if state.stack is None else None
         x, stack = self.stack.step(self.token_embedding(tokens), state.stack, mask=mask, context=context)
-        logits, token_count = self.to_logits(x), state.token_count + tokens.shape[1]
+        logits, token_count = self.to_logits(x), count_tokens(state.token_count, tokens.shape[1])
         if state.features is not None:
-            mask = _join_masks(state.mask, state.features, mask, x)
+            mask = concat_masks(state.mask, mask, x.shape[0], state.features.shape[1], x.shape[1], x.device)
             x = torch.cat((state.features, x), dim=1)
         if x.shape[1] < self.segment_len:
             return logits, MemoryState(state.memory, token_count, stack, x, mask)
@@ -229,11 +222,3 @@ def _segments(used: int, new: int, segment_len: int) -> Iterator[slice]:
         stop = min(new, start + segment_len - used)
         yield slice(start, stop)
         start, used = stop, 0
-
-
-def _join_masks(old: Tensor | None, old_x: Tensor, new: Tensor | None, new_x: Tensor) -> Tensor | None:
-    if old is None and new is None:
-        return None
-    old = old_x.new_ones(old_x.shape[:2], dtype=torch.bool) if old is None else old
-    new = new_x.new_ones(new_x.shape[:2], dtype=torch.bool) if new is None else new
-    return torch.cat((old, new), dim=1)

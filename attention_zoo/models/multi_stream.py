@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.attention import TalkingHeadsAttention
 from attention_zoo.layers.norms import RMSNorm
-from attention_zoo.layers.state import State, register_state
+from attention_zoo.layers.state import State, check_state, register_state
 from attention_zoo.models.layer_specs import AttentionSpec
 from attention_zoo.models.positions import check_length, count_valid_tokens
 from attention_zoo.models.stack import BlockInputs, Stack, StackState
@@ -33,7 +33,7 @@ class MultiStreamState(State):
 
     Attributes:
         stack: the state of the stack, with the streams folded into the batch.
-        valid_count: (b,) int, valid tokens so far.
+        valid_count: (b,) int, number of valid tokens so far.
     """
 
     stack: StackState
@@ -211,8 +211,7 @@ class MultiStreamTransformer(SavedModel):
         """The loss as means and their counts: of targets, and of queries. Arguments as in `loss`."""
         if not self.causal:
             raise ValueError("loss needs causal=True, got causal=False; see training.masked_token_loss")
-        if tokens.ndim == 2 and tokens.shape[1] < 2:
-            raise ValueError(f"tokens must hold at least two tokens for a loss, got shape {tuple(tokens.shape)}")
+        check_tokens(tokens, self.num_tokens, minimum=2)
         inputs, valid = tokens[:, :-1], None if mask is None else mask[:, :-1]
         targets = count_next_tokens(tokens, mask)
         if not diversity_weight:
@@ -235,8 +234,7 @@ class MultiStreamTransformer(SavedModel):
         self, tokens: Tensor, state: MultiStreamState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, MultiStreamState]:
         """Logits (b, t, num_tokens) after each new token (b, t), and the new state; see `LanguageModel.step`."""
-        if state is not None and not isinstance(state, MultiStreamState):
-            raise TypeError(f"state must be a MultiStreamState, got {type(state).__name__}")
+        check_state(state, MultiStreamState)
         if not self.causal:
             raise ValueError("step needs causal=True, got causal=False")
         x, valid_count = self._embed(tokens, mask, state)

@@ -19,11 +19,11 @@ def position_parts(
     """The shared argument of `Stack` that gives its blocks their positions.
 
     Args:
-        positions: "rotary"; "t5" for a relative bias; "auto" for rotary where a block takes it; others and None for
-            nothing in the blocks.
+        positions: "rotary"; "t5" for a relative position bias; "auto" for rotary if a block takes it. Any other value:
+            no argument.
         attention: the blocks; see `Stack`.
         heads: heads of the relative bias. None: 8, the blocks' default.
-        known: the values of `positions` that the model accepts beside None.
+        known: the values of `positions` that the model accepts besides None.
 
     Raises:
         ValueError: `positions` is not accepted.
@@ -38,12 +38,12 @@ def position_parts(
 
 
 def count_valid_tokens(tokens: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
-    """How many valid tokens there are up to and including each token: (b, n) int64.
+    """The number of valid tokens up to and including each token, (b, n) int64.
 
     Args:
         tokens: (b, n).
         mask: (b, n) bool, True = a valid token.
-        before: (b,) int, valid tokens of earlier steps.
+        before: (b,) int, number of valid tokens of earlier steps. None: 0.
     """
     valid = torch.ones_like(tokens, dtype=torch.int64) if mask is None else mask.long()
     return valid.cumsum(dim=1) + (0 if before is None else before[:, None])
@@ -57,7 +57,7 @@ def check_length(
     Under torch.compile the length of a state is the value of a tensor and cannot be checked.
 
     Raises:
-        ValueError: more than `max_seq_len` tokens.
+        ValueError: there are more than `max_seq_len` tokens.
     """
     if max_seq_len is None:
         return

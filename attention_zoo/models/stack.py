@@ -32,12 +32,12 @@ from attention_zoo.ops import TextImageLayout
 
 
 class BlockInputs(NamedTuple):
-    """Inputs beside the features. A block gets those that its `forward` has a parameter for.
+    """Inputs of a block besides the features. A block gets those that its `forward` has a parameter for.
 
     Attributes:
         mask: (b, n) bool, True = a valid token.
-        context: (b, j, context_dim), what cross attention reads.
-        context_mask: (b, j) bool, True = a valid position of the context.
+        context: (b, j, context_dim), the sequence that cross-attention attends to.
+        context_mask: (b, j) bool, True = a valid token of the context.
     """
 
     mask: Tensor | None = None
@@ -51,15 +51,11 @@ class StackState(State):
 
     Attributes:
         blocks: the state of each block that has one, in the order of the layers.
-        token_count: tokens so far, a 0-d tensor.
+        token_count: number of tokens so far, a 0-d tensor.
     """
 
     blocks: list[Any]
     token_count: Tensor
-
-    @property
-    def length(self) -> int:
-        return int(self.token_count)
 
 
 register_state(StackState)
@@ -86,9 +82,9 @@ class Sublayer(nn.Module):
         """Run the sub-layer.
 
         Args:
-            x: (b, n, d), what the block reads.
+            x: (b, n, d), the residual stream that the block reads.
             inputs: the other inputs of the block.
-            into: (b, n, d), what the block's output is added to. None: x.
+            into: (b, n, d), the residual stream that the block's output is added to. None: x.
 
         Returns:
             (b, n, d).
@@ -147,10 +143,10 @@ class Stack(nn.Module):
         feedforward: a name in FEEDFORWARDS, `(name, options)`, a function of dim, or None for no feedforward.
         norm: a name in NORMS, or a function of dim.
         residual: a name in RESIDUALS: "pre", "post", "sandwich" or "deepnorm".
-        heads, dim_head: of every block that has them. None: each block's own default.
+        heads, dim_head: number and size of the heads of every block that takes them. None: the defaults of each block.
         causal: whether the blocks are causal. False is an error for a block that is always causal.
-        attn_dropout: probability of dropping an attention weight in training.
-        ff_dropout: probability of dropping a hidden feature of a feedforward in training.
+        attn_dropout: dropout probability of the attention weights.
+        ff_dropout: dropout probability of the hidden features of the feedforwards.
         ff_mult: hidden features of the feedforward as a multiple of dim.
         layer_scale: whether every sub-layer's output has learned factors, small at the start; see `LayerScale`.
         token_shift: layout of text and image for token shift before every sub-layer; see `TokenShift`. None: no shift.
@@ -254,13 +250,14 @@ class Stack(nn.Module):
             x: (b, n, d).
             mask: (b, n) bool, True = a valid token.
             context: (b, j, context_dim), for the blocks that read one.
-            context_mask: (b, j) bool, True = a valid position of the context.
+            context_mask: (b, j) bool, True = a valid token of the context.
 
         Returns:
             (b, n, d).
 
         Raises:
-            ValueError: a mask or context that a block does not take, a missing context, shapes that do not fit.
+            ValueError: a mask that a block does not take, a context that no block takes, a missing context, or a wrong
+                shape.
         """
         inputs = BlockInputs(mask, context, context_mask)
         self._check_inputs(x, inputs)
@@ -284,7 +281,21 @@ class Stack(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
-        """Run all layers on new tokens (b, t, d). The context is given with the first step only; see `forward`."""
+        """Run all layers on new tokens.
+
+        Args:
+            x: (b, t, d), t >= 1 new tokens.
+            state: the state returned by the previous step; None for the first. It is not modified.
+            mask: (b, t) bool, True = a valid token.
+            context, context_mask: see `forward`; only in the first step.
+
+        Returns:
+            (b, t, d) and the new state.
+
+        Raises:
+            TypeError: `state` is of another stack, or a block has no `step`.
+            ValueError: see `forward`.
+        """
         inputs = BlockInputs(mask, context, context_mask)
         self._check_inputs(x, inputs)
         sublayers = self.sublayers()

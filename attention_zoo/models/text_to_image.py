@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from attention_zoo._checks import check_choice, check_fraction, check_padding, check_positive, check_tokens
 from attention_zoo.layers.positions import TextImageRotary
 from attention_zoo.layers.residual import Norm
+from attention_zoo.layers.state import check_state
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers, takes_part
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops import TextImageLayout
@@ -149,8 +150,8 @@ class TextToImageTransformer(SavedModel):
             (b, 1 + t + m) int.
 
         Raises:
-            ValueError: an id out of range, or the wrong number of tokens.
-            TypeError: ids that are not integers.
+            TypeError: the ids are not integers.
+            ValueError: an id is out of range, or the number of tokens is wrong.
         """
         text_len = self.layout.text_len - 1
         parts = []
@@ -178,7 +179,7 @@ class TextToImageTransformer(SavedModel):
 
         Args:
             text: (b, text_len) int, 0 = padding.
-            image: (b, m) int, the first m tokens of the image; the last token of a complete image is not read.
+            image: (b, m) int, the first m tokens of the image; the last token of a complete image is dropped.
             mask: (b, text_len) bool, True = a text token that may be attended to.
 
         Returns:
@@ -229,18 +230,17 @@ class TextToImageTransformer(SavedModel):
 
         Args:
             tokens: (b, t) int, the next tokens of the sequence that `tokens` returns.
-            state: the state returned by the step before; None at the start. It is not changed.
-            mask: (b, t) bool over the new tokens.
+            state: the state returned by the previous step; None for the first. It is not modified.
+            mask: (b, t) bool, True = a valid token.
 
         Returns:
             (b, t, num_tokens) as in `forward`, and the new state.
 
         Raises:
-            ValueError: more tokens than text and image have, or a text token in the image or the reverse.
             TypeError: `state` is not a StackState.
+            ValueError: there are more tokens than text and image have, or a text id is in the image or the reverse.
         """
-        if state is not None and not isinstance(state, StackState):
-            raise TypeError(f"state must be a StackState, got {type(state).__name__}")
+        check_state(state, StackState)
         start = 0 if state is None else state.length
         check_tokens(tokens, self.num_tokens)
         check_padding(mask, tokens)

@@ -1,8 +1,8 @@
 """Operations on tensors, each with a readable reference and fast implementations that equal it.
 
 An operation is a folder: `__init__.py` holds the public functions and chooses the implementation, `reference.py` the
-equation, and every other file a fast implementation. `attention_zoo.ops.gate_loop` is both a package and a function:
-import names from it (`from attention_zoo.ops.gate_loop import ...`).
+equation, and the other files the fast implementations and what they share. `attention_zoo.ops.gate_loop` is both a
+package and a function: import names from it (`from attention_zoo.ops.gate_loop import ...`).
 """
 
 from attention_zoo.ops.cosine_sim import cosine_sim_attention, l2_normalize

@@ -41,7 +41,7 @@ def register_operator(
             complex tensors of `inputs`, in their order and with lists flattened. Each is cast to its tensor's dtype.
         fake: inputs -> empty outputs with the shapes, dtypes and strides of `forward`'s.
         differentiable_outputs: number of outputs, from the first, that receive gradients. The others do not require
-            gradients; they are what `forward` hands to `backward`.
+            gradients; they are intermediate results for `backward`.
         save_outputs: whether the outputs are saved for backward as the inputs are; if not, `backward` gets none.
 
     Returns:
@@ -113,7 +113,7 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _map(function: Callable[[Any], Any], values: Sequence[Any]) -> list[Any]:
-    """The function of every value, and of every item of a list."""
+    """Apply a function to every value, and to every item of a list."""
     return [[function(item) for item in value] if isinstance(value, list) else function(value) for value in values]
 
 

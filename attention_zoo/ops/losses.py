@@ -18,7 +18,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = 
     Args:
         logits: (b, n, num_tokens).
         targets: (b, n), token ids.
-        mask: (b, n) bool, True = a valid position. None: all are valid.
+        mask: (b, n) bool, True = a valid target. None: all are valid.
 
     Returns:
         A scalar in nats, in at least float32; 0 with zero gradient without a valid position.

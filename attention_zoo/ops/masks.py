@@ -1,4 +1,4 @@
-"""Boolean masks, True = allowed. Queries and keys are aligned bottom-right: the last query sits at the last key."""
+"""Boolean masks, True = allowed. Alignment is bottom-right: the last query is at the position of the last key."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def key_mask(mask: Tensor) -> Tensor:
 
 
 def visible(queries: int, keys: int, *, mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
-    """The allowed mask: padding, or a mask of pairs, combined with causality. Every implementation takes it from here.
+    """The mask of allowed keys: padding, or a mask of pairs, combined with causal masking. All implementations use it.
 
     Args:
         queries: number of queries i.
         keys: number of keys j.
-        mask: None, padding (b, j), or a boolean tensor that broadcasts to (b, h, i, j).
+        mask: None, padding (b, j), or four axes that broadcast to (b, h, i, j); boolean, True = allowed.
         causal: causal masking.
         device: device of a mask that is built here.
 
@@ -38,7 +38,7 @@ def visible(queries: int, keys: int, *, mask: Tensor | None, causal: bool, devic
     """
     if mask is not None and mask.ndim == 2:
         mask = key_mask(mask)
-    if not causal or queries == 1:  # a single query sits at the last key
+    if not causal or queries == 1:  # a single query is at the position of the last key
         return mask
     triangle = causal_mask(queries, keys, device=device)
     return triangle[None, None] if mask is None else mask & triangle

@@ -61,5 +61,5 @@ def test_token_shift_rejects_invalid_arguments() -> None:
     shift = TokenShift(nn.Identity(), 8, layout=LAYOUT)
     with pytest.raises(ValueError, match="x must hold at most the 19 tokens"):
         shift(torch.randn(1, 20, 8))
-    with pytest.raises(ValueError, match="state must come from this batch of 1 rows, got 2 rows"):
+    with pytest.raises(ValueError, match=r"state must come from this layer and batch: .* got \(2, 5, 4\)"):
         shift.step(torch.randn(1, 1, 8), shift.step(torch.randn(2, 1, 8))[1])

@@ -316,7 +316,7 @@ BAD_INPUTS = {
     "no token": (
         {"tokens": torch.zeros(2, 0).long()},
         ValueError,
-        r"tokens must be \(b, n\) with n >= 1, got .*\(2, 0",
+        r"tokens must be \(b, n\) with n >= ., got .*\(2, 0",
     ),
     "no batch axis": ({"tokens": torch.zeros(5).long()}, ValueError, r"tokens must be \(b, n\) .*got shape \(5,\)"),
     "mask shape": ({"mask": torch.ones(2, 4).bool()}, ValueError, r"mask must be \(b, n\) = \(2, 5\), got .*\(2, 4\)"),
@@ -334,7 +334,7 @@ def test_invalid_inputs_raise(case: str, how: str) -> None:
 
 
 def test_loss_of_one_token_raises() -> None:
-    with pytest.raises(ValueError, match=r"tokens must hold at least two tokens for a loss, got shape \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"tokens must be \(b, n\) with n >= 2, got shape \(2, 1\)"):
         build().loss(ids(2, 1))
 
 
@@ -349,7 +349,7 @@ def test_state_of_another_batch_raises(positions: str | None, batch: int) -> Non
 
 def test_state_of_another_model_raises() -> None:
     _, state = build().step(ids(3, 4))
-    with pytest.raises(TypeError, match="state must be a LanguageModelState, got StackState"):
+    with pytest.raises(TypeError, match="state must be a LanguageModelState of an earlier step, got StackState"):
         build().step(ids(3, 1), state.stack)
     with pytest.raises(TypeError, match="state must be a StackState of 3 blocks, got one of 2 blocks"):
         build(depth=3).step(ids(3, 1), state)

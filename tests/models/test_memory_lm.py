@@ -82,7 +82,7 @@ def test_loss_reads_the_given_memory_and_has_gradients_for_all_parameters() -> N
 
 
 def test_loss_of_one_token_raises() -> None:
-    with pytest.raises(ValueError, match="tokens must hold at least two tokens"):
+    with pytest.raises(ValueError, match="n >= 2"):
         small().loss(TOKENS[:, :1])
 
 

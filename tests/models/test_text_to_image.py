@@ -187,7 +187,10 @@ def invalid_calls() -> dict[str, tuple[Any, str]]:
         ),
         "too long": (lambda m: m.step(torch.zeros(1, 30, dtype=torch.int64)), "tokens must hold at most the 18 tokens"),
         "modality": (lambda m: m.step(torch.zeros(1, 8, dtype=torch.int64)), "tokens must be text up to position 5"),
-        "state": (lambda m: m.step(torch.zeros(1, 1, dtype=torch.int64), "x"), "state must be a StackState, got str"),
+        "state": (
+            lambda m: m.step(torch.zeros(1, 1, dtype=torch.int64), "x"),
+            "state must be a StackState of an earlier step, got str",
+        ),
         "positions": (lambda m: small(positions="t5"), "positions must be one of"),
         "different layers": (
             lambda m: small(shared_attn_ids=[0]),

@@ -12,7 +12,7 @@ from attention_zoo.ops.cosine_sim.fused_norm import unit
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.masks import check_mask
 from attention_zoo.ops.precision import at_least_float32, no_autocast
-from attention_zoo.ops.softmax import Bias, check_bias, check_heads, softmax_attention
+from attention_zoo.ops.softmax import Bias, check_bias, check_qkv, softmax_attention
 
 __all__ = ["cosine_sim_attention", "l2_normalize"]
 
@@ -72,11 +72,12 @@ def cosine_sim_attention(
         scale: factor of the cosines, in place of softmax attention's e^-0.5.
         groups: number of slices of the features, normalised separately; scores then lie in scale * [-groups, groups].
         eps: see `l2_normalize`.
-        dropout: probability of dropping a weight. Pass 0 outside training.
+        dropout: dropout probability of the weights. Pass 0 outside training.
         impl: as in `softmax_attention`.
 
     Returns:
-        (b, h, i, e_v), or (b, i, e_v) for a 3-D `q`, in the dtype of `v`. A query without an allowed key gets 0.
+        (b, h, i, e_v), or (b, i, e_v) for a 3-D `q`, in the dtype of `v`. A query without an allowed key gets exactly
+        0, with zero gradient.
 
     Raises:
         TypeError: the dtype of an argument is wrong.
@@ -92,7 +93,7 @@ def cosine_sim_attention(
     k = k[:, None] if k.ndim == 3 else k
     v = v[:, None] if v.ndim == 3 else v
     if impl == "reference":
-        check_heads(q, k, v)
+        check_qkv(q, k, v)
         check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         check_bias(bias, q, k)
         _check_groups(groups, q)

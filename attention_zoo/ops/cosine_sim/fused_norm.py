@@ -35,13 +35,13 @@ class _Unit(torch.autograd.Function):
         return unit, norm
 
     @staticmethod
-    def backward(ctx: Any, to_unit: Tensor | None, to_norm: Any) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad_unit: Tensor | None, grad_norm: Any) -> tuple[Tensor | None, None]:
         unit, norm = ctx.saved_tensors
         free = norm > ctx.eps
-        if to_unit is None and to_norm is None:
+        if grad_unit is None and grad_norm is None:
             return None, None
-        if to_unit is None:
-            return to_norm * unit * free, None
-        along = (to_unit * unit).sum(-1, keepdim=True) * free
-        gradient = torch.addcmul(to_unit, unit, along, value=-1) / norm
-        return (gradient if to_norm is None else gradient + to_norm * unit * free), None
+        if grad_unit is None:
+            return grad_norm * unit * free, None
+        along = (grad_unit * unit).sum(-1, keepdim=True) * free
+        gradient = torch.addcmul(grad_unit, unit, along, value=-1) / norm
+        return (gradient if grad_norm is None else gradient + grad_norm * unit * free), None

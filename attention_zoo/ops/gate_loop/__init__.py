@@ -19,7 +19,7 @@ from attention_zoo.ops.gate_loop.gates import complex_of, scale_gradient, unit_g
 from attention_zoo.ops.gate_loop.recurrence import HAS_NUMBA, elementwise_gate_loop, fast_linear_recurrence
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
-from attention_zoo.ops.softmax import check_heads
+from attention_zoo.ops.softmax import check_qkv
 
 __all__ = [
     "HAS_NUMBA",
@@ -68,7 +68,7 @@ def gate_loop(
         ValueError: shapes do not match, or n is 0.
     """
     impl = choose(impl, ("chunked",))
-    check_heads(q, k, v)
+    check_qkv(q, k, v)
     if not gate.is_complex():
         raise TypeError(f"gate must be complex, got dtype {gate.dtype}")
     if gate.shape != q.shape[:3] or q.shape[:3] != v.shape[:3] or not q.shape[2]:

@@ -26,7 +26,7 @@ class ChannelInputs(NamedTuple):
     """Inputs of the operator.
 
     q, k, v: (b, n, d); z: (b, n, d, 2); all of one floating dtype.
-    mask: (b, n) bool.
+    mask: (b, n) bool, True = a valid token.
     state: initial state, (b, d) complex.
     impl: "scan" or "numba".
     """

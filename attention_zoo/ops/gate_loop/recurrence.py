@@ -1,4 +1,4 @@
-"""Elementwise linear recurrences by a two-level scan or by numba, with a backward written by hand.
+"""Elementwise linear recurrences by a two-level scan or by numba, with an explicit backward.
 
 state_t = a_t state_{t-1} + x_t, real or complex
 

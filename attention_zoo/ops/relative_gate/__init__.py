@@ -12,7 +12,7 @@ from attention_zoo.ops.gate_loop import complex_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.relative_gate.tiled import tiled_relative_gate_attention, tiled_relative_gate_weights
-from attention_zoo.ops.softmax import check_heads
+from attention_zoo.ops.softmax import check_qkv
 
 __all__ = ["relative_gate_attention", "relative_gate_weights"]
 
@@ -37,9 +37,9 @@ def relative_gate_attention(
     Args:
         q: queries (b, h, i, e), aligned with the last keys; e is even.
         k, v: keys (b, h, j, e) and values (b, h, j, e_v).
-        gate: (b, h, j, e / 2) complex with 0 <= |a| <= 1, one gate per key and pair of features. A gate of exactly 0
-            hides all earlier keys; the tiled implementation gives it no gradient, and the rounding error of the
-            gradient of a gate grows with 1 / |a|.
+        gate: gates a, (b, h, j, e / 2) complex with 0 <= |a| <= 1, one per key and pair of features. A gate of exactly
+            0 removes its pair from the scores of all earlier keys; the tiled implementation gives it no gradient, and
+            the rounding error of the gradient of a gate grows with 1 / |a|.
         mask: (b, j) bool, True = a valid token. The gates of masked tokens are taken as 1.
         softmax: whether the weights are the softmax of the scores, or the scores.
         dropout: probability of dropping a weight.
@@ -54,7 +54,7 @@ def relative_gate_attention(
         ValueError: shapes do not match, or e is odd.
     """
     impl = choose(impl, ("tiled",))
-    check_heads(q, k, v)
+    check_qkv(q, k, v)
     gate = _check_gate(q, k, gate, mask)
     with no_autocast(q):
         args = at_least_float32(q), at_least_float32(k), at_least_float32(v), gate, mask, softmax, dropout

@@ -1,4 +1,4 @@
-"""Attention with relative gates in query tiles, with a backward written by hand.
+"""Attention with relative gates in query tiles, with an explicit backward.
 
 With the cumulative log-magnitude L and phase phi of the gates, each pair p of features is folded into four numbers,
     q'_i = [q_i cos phi_i, q_i sin phi_i],  k'_j = [k_j cos phi_j, k_j sin phi_j],
@@ -34,7 +34,7 @@ class RelativeGateInputs(NamedTuple):
     k: folded keys, (b, h, j, 4, e / 2).
     v: (b, h, j, e_v).
     log: cumulative log-magnitude of the gates, (b, h, j, e / 2) float64.
-    mask: (b, j) bool.
+    mask: (b, j) bool, True = a valid token.
     softmax: whether the weights are the softmax of the scores, or the scores.
     dropout, seed: probability of dropping a weight, and the seed of the dropout masks.
     """
@@ -110,7 +110,7 @@ class _Tile(NamedTuple):
         return masked_softmax(scores, self.allowed) if softmax else self.mask(scores)
 
     def mask(self, x: Tensor) -> Tensor:
-        """Set what belongs to disallowed keys to 0."""
+        """Set the entries of masked keys to 0."""
         return x if self.allowed is None else x.masked_fill(~self.allowed, 0.0)
 
 
@@ -163,10 +163,10 @@ def _backward(inputs: RelativeGateInputs, outputs: Sequence[Tensor], gradients: 
         grad_v[:, :, :keys] += used.transpose(-1, -2) @ grad_out
         grad = weights * (grad - (weights * grad).sum(-1, keepdim=True)) if inputs.softmax else part.mask(grad)
         earlier, inside = grad[..., :first], part.decay.mul_(grad[:, :, None, :, first:])
-        to_q, to_k = grad_q[:, :, queries], grad_k[:, :, :first]  # views
-        to_q.copy_(_by_token(inside @ part.k))
-        to_q.addcmul_((earlier @ part.decayed_k).view(to_q.shape), part.query_decay)
-        to_k.addcmul_((earlier.transpose(-1, -2) @ part.decayed_q).view(to_k.shape), part.key_decay)
+        grad_tile, grad_earlier = grad_q[:, :, queries], grad_k[:, :, :first]  # views
+        grad_tile.copy_(_by_token(inside @ part.k))
+        grad_tile.addcmul_((earlier @ part.decayed_k).view(grad_tile.shape), part.query_decay)
+        grad_earlier.addcmul_((earlier.transpose(-1, -2) @ part.decayed_q).view(grad_earlier.shape), part.key_decay)
         grad_k[:, :, first:keys] += _by_token(inside.transpose(-1, -2) @ part.q)
     # L_i scales the query q'_i and -L_j the key k'_j.
     grad_log = -(k * grad_k).sum(3, dtype=torch.float64)

@@ -14,14 +14,12 @@ from attention_zoo.ops.softmax.bias import Bias, DistanceBias, check_bias
 from attention_zoo.ops.softmax.distance_bias import distance_biased_attention
 from attention_zoo.ops.softmax.sdpa import sdpa_attention
 from attention_zoo.ops.softmax.tiled import repeat_heads, tiled_attention
-from attention_zoo.ops.tiling import masked_softmax
 
 __all__ = [
     "Bias",
     "DistanceBias",
     "check_bias",
-    "check_heads",
-    "masked_softmax",
+    "check_qkv",
     "repeat_heads",
     "softmax_attention",
     "softmax_attention_weights",
@@ -53,7 +51,7 @@ def softmax_attention(
         causal: causal masking, aligned bottom-right: the last query attends to the last key.
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`; differentiable.
         scale: factor of the scores; e^-0.5 if None.
-        dropout: probability of dropping a weight. Pass 0 outside training.
+        dropout: dropout probability of the weights. Pass 0 outside training.
         impl: "auto", "reference" (full score matrix, twice differentiable), "sdpa" (torch's fused kernels) or
             "tiled" (query tiles, recomputed in backward: memory O(n) where `bias` is learned).
 
@@ -65,7 +63,7 @@ def softmax_attention(
         ValueError: the shapes of the arguments do not fit, or `impl` is unknown.
     """
     impl = choose(impl, ("sdpa", "tiled"))
-    check_heads(q, k, v)
+    check_qkv(q, k, v)
     check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     check_bias(bias, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -107,7 +105,7 @@ def _needs_grad(bias: Bias | None) -> bool:
     return values is not None and values.requires_grad and torch.is_grad_enabled()
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check that q, k and v fit each other.
 
     Raises:

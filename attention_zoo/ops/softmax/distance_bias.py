@@ -19,8 +19,8 @@ from attention_zoo.ops.softmax.tiled import repeat_heads
 from attention_zoo.ops.tiling import QUERY_TILE, QueryTile, query_tiles, tile_mask
 
 
-class Inputs(NamedTuple):
-    """Arguments of the operator.
+class DistanceBiasInputs(NamedTuple):
+    """Inputs of the operator.
 
     q, k, v: (b, h, i, e), (b, h, j, e), (b, h, j, e_v).
     values: (h, i + j - 1), as in `DistanceBias`.
@@ -42,67 +42,69 @@ def distance_biased_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, bias: DistanceBias, scale: float
 ) -> Tensor:
     """Arguments as in `softmax_attention`."""
-    heads = q.shape[1]
-    return _attend(Inputs(q, repeat_heads(k, heads), repeat_heads(v, heads), bias.values, mask, causal, scale))[0]
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    return _operator(DistanceBiasInputs(q, k, v, bias.values, mask, causal, scale))[0]
 
 
-def _forward(given: Inputs) -> list[Tensor]:
+def _forward(inputs: DistanceBiasInputs) -> list[Tensor]:
     """The output, (b, h, i, e_v), in the dtype of `v`."""
-    (out,), given = _fake(given), _widen(given)
-    for tile in _tiles(given):
-        out[:, :, tile.queries] = _weights(given, tile) @ given.v[:, :, : tile.keys]
+    (out,), inputs = _fake(inputs), _widen(inputs)
+    for tile in _tiles(inputs):
+        out[:, :, tile.queries] = _weights(inputs, tile) @ inputs.v[:, :, : tile.keys]
     return [out]
 
 
-def _backward(given: Inputs, _: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+def _backward(inputs: DistanceBiasInputs, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of q, k, v and values."""
-    given, gradient = _widen(given), at_least_float32(gradients[0])
-    to_q, to_k, to_v = (tensor.new_zeros(tensor.shape) for tensor in given[:3])
-    to_values = given.values.new_zeros(given.values.shape, dtype=given.q.dtype)
-    for tile in _tiles(given):
+    inputs, gradient = _widen(inputs), at_least_float32(gradients[0])
+    grad_q, grad_k, grad_v = (tensor.new_zeros(tensor.shape) for tensor in inputs[:3])
+    grad_values = inputs.values.new_zeros(inputs.values.shape, dtype=inputs.q.dtype)
+    for tile in _tiles(inputs):
         if not tile.keys:
             continue
-        q, k, v = given.q[:, :, tile.queries], given.k[:, :, : tile.keys], given.v[:, :, : tile.keys]
-        weights, to_out = _weights(given, tile), gradient[:, :, tile.queries]
-        _add_product(to_v[:, :, : tile.keys], weights, to_out)
-        to_scores = to_out @ v.transpose(-1, -2)  # the gradient of the weights until the next two lines
-        to_scores.mul_(weights)
-        to_scores.sub_(weights.mul_(to_scores.sum(-1, keepdim=True)))
-        to_values[:, _distances(given, tile)] += _sum_by_distance(to_scores.sum(0))
-        to_scores.mul_(given.scale)
-        to_q[:, :, tile.queries] = to_scores @ k
-        _add_product(to_k[:, :, : tile.keys], to_scores, q)
-    return [to_q, to_k, to_v, to_values]
+        q, k, v = inputs.q[:, :, tile.queries], inputs.k[:, :, : tile.keys], inputs.v[:, :, : tile.keys]
+        weights, grad_out = _weights(inputs, tile), gradient[:, :, tile.queries]
+        _add_product(grad_v[:, :, : tile.keys], weights, grad_out)
+        grad_scores = grad_out @ v.transpose(-1, -2)  # the gradient of the weights until the next two lines
+        grad_scores.mul_(weights)
+        grad_scores.sub_(weights.mul_(grad_scores.sum(-1, keepdim=True)))
+        grad_values[:, _distances(inputs, tile)] += _sum_by_distance(grad_scores.sum(0))
+        grad_scores.mul_(inputs.scale)
+        grad_q[:, :, tile.queries] = grad_scores @ k
+        _add_product(grad_k[:, :, : tile.keys], grad_scores, q)
+    return [grad_q, grad_k, grad_v, grad_values]
 
 
-def _fake(given: Inputs) -> list[Tensor]:
-    return [given.v.new_empty(*given.q.shape[:3], given.v.shape[-1])]
+def _fake(inputs: DistanceBiasInputs) -> list[Tensor]:
+    return [inputs.v.new_empty(*inputs.q.shape[:3], inputs.v.shape[-1])]
 
 
-_attend = register_operator("distance_biased_attention", Inputs, _forward, _backward, _fake, save_outputs=False)
+_operator = register_operator(
+    "distance_biased_attention", DistanceBiasInputs, _forward, _backward, _fake, save_outputs=False
+)
 
 
-def _widen(given: Inputs) -> Inputs:
-    q, k, v = (at_least_float32(tensor) for tensor in (given.q, given.k, given.v))
-    return given._replace(q=q, k=k, v=v)
+def _widen(inputs: DistanceBiasInputs) -> DistanceBiasInputs:
+    q, k, v = (at_least_float32(tensor) for tensor in (inputs.q, inputs.k, inputs.v))
+    return inputs._replace(q=q, k=k, v=v)
 
 
-def _tiles(given: Inputs) -> Iterator[QueryTile]:
-    return query_tiles(given.q.shape[2], given.k.shape[2], given.causal, QUERY_TILE)
+def _tiles(inputs: DistanceBiasInputs) -> Iterator[QueryTile]:
+    return query_tiles(inputs.q.shape[2], inputs.k.shape[2], inputs.causal, QUERY_TILE)
 
 
-def _distances(given: Inputs, tile: QueryTile) -> slice:
+def _distances(inputs: DistanceBiasInputs, tile: QueryTile) -> slice:
     """The entries of `values` that a tile uses."""
-    queries = given.q.shape[2]
+    queries = inputs.q.shape[2]
     return slice(queries - tile.stop, queries - tile.start - 1 + tile.keys)
 
 
-def _weights(given: Inputs, tile: QueryTile) -> Tensor:
+def _weights(inputs: DistanceBiasInputs, tile: QueryTile) -> Tensor:
     """The weights of one tile, (b, h, stop - start, keys)."""
-    q, k, _, values, mask, causal, scale = given
+    q, k, _, values, mask, causal, scale = inputs
     start, stop, keys = tile
     b, h, queries, e = q.shape
-    rows = values[:, _distances(given, tile)].to(q.dtype).unfold(-1, keys, 1).flip(-2)
+    rows = values[:, _distances(inputs, tile)].to(q.dtype).unfold(-1, keys, 1).flip(-2)
     bias = rows.expand(b, -1, -1, -1).reshape(b * h, stop - start, keys)
     left = q[:, :, start:stop].reshape(b * h, stop - start, e)
     right = k[:, :, :keys].reshape(b * h, keys, e)

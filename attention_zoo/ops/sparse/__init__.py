@@ -11,7 +11,7 @@ from torch import Tensor
 from attention_zoo._checks import check_padding
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.masks import key_mask
-from attention_zoo.ops.softmax import Bias, check_bias, check_heads, softmax_attention
+from attention_zoo.ops.softmax import Bias, check_bias, check_qkv, softmax_attention
 from attention_zoo.ops.sparse.axial import AxialPattern, axial_mask
 from attention_zoo.ops.sparse.block_sparse import BlockSparsePattern, block_sparse_mask, choose_blocks
 from attention_zoo.ops.sparse.conv import ConvPattern, conv_mask
@@ -57,7 +57,7 @@ def pattern_attention(
         pattern: which keys a query may attend to.
         q: (b, h, i, e), the last i of the j tokens.
         k, v: (b, kv_h, j, e); kv_h divides h, and each key/value head serves h / kv_h neighbouring query heads.
-        mask: (b, j) bool key padding mask, True = a valid token.
+        mask: (b, j) bool, True = a valid token.
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`.
         dropout: dropout probability of the weights. Pass 0 outside training.
         impl: "auto", "reference" (full score matrix, twice differentiable), "dense" (torch's fused kernels under the
@@ -129,8 +129,8 @@ def conv_attention(
 ) -> Tensor:
     """softmax(e^-0.5 q k^T) v under `conv_mask`.
 
-    Tiled: the windows of a strip of image rows lie in the keys from the first row of its windows to its last row, which
-    are one tile; the text is another. Time O(n (text + kernel_size dilation width)), memory O(n).
+    Tiled: one tile per strip of image rows, with the keys from the first row of its windows to its last row, and one
+    for the text. Time O(n (text + kernel_size dilation width)), memory O(n).
 
     Args:
         q: (b, h, i, e), the last i of the j tokens.
@@ -193,9 +193,9 @@ def block_sparse_attention(
 ) -> Tensor:
     """softmax(e^-0.5 q k^T) v under `block_sparse_mask`.
 
-    Tiled: the blocks to which all rows attend are one tile; per block of queries, the run of blocks up to its own is
-    another, and its other blocks, gathered side by side, a third. Time in proportion to the number of allowed blocks,
-    memory O(n).
+    Tiled: the blocks that all rows attend to are one tile; for each block of queries, the consecutive blocks up to its
+    own are a second, and its other blocks, gathered, a third. Time proportional to the number of allowed blocks, memory
+    O(n).
 
     Args:
         q: (b, h, i, e), the last i of the j tokens.
@@ -220,7 +220,7 @@ def _allowed(pattern: Pattern, q: Tensor, k: Tensor, mask: Tensor | None) -> Ten
 
 
 def _check(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Bias | None) -> None:
-    check_heads(q, k, v)
+    check_qkv(q, k, v)
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q must be the last of the tokens of k, got {q.shape[2]} queries and {k.shape[2]} keys")
     pattern.check(k.shape[2], name="k")

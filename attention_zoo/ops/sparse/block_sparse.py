@@ -144,7 +144,7 @@ class BlockSparsePattern(Pattern):
 
 
 def block_sparse_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, device: torch.device) -> list[Tile]:
-    """A tile of the blocks that all rows attend to; per row of blocks, the run up to its own, and the rest gathered."""
+    """One tile of the blocks common to all rows; two per row: the consecutive blocks up to its own, and the others."""
     if extra is None:
         raise ValueError("extra must hold the blocks, got None")
     size, causal = numbers
@@ -158,7 +158,7 @@ def block_sparse_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, dev
         queries = slice(row * size, min((row + 1) * size, n))
         skipped = common if row >= common else 0
         merge = skipped > 0
-        first = row  # of the run of blocks that ends with the row's own
+        first = row  # first of the consecutive blocks up to the row's own
         while first > skipped and columns[first - 1]:
             first -= 1
         if columns[row]:
@@ -174,7 +174,7 @@ def block_sparse_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, dev
 
 
 def _common_blocks(rows: list[list[bool]]) -> int:
-    """The number of first blocks to which all rows from their own on attend."""
+    """Number of leading blocks that all rows from that of the block on attend to."""
     for column in range(len(rows)):
         if not all(columns[column] for columns in rows[column:]):
             return column

@@ -1,4 +1,4 @@
-"""Attention of one query to the keys of its pattern, gathered side by side: a step of decoding."""
+"""Attention of one query to the keys of its pattern, gathered into one tensor: a decoding step."""
 
 from __future__ import annotations
 

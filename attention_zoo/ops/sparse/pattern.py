@@ -61,7 +61,7 @@ class MaskPattern(Pattern):
 
     Args:
         allowed: (N, N) bool, True where query i (row) may attend to key j (column), for sequences of up to N tokens.
-        causal: combine `allowed` with causal masking.
+        causal: whether `allowed` is combined with causal masking.
 
     Raises:
         TypeError: `allowed` is not a boolean tensor.

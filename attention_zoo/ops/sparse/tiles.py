@@ -39,11 +39,11 @@ class Tile(NamedTuple):
 
 
 class TiledInputs(NamedTuple):
-    """Arguments of a tiled operator.
+    """Inputs of a tiled operator.
 
     Attributes:
         q, k, v: (b, h, n, e) of one dtype.
-        mask: (b, n) bool over the keys, True = a valid token; or None.
+        mask: (b, n) bool, True = a valid token; or None.
         extra: the tensor that the plan needs, or None.
         numbers: the numbers that the plan needs.
     """
@@ -106,7 +106,7 @@ def _forward(inputs: TiledInputs, tiles: list[Tile]) -> Sequence[Tensor]:
     for tile, bias in zip(tiles, _mask_biases(mask, tiles, q.dtype), strict=True):
         rows = tile.queries
         part, part_lse = _attend(q[:, :, rows], _take(k, tile.keys), _take(v, tile.keys), bias)
-        if mask is not None and bias is not None:  # a query without a visible key has no weight in a merge
+        if mask is not None and bias is not None:  # a query without an allowed key has no weight in a merge
             part_lse = part_lse.masked_fill((bias == -math.inf).all(-1), -math.inf)
         if tile.merge:
             _merge(out[:, :, rows], lse[:, :, rows], part, part_lse, padded=mask is not None)
@@ -118,7 +118,7 @@ def _forward(inputs: TiledInputs, tiles: list[Tile]) -> Sequence[Tensor]:
 def _backward(gradient: Tensor, inputs: TiledInputs, out: Tensor, lse: Tensor, tiles: list[Tile]) -> Sequence[Tensor]:
     q, k, v, mask = inputs[:4]
     if mask is not None:
-        lse = lse.masked_fill(lse == -math.inf, 0.0)  # without a visible key every weight is exp(-inf - 0) = 0
+        lse = lse.masked_fill(lse == -math.inf, 0.0)  # without an allowed key every weight is exp(-inf - 0) = 0
     wide = at_least_float32(q[:0]).dtype
     totals = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in (q, k, v)]  # tiles overlap: sums in float32
     for tile, bias in zip(tiles, _mask_biases(mask, tiles, q.dtype), strict=True):
@@ -166,13 +166,13 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, *, padded: 
     """Merge the output of a tile into that of the queries' earlier tiles, in place."""
     share = torch.sigmoid(part_lse - lse)
     if padded:
-        share.nan_to_num_(nan=0.0)  # NaN: no key is visible in either, and both outputs are 0
+        share.nan_to_num_(nan=0.0)  # NaN: no key is allowed in either, and both outputs are 0
     out.lerp_(part, share[..., None].to(out.dtype))
     torch.logaddexp(lse, part_lse, out=lse)
 
 
 def _mask_biases(mask: Tensor | None, tiles: list[Tile], dtype: torch.dtype) -> Iterator[Tensor | None]:
-    """The mask of each tile as a bias of its scores, 0 or -inf, (i, j) or (b, 1, i, j); None where all is visible."""
+    """The mask of each tile as a bias of its scores, 0 or -inf, (i, j) or (b, 1, i, j); None: all allowed."""
     known: dict[tuple[int, torch.Size], Tensor] = {}
     for tile in tiles:
         if mask is not None:

@@ -1,4 +1,4 @@
-"""Talking heads: the maps of all heads are mixed before and after the softmax.
+"""Talking-heads attention: the attention maps of all heads are mixed before and after the softmax.
 
 Papers: Talking-Heads Attention, https://arxiv.org/abs/2003.02436; over the heads of several streams: Multi-Stream
     Transformers, https://arxiv.org/abs/2107.10342
@@ -14,7 +14,7 @@ from torch import Tensor
 from attention_zoo._checks import check_fraction
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.masks import check_mask
-from attention_zoo.ops.softmax import check_heads
+from attention_zoo.ops.softmax import check_qkv
 from attention_zoo.ops.talking_heads.diversity import DiversityInputs, tiled_diversity
 from attention_zoo.ops.talking_heads.tiled import TalkingHeadsInputs, tiled_talking_heads
 from attention_zoo.ops.tiling import dropout_seed
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class HeadMLP(NamedTuple):
-    """A non-linear mix of head maps, at every pair of query and key: x + w2 gelu(w1 (x / rms(x) * norm)), x in R^h.
+    """Non-linear head mixing, at every pair of query and key: x + w2 gelu(w1 (x / rms(x) * norm)), x in R^h.
 
     Attributes:
         norm: (h,), weight of the RMS norm over the heads, rms(x) = sqrt(mean(x^2) + 1e-5).
@@ -43,7 +43,7 @@ class HeadMLP(NamedTuple):
     w2: Tensor
 
 
-# A mix of head maps: a matrix (h, h), with out_o = sum_h mix[o, h] map_h; a `HeadMLP`; or None for no mix.
+# Head mixing: a matrix (h, h), with out_o = sum_h mix[o, h] map_h; a `HeadMLP`; or None.
 HeadMix = Tensor | HeadMLP | None
 
 
@@ -60,7 +60,7 @@ def talking_heads_attention(
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """post_softmax(softmax(pre_softmax(scale * q k^T))) v, where the mixes combine the maps of all heads.
+    """post_softmax(softmax(pre_softmax(scale * q k^T))) v, which mix the maps of all heads.
 
     Time O(n^2 (h e + h^2)), memory O(n).
 
@@ -68,24 +68,24 @@ def talking_heads_attention(
         q: (b, h, i, e). h counts all heads that are mixed: those of one stream, or of all streams of a batch row.
         k: (b, h, j, e).
         v: (b, h, j, e_v).
-        pre_softmax, post_softmax: mixes before and after the softmax: a matrix (h, h), with
+        pre_softmax, post_softmax: head mixing before and after the softmax: a matrix (h, h), with
             out_o = sum_h mix[o, h] map_h; a `HeadMLP`; or None.
-        causal: causal masking, the last query aligned with the last key.
-        mask: key padding mask (b, j), or any boolean tensor that broadcasts to (b, h, i, j); True = visible.
+        causal: causal masking, aligned bottom-right: the last query attends to the last key.
+        mask: padding (b, j), or four axes that broadcast to (b, h, i, j); boolean, True = allowed.
         scale: factor of the scores. None: e^-0.5.
         dropout: dropout probability of the weights, before `post_softmax`. Pass 0 outside training.
         impl: "auto", "reference" (all maps at once, twice differentiable) or "tiled" (query tiles, recomputed in
             backward).
 
     Returns:
-        (b, h, i, e_v) in the dtype of v. A query without a visible key gets exactly 0.
+        (b, h, i, e_v) in the dtype of v. A query without an allowed key gets exactly 0, with zero gradient.
 
     Raises:
-        TypeError: a tensor has the wrong dtype, or a mix is not a `HeadMix`.
+        TypeError: a tensor has the wrong dtype, or `pre_softmax` or `post_softmax` is not a `HeadMix`.
         ValueError: a shape does not fit, `dropout` is outside [0, 1), or `impl` is unknown.
     """
     impl = choose(impl, ("tiled",))
-    check_heads(q, k, v)
+    check_qkv(q, k, v)
     check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     check_fraction(dropout=dropout)
     if k.shape[1] != q.shape[1]:
@@ -149,7 +149,7 @@ def stream_diversity_loss(
 
     Args:
         q, k: (b, s h, n, e), the heads of all streams.
-        pre_softmax: mix before the softmax, see `talking_heads_attention`.
+        pre_softmax: head mixing before the softmax, see `talking_heads_attention`.
         streams: number of streams s.
         causal, scale: see `talking_heads_attention`.
         mask: (b, n) bool, True = a valid token; applies to keys, and to queries in the mean.
@@ -160,7 +160,7 @@ def stream_diversity_loss(
         A scalar in [-ln 2, 0]; 0 for one stream.
 
     Raises:
-        TypeError: a tensor has the wrong dtype, or the mix is not a `HeadMix`.
+        TypeError: a tensor has the wrong dtype, or `pre_softmax` is not a `HeadMix`.
         ValueError: `streams` does not divide the heads, a shape does not fit, or `impl` is unknown.
     """
     impl = choose(impl, ("tiled",))

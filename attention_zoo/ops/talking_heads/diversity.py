@@ -1,4 +1,4 @@
-"""Diversity of streams over query tiles, recomputed in backward."""
+"""Diversity of streams in query tiles, recomputed in backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attention_zoo.ops.talking_heads.tiled import Workspace, map_tiles, softmax_
 
 
 class DiversityInputs(NamedTuple):
-    """Arguments of the operator: see `stream_diversity_loss`. `pre_softmax`: tensors of the mix."""
+    """Inputs of the operator: see `stream_diversity_loss`. `pre_softmax`: tensors of the mix."""
 
     q: Tensor
     k: Tensor
@@ -40,22 +40,22 @@ def _forward(inputs: DiversityInputs) -> list[Tensor]:
 
 def _backward(inputs: DiversityInputs, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     q, k = at_least_float32(inputs.q) * inputs.scale, at_least_float32(inputs.k)
-    to_q, to_k = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k))
-    to_mix = [q.new_zeros(part.shape) for part in inputs.pre_softmax]
+    grad_q, grad_k = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k))
+    grad_mix = [q.new_zeros(part.shape) for part in inputs.pre_softmax]
     workspace = Workspace(4, q, k)
     for tile in map_tiles(q, k, inputs.mask, inputs.causal):
         row, queries, keys = tile.row, tile.queries, tile.keys
-        scores, spare, weights, to_weights = workspace.maps(tile)
+        scores, spare, weights, grad_weights = workspace.maps(tile)
         softmax_maps(tile, q, k, inputs.pre_softmax, scores, spare, weights)
-        _divergence_backward(weights, inputs.streams, to_weights)
-        to_weights *= gradients[0] if inputs.mask is None else gradients[0] * inputs.mask[row, queries, None]
-        softmax_backward(to_weights, weights, to_weights)
-        to_scores, parts = mix_backward(scores, inputs.pre_softmax, to_weights, spare)
-        to_q[row, :, queries] = (to_scores @ k[row, :, keys]) * inputs.scale
-        to_k[row, :, keys] += to_scores.transpose(1, 2) @ q[row, :, queries]
-        for total, part in zip(to_mix, parts, strict=True):
+        _divergence_backward(weights, inputs.streams, grad_weights)
+        grad_weights *= gradients[0] if inputs.mask is None else gradients[0] * inputs.mask[row, queries, None]
+        softmax_backward(grad_weights, weights, grad_weights)
+        grad_scores, parts = mix_backward(scores, inputs.pre_softmax, grad_weights, spare)
+        grad_q[row, :, queries] = (grad_scores @ k[row, :, keys]) * inputs.scale
+        grad_k[row, :, keys] += grad_scores.transpose(1, 2) @ q[row, :, queries]
+        for total, part in zip(grad_mix, parts, strict=True):
             total += part
-    return [to_q, to_k, *to_mix]
+    return [grad_q, grad_k, *grad_mix]
 
 
 def _fake(inputs: DiversityInputs) -> list[Tensor]:

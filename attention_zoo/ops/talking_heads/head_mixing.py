@@ -1,4 +1,4 @@
-"""Fast head mixing: maps (h, i, j) are mixed into workspace buffers, with the backward written by hand.
+"""Fast head mixing: maps (h, i, j) are mixed into workspace buffers, with an explicit backward.
 
 A mix is given as the list of its tensors, as operators take it: none (no mix), the matrix, or the three of a `HeadMLP`.
 """
@@ -57,9 +57,9 @@ def mix_backward(maps: Tensor, mix: Sequence[Tensor], gradient: Tensor, buffer: 
     scale = torch.rsqrt(x.square().mean(dim=0, keepdim=True) + EPS)
     unit = x * scale
     hidden = w1 @ (unit * norm[:, None])
-    to_hidden = torch.ops.aten.gelu_backward(w2.t() @ g, hidden)
-    to_normed = w1.t() @ to_hidden
-    to_unit = to_normed * norm[:, None]
-    to_maps = g + scale * (to_unit - unit * (to_unit * unit).mean(dim=0, keepdim=True))
-    parts = [(to_normed * unit).sum(1), to_hidden @ (unit * norm[:, None]).t(), g @ F.gelu(hidden).t()]
-    return to_maps.view_as(maps), parts
+    grad_hidden = torch.ops.aten.gelu_backward(w2.t() @ g, hidden)
+    grad_normed = w1.t() @ grad_hidden
+    grad_unit = grad_normed * norm[:, None]
+    grad_maps = g + scale * (grad_unit - unit * (grad_unit * unit).mean(dim=0, keepdim=True))
+    parts = [(grad_normed * unit).sum(1), grad_hidden @ (unit * norm[:, None]).t(), g @ F.gelu(hidden).t()]
+    return grad_maps.view_as(maps), parts

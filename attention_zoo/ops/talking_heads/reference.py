@@ -1,4 +1,4 @@
-"""Talking heads and the diversity of streams by their definition, all maps at once.
+"""Talking-heads attention and the diversity of streams by their definition, all maps at once.
 
 Papers: Talking-Heads Attention, https://arxiv.org/abs/2003.02436; Multi-Stream Transformers,
     https://arxiv.org/abs/2107.10342
@@ -28,7 +28,7 @@ def talking_heads_attention(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """post_softmax(softmax(pre_softmax(scale * q k^T))) v: see the function of the same name in the package."""
+    """post_softmax(softmax(pre_softmax(scale * q k^T))) v: arguments as in `ops.talking_heads_attention`."""
     import einx
 
     with no_autocast(q):
@@ -40,7 +40,7 @@ def talking_heads_attention(
 def talking_heads_weights(
     q: Tensor, k: Tensor, pre_softmax: HeadMix, *, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """softmax(pre_softmax(scale * q k^T)), (b, h, i, j) in at least float32; 0 for a query without a visible key."""
+    """softmax(pre_softmax(scale * q k^T)), (b, h, i, j) in at least float32; 0 for a query without an allowed key."""
     import einx
 
     with no_autocast(q):
@@ -49,7 +49,7 @@ def talking_heads_weights(
         allowed = visible(q.shape[2], k.shape[2], mask=mask, causal=causal, device=q.device)
         if allowed is None:
             return einx.softmax("b h i [j]", scores)
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)  # finite: no NaN without a visible key
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)  # finite: no NaN without an allowed key
         return einx.softmax("b h i [j]", scores).masked_fill(~allowed, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Talking heads over query tiles, recomputed in backward: memory O(n), no tensor of h n^2 numbers."""
+"""Talking-heads attention in query tiles, recomputed in backward: memory O(n)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from attention_zoo.ops.tiling import QUERY_TILE, dropout_mask, query_tiles, tile
 
 
 class TalkingHeadsInputs(NamedTuple):
-    """Arguments of the operator: see `talking_heads_attention`.
+    """Inputs of the operator: see `talking_heads_attention`.
 
     Attributes:
-        pre_softmax, post_softmax: tensors of the mixes: none, one or three.
+        pre_softmax, post_softmax: tensors of the head mixing: none, one or three.
         seed: scalar int64 on the CPU, from `dropout_seed`.
     """
 
@@ -51,30 +51,30 @@ def _forward(inputs: TalkingHeadsInputs) -> list[Tensor]:
 
 def _backward(inputs: TalkingHeadsInputs, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     q, k, v = at_least_float32(inputs.q) * inputs.scale, at_least_float32(inputs.k), at_least_float32(inputs.v)
-    to_q, to_k, to_v = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    to_mixes = [q.new_zeros(part.shape) for part in (*inputs.pre_softmax, *inputs.post_softmax)]
+    grad_q, grad_k, grad_v = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    grad_mixes = [q.new_zeros(part.shape) for part in (*inputs.pre_softmax, *inputs.post_softmax)]
     workspace = Workspace(4, q, k)
     for tile in map_tiles(q, k, inputs.mask, inputs.causal):
         row, queries, keys = tile.row, tile.queries, tile.keys
-        scores, spare, weights, to_maps = workspace.maps(tile)
+        scores, spare, weights, grad_maps = workspace.maps(tile)
         softmax_maps(tile, q, k, inputs.pre_softmax, scores, spare, weights)
         kept = _dropout_mask(inputs, tile, weights) if inputs.dropout else None
         dropped = weights if kept is None else weights * kept
         mixed = mix_into(dropped, inputs.post_softmax, spare)
 
         gradient = at_least_float32(gradients[0][row, :, queries])
-        to_v[row, :, keys] += mixed.transpose(1, 2) @ gradient
-        torch.bmm(gradient, v[row, :, keys].transpose(1, 2), out=to_maps)
-        to_weights, to_post = mix_backward(dropped, inputs.post_softmax, to_maps, spare)
+        grad_v[row, :, keys] += mixed.transpose(1, 2) @ gradient
+        torch.bmm(gradient, v[row, :, keys].transpose(1, 2), out=grad_maps)
+        grad_weights, grad_post = mix_backward(dropped, inputs.post_softmax, grad_maps, spare)
         if kept is not None:
-            to_weights = to_weights * kept
-        softmax_backward(to_weights, weights, to_maps)
-        to_scores, to_pre = mix_backward(scores, inputs.pre_softmax, to_maps, spare)
-        to_q[row, :, queries] = (to_scores @ k[row, :, keys]) * inputs.scale
-        to_k[row, :, keys] += to_scores.transpose(1, 2) @ q[row, :, queries]
-        for total, part in zip(to_mixes, (*to_pre, *to_post), strict=True):
+            grad_weights = grad_weights * kept
+        softmax_backward(grad_weights, weights, grad_maps)
+        grad_scores, grad_pre = mix_backward(scores, inputs.pre_softmax, grad_maps, spare)
+        grad_q[row, :, queries] = (grad_scores @ k[row, :, keys]) * inputs.scale
+        grad_k[row, :, keys] += grad_scores.transpose(1, 2) @ q[row, :, queries]
+        for total, part in zip(grad_mixes, (*grad_pre, *grad_post), strict=True):
             total += part
-    return [to_q, to_k, to_v, *to_mixes]
+    return [grad_q, grad_k, grad_v, *grad_mixes]
 
 
 def _fake(inputs: TalkingHeadsInputs) -> list[Tensor]:
@@ -91,9 +91,9 @@ class MapTile(NamedTuple):
     Attributes:
         row: batch row.
         queries: indices of the queries.
-        keys: indices of the first keys, of which the queries attend to no more.
-        masked: (1 or h, i, j) bool, True where a key is masked; None where none is, or `causal` says which.
-        causal: whether the masked keys are those after the query, the last query of the tile attending to all.
+        keys: indices of the first keys; the queries attend to no others.
+        masked: (1 or h, i, j) bool, True where a key is masked; None if no key is masked, or with `causal`.
+        causal: whether exactly the keys after each query are masked. The last query of the tile attends to all keys.
     """
 
     row: int
