@@ -25,6 +25,7 @@ from attention_zoo import (
     TextImageLayout,
     TextImageRotary,
 )
+from attention_zoo.interop.dalle import RotatedAxialAttention
 from attention_zoo.testing import Subject
 
 DIM = 32
@@ -126,9 +127,13 @@ CASES = [
     ),
     Case(
         "axial_row",
-        lambda: AxialAttention(
-            DIM, layout=LAYOUT, rotary=TextImageRotary(LAYOUT), rotate_values=True, out_bias=True, **SMALL
-        ),
+        lambda: AxialAttention(DIM, layout=LAYOUT, rotary=TextImageRotary(LAYOUT), out_bias=True, **SMALL),
+        lengths=PREFIXES,
+        options=BY_INDEX,
+    ),
+    Case(
+        "axial_row: rotated values",
+        lambda: RotatedAxialAttention(DIM, layout=LAYOUT, rotary=TextImageRotary(LAYOUT), out_bias=True, **SMALL),
         lengths=PREFIXES,
         options=BY_INDEX,
     ),

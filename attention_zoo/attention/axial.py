@@ -3,7 +3,7 @@
 Papers: Axial Attention, https://arxiv.org/abs/1912.12180; DALL-E, https://arxiv.org/abs/2102.12092
 Upstream: DALLE-pytorch, SparseAxialCausalAttention.
 Differs: padding masks apply to every query and key; decoding is cached, for any number of tokens at a time; height and
-width may differ; values are not rotated by default.
+width may differ; values are not rotated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AxialAttention(SelfAttention):
     with dropout. State: keys and values of all tokens; decoding an image token reads O(text + width or height) of them.
 
     Args:
-        dim, heads, dim_head, dropout, rotary, rotate_values, out_bias: see `SelfAttention`.
+        dim, heads, dim_head, dropout, rotary, out_bias: see `SelfAttention`.
         layout: number of text tokens and size of the image; the sequence is a prefix of it.
         axis: "row" or "column". Default: the `axis` of the class, "row".
 
@@ -48,7 +48,6 @@ class AxialAttention(SelfAttention):
         dim_head: int = 64,
         dropout: float = 0.0,
         rotary: RotaryEmbedding | None = None,
-        rotate_values: bool = False,
         out_bias: bool = False,
     ) -> None:
         super().__init__(
@@ -57,7 +56,6 @@ class AxialAttention(SelfAttention):
             dim_head=dim_head,
             dropout=dropout,
             rotary=rotary,
-            rotate_values=rotate_values,
             pattern=AxialPattern(layout, self.axis if axis is None else axis),
             out_bias=out_bias,
         )

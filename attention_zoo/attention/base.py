@@ -137,15 +137,14 @@ class SelfAttention(AttentionBlock):
         kv_heads: number of key/value heads (grouped-query attention); divides `heads`. Default: `heads`.
         scale: scale of the scores. Default: dim_head^-0.5.
         rotary: rotary position embedding of queries and keys.
-        rotate_values: whether `rotary` is applied to the values as well.
         bias: relative position bias, added to the scores.
         pattern: sparse pattern (`attention_zoo.ops.sparse`), or an (N, N) bool tensor, True where query i (row) may
             attend to key j (column), for sequences of up to N tokens.
         qkv_bias, out_bias: whether the QKV projection and the output projection have a bias.
 
     Raises:
-        ValueError: `kv_heads` does not divide `heads`, `bias` has another number of heads, `rotate_values` without
-            `rotary`, `scale` with `pattern`, or `pattern` is not square.
+        ValueError: `kv_heads` does not divide `heads`, `bias` has another number of heads, `scale` is given with
+            `pattern`, or `pattern` is not square.
         TypeError: `pattern` is a tensor that is not boolean.
     """
 
@@ -160,7 +159,6 @@ class SelfAttention(AttentionBlock):
         dropout: float = 0.0,
         scale: float | None = None,
         rotary: RotaryEmbedding | None = None,
-        rotate_values: bool = False,
         bias: RelativeBias | None = None,
         pattern: Pattern | Tensor | None = None,
         qkv_bias: bool = False,
@@ -175,13 +173,10 @@ class SelfAttention(AttentionBlock):
             rotary.prepare(dim_head)
         if bias is not None:
             bias.check_heads(heads)
-        if rotate_values and rotary is None:
-            raise ValueError(f"rotary must be given with {rotate_values=}, got rotary=None")
         if pattern is not None and scale is not None:
             raise ValueError(f"scale must be None with a pattern, got {scale=}")
         self.scale = scale
         self.rotary = rotary
-        self.rotate_values = rotate_values
         self.bias = bias
         self.pattern = None if pattern is None else make_pattern(pattern, causal=causal)
         inner, kv_inner = heads * dim_head, self.kv_heads * dim_head
@@ -209,8 +204,6 @@ class SelfAttention(AttentionBlock):
         """Queries (b, h, n, e), keys and values (b, kv_h, n, e) of tokens at positions start, start + 1, ..."""
         heads = split_heads(self.to_qkv(x), self.dim_head)  # (..., h + 2 kv_h, n, e), from one matrix product
         qk, v = heads[..., : -self.kv_heads, :, :], heads[..., -self.kv_heads :, :, :]
-        if self.rotate_values and self.rotary is not None:
-            v = self.rotary(v, start)
         q, k = map_queries_and_keys(lambda qk: self.prepare(qk, start), qk, self.heads)
         return q, k, v
 
@@ -266,4 +259,4 @@ class SelfAttention(AttentionBlock):
     def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
         self.check_inputs(x, mask)
         q, k, v = self.project(x, start=0)
-        return ValuesAndOutput(repeat_heads(v, self.heads), self.attend(q, k, v, mask))
+        return ValuesAndOutput(repeat_heads(v, q.shape[1]), self.attend(q, k, v, mask))

@@ -30,7 +30,7 @@ class BlockSparseAttention(SelfAttention):
     weights.
 
     Args:
-        dim, heads, dim_head, causal, dropout, rotary, rotate_values, out_bias: see `SelfAttention`.
+        dim, heads, dim_head, causal, dropout, rotary, out_bias: see `SelfAttention`.
         layout: number of text tokens and size of the image; the sequence is a prefix of it.
         block_size: tokens per block.
         local_blocks: number of neighbouring blocks that form a group and attend to each other.
@@ -58,7 +58,6 @@ class BlockSparseAttention(SelfAttention):
         causal: bool = True,
         dropout: float = 0.0,
         rotary: RotaryEmbedding | None = None,
-        rotate_values: bool = False,
         out_bias: bool = False,
     ) -> None:
         check_positive(block_size=block_size)
@@ -77,7 +76,6 @@ class BlockSparseAttention(SelfAttention):
             causal=causal,
             dropout=dropout,
             rotary=rotary,
-            rotate_values=rotate_values,
             pattern=BlockSparsePattern(blocks, block_size, causal, layout.length),
             out_bias=out_bias,
         )

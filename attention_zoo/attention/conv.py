@@ -3,7 +3,7 @@
 Paper: DALL-E, https://arxiv.org/abs/2102.12092
 Upstream: DALLE-pytorch, SparseConvCausalAttention.
 Differs: padding masks apply to every query and key; decoding is cached, for any number of tokens at a time; height and
-width may differ; the window may include its upper right part; values are not rotated by default.
+width may differ; the window may include its upper right part; values are not rotated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ConvAttention(SelfAttention):
     and values of all tokens; decoding an image token reads O(text + kernel_size^2) of them.
 
     Args:
-        dim, heads, dim_head, dropout, rotary, rotate_values, out_bias: see `SelfAttention`.
+        dim, heads, dim_head, dropout, rotary, out_bias: see `SelfAttention`.
         layout: number of text tokens and size of the image; the sequence is a prefix of it.
         kernel_size: width and height of the window, odd.
         dilation: distance of neighbouring rows and columns of the window.
@@ -48,7 +48,6 @@ class ConvAttention(SelfAttention):
         dim_head: int = 64,
         dropout: float = 0.0,
         rotary: RotaryEmbedding | None = None,
-        rotate_values: bool = False,
         out_bias: bool = False,
     ) -> None:
         super().__init__(
@@ -57,7 +56,6 @@ class ConvAttention(SelfAttention):
             dim_head=dim_head,
             dropout=dropout,
             rotary=rotary,
-            rotate_values=rotate_values,
             pattern=ConvPattern(layout, kernel_size, dilation, window),
             out_bias=out_bias,
         )

@@ -1,27 +1,27 @@
 """Weights of DALLE-pytorch.
 
-Upstream, rotary positions also rotate the values. With `stable`, the gradient into the embeddings is scaled, and the
-features are divided by their maximum before the last norm.
+Upstream, the rotary position embedding is applied to the values too. With `stable`, the gradient into the embeddings is
+scaled, and the features are divided by their maximum before the last norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice
-from attention_zoo.attention import AxialAttention, ConvAttention, FullAttention
+from attention_zoo.attention import AxialAttention, ConvAttention, FullAttention, SelfAttention
 from attention_zoo.interop.loader import Loader
 from attention_zoo.interop.weights import Transfer, Weights
 from attention_zoo.layers.positions import TextImageRotary
 from attention_zoo.models import Stack, TextToImageTransformer
 from attention_zoo.ops.sparse import TextImageLayout
 
-KINDS = {"full": "full", "axial_row": "axial_row", "axial_col": "axial_col", "conv_like": "conv", "sparse": "full"}
 GLOBAL = 256  # first tokens, to which every token attends in block-sparse attention besides its random blocks
 STABLE = 0.1  # fraction of the gradient that reaches the embeddings with `stable`
 
@@ -34,12 +34,54 @@ class DivideMax(nn.Module):
         return x / x.detach().amax(-1, keepdim=True)
 
 
-class StableTextToImage(TextToImageTransformer):
-    """`TextToImageTransformer` with the scaled embedding gradient of `stable`. Args: see `TextToImageTransformer`."""
+class RotatedValues(SelfAttention):
+    """Base class of layers whose rotary position embedding is applied to the values too."""
+
+    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x, start)
+        return q, k, v if self.rotary is None else self.rotary(v, start)
+
+
+class RotatedFullAttention(RotatedValues, FullAttention):
+    """`FullAttention` with rotated values. Args: see `FullAttention`."""
+
+
+class RotatedAxialAttention(RotatedValues, AxialAttention):
+    """`AxialAttention` with rotated values. Args: see `AxialAttention`."""
+
+
+class RotatedConvAttention(RotatedValues, ConvAttention):
+    """`ConvAttention` with rotated values. Args: see `ConvAttention`."""
+
+
+ATTENTION: dict[str, Callable[..., nn.Module]] = {
+    "full": RotatedFullAttention,
+    "axial_row": partial(RotatedAxialAttention, axis="row"),
+    "axial_col": partial(RotatedAxialAttention, axis="column"),
+    "conv_like": RotatedConvAttention,
+    "sparse": RotatedFullAttention,
+}
+
+
+class OldTextToImage(TextToImageTransformer):
+    """`TextToImageTransformer` with rotated values.
+
+    Args:
+        attention: names in ATTENTION, cycled over the depth.
+        stable: whether the gradient into the embeddings is scaled and the features are divided by their maximum.
+        arguments: see `TextToImageTransformer`.
+    """
+
+    def __init__(self, *, attention: Sequence[str], stable: bool, **arguments: Any) -> None:
+        super().__init__(attention=[ATTENTION[name] for name in attention], **arguments)
+        self.arguments |= {"attention": list(attention), "stable": stable}
+        self.stable = stable
+        if stable:
+            self.stack.norm = nn.Sequential(DivideMax(), self.stack.norm)
 
     def _embed(self, tokens: Tensor, start: int) -> Tensor:
         x = super()._embed(tokens, start)
-        return x * STABLE + x.detach() * (1 - STABLE)
+        return x * STABLE + x.detach() * (1 - STABLE) if self.stable else x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +183,7 @@ class AnyModelLoader(Loader):
         }
 
     def kinds(self, seq_len: int) -> list[str]:
-        """The names of the attention layers, one cycle over the depth at most.
+        """The names of the attention layers in ATTENTION, one cycle over the depth at most.
 
         Raises:
             ValueError: a name is unknown, or block-sparse attention has random blocks.
@@ -149,14 +191,14 @@ class AnyModelLoader(Loader):
         types = self.attn_types or ("full",)
         names = (types,) if isinstance(types, str) else tuple(types)
         for name in names:
-            check_choice("attn_types", name, KINDS)
+            check_choice("attn_types", name, ATTENTION)
         if "sparse" in names and seq_len > GLOBAL:
             raise ValueError(
                 f"attn_types must not hold 'sparse' beyond {GLOBAL} tokens, got {self.attn_types} with {seq_len}: the "
                 "random blocks are drawn by every process and are not saved. To train with saved random blocks, use "
                 "BlockSparseAttention"
             )
-        return [KINDS[name] for name in names][: self.depth]
+        return list(names[: self.depth])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,24 +213,25 @@ class TransformerLoader(AnyModelLoader):
 
     def build(self, weights: Weights) -> Stack:
         kinds = self.kinds(self.seq_len)
-        sparse = set(kinds) != {"full"}
+        sparse = not {*kinds} <= {"full", "sparse"}
         layout = None
+        needs = {"rotary_emb": self.rotary_emb, "shift_tokens": self.shift_tokens, "attn_types": sparse}
+        names = [name for name, needed in needs.items() if needed]
         if self.image_fmap_size is not None:
             layout = _layout(self.seq_len, self.image_fmap_size, "image_fmap_size")
-        needs = {"rotary_emb": self.rotary_emb, "shift_tokens": self.shift_tokens, "attn_types": sparse}
-        if layout is None and any(needs.values()):
-            names = ", ".join(name for name, needed in needs.items() if needed)
-            raise ValueError(f"image_fmap_size must be given with {names}, got None")
+        elif names:
+            raise ValueError(f"image_fmap_size must be given with {', '.join(names)}, got None")
+        full = partial(RotatedFullAttention, causal=self.causal)
+        blocks: dict[str, Callable[..., nn.Module]] = {**ATTENTION, "full": full, "sparse": full}
         stack = Stack(
             self.dim,
-            attention=[("full", {"causal": self.causal}) if kind == "full" else kind for kind in kinds],
+            attention=[blocks[kind] for kind in kinds],
             feedforward=("geglu", {"bias": True}),
             ff_mult=self.ff_mult,
             layer_scale=True,
             token_shift=layout if self.shift_tokens else None,
             layout=layout if sparse else None,
             rotary=TextImageRotary(layout) if self.rotary_emb and layout is not None else None,
-            rotate_values=self.rotary_emb or None,
             out_bias=True,
             **self.options(),
         )
@@ -211,42 +254,34 @@ class DALLELoader(AnyModelLoader):
     shift_tokens: bool = True
     share_input_output_emb: bool = False
 
-    def build(self, weights: Weights) -> TextToImageTransformer:
-        return (StableTextToImage if self.stable else TextToImageTransformer)(
+    def build(self, weights: Weights) -> OldTextToImage:
+        return OldTextToImage(
             text_len=self.text_seq_len,
             height=self.image_fmap_size,
             width=self.image_fmap_size,
             attention=self.kinds(self.text_seq_len + self.image_fmap_size**2),
             positions="rotary" if self.rotary_emb else "learned",
-            rotate_values=self.rotary_emb,
             token_shift=self.shift_tokens,
             image_loss_weight=self.loss_img_weight,
             tie_embeddings=self.share_input_output_emb,
-            **self.same("num_text_tokens", "num_image_tokens", "dim"),
+            **self.same("num_text_tokens", "num_image_tokens", "dim", "stable"),
             **self.options(),
         )
 
     def transfer(self, move: Transfer) -> None:
-        for name in move.weights.names("vae."):
-            move.weights.leave(name, "the image autoencoder is a model of its own")
+        move.weights.leave("vae.", "the image autoencoder is a model of its own")
         _move_stack(move.at("stack.", "transformer."))
-        move.fill("stack.norm", "to_logits.0")
-        move.fill("to_logits", "to_logits.1")
+        move.fill({"stack.norm.1" if self.stable else "stack.norm": "to_logits.0", "to_logits": "to_logits.1"})
         if self.share_input_output_emb:
-            for name in ("text_emb", "image_emb"):
-                for kind in ("weight", "bias"):
-                    move.weights.repeat(f"{name}.linear.{kind}", f"to_logits.1.{kind}")
+            move.weights.repeat("text_emb.linear.", "to_logits.1.")
+            move.weights.repeat("image_emb.linear.", "to_logits.1.")
         else:
-            move.put("embedding.weight", "text_emb.weight", "image_emb.weight", change=lambda *rows: torch.cat(rows))
+            move.put("embedding.weight", "text_emb.weight", "image_emb.weight")
         if not self.rotary_emb:
             move.put("text_positions", "text_pos_emb.weight")
-            for index, name in enumerate(("row_positions", "column_positions")):
-                source = f"image_pos_emb.weights.{index}"
-                source = source if source in move.weights else f"image_pos_emb.weights_{index}"  # older versions
-                move.put(name, source, change=lambda table: table.flatten(0, -2))
-        if self.stable:
-            stack = move.target("stack")
-            stack.norm = nn.Sequential(DivideMax(), stack.norm)
+            dot = "_" if "image_pos_emb.weights_0" in move.weights else "."  # "_" in older versions
+            move.put("row_positions", f"image_pos_emb.weights{dot}0")
+            move.put("column_positions", f"image_pos_emb.weights{dot}1")
 
 
 def _layout(seq_len: int, side: int, name: str) -> TextImageLayout:
@@ -265,29 +300,26 @@ def _move_stack(move: Transfer) -> None:
         for place, (inner, move_block) in enumerate((("fn.fn.fn.", _move_attention), ("fn.fn.", _move_feedforward))):
             source = f"blocks.{layer}.{'fg'[place]}.net." if stack.reversible else f"layers.{layer}.{place}."
             here = move.at(f"layers.{layer}.sublayers.{place}.", f"layers.{source}")
-            here.put("residual.scale.weight", "scale", change=torch.flatten)
-            here.fill("residual.norm", "fn.norm")
+            here.put("residual.scale.weight", "scale")
+            here.fill({"residual.norm": "fn.norm"})
             if hasattr(here.target("residual"), "norm_out"):
-                here.fill("residual.norm_out", "fn.norm_out")
+                here.fill({"residual.norm_out": "fn.norm_out"})
             block = here.at("block.block." if stack.shifts else "block.", f"{inner}{shift}")
-            if block.target() in first:
-                for name in move.weights.names(block.source):
-                    move.weights.repeat(name, first[block.target()] + name.removeprefix(block.source))
-            else:
-                first[block.target()] = block.source
+            source = first.setdefault(block.target(), block.source)
+            if source == block.source:
                 move_block(block)
+            else:
+                move.weights.repeat(block.source, source)
 
 
 def _move_attention(move: Transfer) -> None:
     move.qkv("to_qkv")
-    move.fill("to_out", "to_out.0")
+    move.fill({"to_out": "to_out.0"})
 
 
 def _move_feedforward(move: Transfer) -> None:
-    for kind in ("weight", "bias"):
-        for index, name in enumerate(("to_hidden", "to_gate")):
-            move.put(f"{name}.{kind}", f"net.0.{kind}", change=lambda rows, i=index: rows.chunk(2)[i])
-    move.fill("to_out", "net.3")
+    move.split(("to_hidden", "to_gate"), "net.0")
+    move.fill({"to_out": "net.3"})
 
 
 CLASSES: dict[str, type[Loader]] = {

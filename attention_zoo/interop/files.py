@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from attention_zoo._files import write_all_aside
 from attention_zoo.interop.packages import find_loader, from_upstream
 from attention_zoo.interop.weights import Weights
-from attention_zoo.saving.saved_model import CONFIG, WEIGHTS, check_plain, package_version, write_weights
+from attention_zoo.saving.saved_model import (
+    CONFIG,
+    WEIGHTS,
+    check_plain,
+    package_version,
+    read_json,
+    read_tensors,
+    write_model,
+)
 
 
 def convert(
@@ -51,20 +54,11 @@ def convert(
     for name, value in values.items():
         check_plain(name, value)
     checked = Weights(tensors)
-    from_upstream(package, cls, checked, **values)  # type: ignore[arg-type]
+    from_upstream(package, cls, checked, **values)
     unused = ("left out", "repeats")
-    used = {
-        name: tensor.contiguous() for name, tensor in tensors.items() if not checked.account[name].startswith(unused)
-    }
+    used = {name: tensor for name, tensor in tensors.items() if not checked.account[name].startswith(unused)}
     config = {"package": package, "class": cls, "arguments": values, "version": package_version()}
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_all_aside(
-        {
-            folder / WEIGHTS: partial(write_weights, used),
-            folder / CONFIG: lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"),
-        }
-    )
+    write_model(Path(directory), used, config)
     return checked.account
 
 
@@ -77,18 +71,11 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
     """
     folder = Path(directory)
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from error
+    config = read_json(path)
     for field, kind in (("package", str), ("class", str), ("arguments", dict)):
         if not isinstance(config, dict) or not isinstance(config.get(field), kind):
             raise ValueError(f"{path} must hold an object with the field {field!r} as written by convert")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} must be a safetensors file, got {error}") from error
-    return from_upstream(config["package"], config["class"], tensors, **config["arguments"])
+    return from_upstream(config["package"], config["class"], read_tensors(folder / WEIGHTS), **config["arguments"])
 
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

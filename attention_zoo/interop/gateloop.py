@@ -6,8 +6,8 @@ instead of the sequence: such weights hold no positions, and cannot be loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from einops import rearrange
@@ -27,39 +27,43 @@ EPS = 1e-12  # of RMSNorm
 
 
 class SwishAttention(FullAttention):
-    """Causal attention with softmax or raw scores as weights, and an optional gate SiLU(x W_g) on the output.
+    """Causal attention with an optional gate SiLU(x W_g) on the output.
 
     Args:
-        dim, heads, dim_head, rotary: see `FullAttention`.
-        softmax: False uses the scaled scores as weights.
+        dim, heads, dim_head: see `FullAttention`.
         swish_gate: whether the output is multiplied by SiLU(x W_g).
     """
 
-    def __init__(
-        self, dim: int, *, heads: int, dim_head: int, rotary: Rotary | None, softmax: bool, swish_gate: bool
-    ) -> None:
-        super().__init__(dim, heads=heads, dim_head=dim_head, rotary=rotary, out_bias=True)
-        self.softmax = softmax
+    def __init__(self, dim: int, *, heads: int, dim_head: int, swish_gate: bool) -> None:
+        super().__init__(dim, heads=heads, dim_head=dim_head, out_bias=True)
         self.to_gate = nn.Linear(dim, heads * dim_head, bias=False) if swish_gate else None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if self.softmax:
-            return super().attend(q, k, v, mask)
-        with no_autocast(q):
-            return (self.weights(q, k, mask) @ at_least_float32(v)).to(v.dtype)
-
-    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        if self.softmax:
-            return super().weights(q, k, mask)
-        with no_autocast(q):
-            scores = self.dim_head**-0.5 * at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
-            allowed = visible(*scores.shape[-2:], mask=mask, causal=True, device=q.device)
-            return scores if allowed is None else scores.masked_fill(~allowed, 0.0)
 
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
         if self.to_gate is not None:
             out = out * rearrange(F.silu(self.to_gate(x)), "b n (h e) -> b h n e", h=self.heads)
         return super().merge(out, x)
+
+
+class RawScoreAttention(SwishAttention):
+    """`SwishAttention` with the scaled scores as weights, without softmax. Args: see `SwishAttention`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        with no_autocast(q):
+            return (self.weights(q, k, mask) @ at_least_float32(v)).to(v.dtype)
+
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        with no_autocast(q):
+            scores = self.dim_head**-0.5 * at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
+            allowed = visible(*scores.shape[-2:], mask=mask, causal=True, device=q.device)
+            return scores if allowed is None else scores.masked_fill(~allowed, 0.0)
+
+
+class GateLoopTransformer(LanguageModel):
+    """`LanguageModel` with EPS in every RMSNorm. Args: see `LanguageModel`."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        _set_eps(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +80,9 @@ class GateLoopLoader(Loader):
     ablate_complex: bool = False
     ablate_state_transition: bool = False
 
-    def options(self) -> dict[str, Any]:
-        """Arguments of `GateLoopAttention`."""
-        return {
+    def spec(self) -> tuple[str, dict[str, Any]]:
+        """The name and the options of the attention layer."""
+        return "gate_loop", {
             **self.same("heads", "dim_inner"),
             "swish_gate": self.add_swish_gating,
             "sub_norm": self.sub_ln,
@@ -88,17 +92,14 @@ class GateLoopLoader(Loader):
         }
 
     def build(self, weights: Weights) -> GateLoopAttention:
-        return GateLoopAttention(self.dim, **self.options())
+        _, options = self.spec()
+        return GateLoopAttention(self.dim, **options)
 
     def transfer(self, move: Transfer) -> None:
         move.qkv("to_qkv")
         if self.ablate_state_transition:
-            for name in move.weights.names(f"{move.source}to_a.0."):
-                move.weights.leave(name, "the ablation has no gates")
-        move.fill("to_a", "to_a.0")
-        move.fill("norm", "maybe_sub_ln")
-        move.fill("to_gate", "to_gates.0")
-        move.fill("to_out", "to_out")
+            move.weights.leave(f"{move.source}to_a.0.", "the ablation has no gates")
+        move.fill({"to_a": "to_a.0", "norm": "maybe_sub_ln", "to_gate": "to_gates.0", "to_out": "to_out"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,25 +117,28 @@ class FullAttentionLoader(Loader):
     ablate_complex: bool = False
     ablate_state_transition: bool = False
 
-    def build(self, weights: Weights, *, source: str = "") -> SwishAttention:
+    def spec(self) -> partial[SwishAttention]:
+        """The attention layer as a function of `dim`."""
         if self.data_dependent_rel_pos:
             raise ValueError(
                 "data_dependent_rel_pos must be False, got True: the package multiplies the gates over pairs of "
                 "features, not over the sequence, so that these weights hold no positions. To train with the relative "
                 "positions of the paper, use RelativeGateAttention"
             )
-        rotary = None
-        if self.rotary_emb:
-            freqs = weights.take(f"{source}rotary_emb.freqs", "frequencies of the rotary positions")
-            rotary = Rotary(2 * freqs.numel(), freqs=freqs.double().tolist())
-        softmax = self.softmax_normalize is not False
-        options = self.same("heads", "dim_head")
-        return SwishAttention(self.dim, rotary=rotary, softmax=softmax, swish_gate=self.add_swish_gating, **options)
+        layer = RawScoreAttention if self.softmax_normalize is False else SwishAttention
+        return partial(layer, heads=self.heads, dim_head=self.dim_head, swish_gate=self.add_swish_gating)
+
+    def build(self, weights: Weights) -> SwishAttention:
+        return self.spec()(self.dim)
 
     def transfer(self, move: Transfer) -> None:
+        if self.rotary_emb:
+            freqs = move.weights.take(f"{move.source}rotary_emb.freqs", "frequencies of the rotary positions")
+            rotary = Rotary(2 * freqs.numel(), freqs=freqs.double().tolist())
+            rotary.prepare(self.dim_head)
+            move.target().rotary = rotary
         move.qkv("to_qkv.0")
-        move.fill("to_gate", "to_gates.0")
-        move.fill("to_out", "to_out.1")
+        move.fill({"to_gate": "to_gates.0", "to_out": "to_out.1"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +156,8 @@ class SimpleLoader(Loader):
         return SimpleGateLoop(self.dim, norm=self.prenorm, post_norm=self.post_ln, reverse=self.reverse)
 
     def transfer(self, move: Transfer) -> None:
-        move.fill("norm", "norm", weight="gamma")
-        move.fill("to_qkva", "to_qkva.0")
-        move.fill("post_norm", "maybe_post_ln")
+        move.fill({"norm": "norm"}, weight="gamma")
+        move.fill({"to_qkva": "to_qkva.0", "post_norm": "maybe_post_ln"})
         _set_eps(move.module)
 
 
@@ -199,14 +202,9 @@ class TransformerLoader(Loader):
             **self.same("dim", "dim_head", "heads", "rotary_emb", "data_dependent_rel_pos"),
         )
 
-    def build(self, weights: Weights) -> LanguageModel:
-        attention = self.attention
-        if isinstance(attention, GateLoopLoader):
-            blocks: list[Any] = [("gate_loop", attention.options())]
-        else:
-            blocks = [_maker(attention.build(weights, source=f"layers.{i}.0.fn.")) for i in range(self.depth)]
-        return LanguageModel(
-            attention=blocks,
+    def build(self, weights: Weights) -> GateLoopTransformer:
+        return GateLoopTransformer(
+            attention=self.attention.spec(),
             positions=None,
             feedforward=("gelu", {"bias": True}),
             norm="layer" if self.post_ln_norm else "rms",
@@ -215,21 +213,16 @@ class TransformerLoader(Loader):
         )
 
     def transfer(self, move: Transfer) -> None:
-        move.fill("token_embedding", "token_emb")
+        gamma = {"weight": "gamma"}
+        move.fill({"token_embedding": "token_emb"})
         for index in range(self.depth):
             here = move.at(f"stack.layers.{index}.sublayers.", f"layers.{index}.")
             self.attention.transfer(here.at("0.block.", "0.fn."))
-            for place in (0, 1):
-                here.fill(f"{place}.residual.norm", f"{place}.norm", weight="weight" if self.post_ln_norm else "gamma")
-            here.fill("1.block.to_hidden", "1.fn.0")
-            here.fill("1.block.to_out", "1.fn.2")
-        move.fill("stack.norm", "to_logits.0", weight="gamma")
-        move.fill("to_logits", "to_logits" if self.post_ln_norm else "to_logits.1")
-        _set_eps(move.module)
-
-
-def _maker(block: nn.Module) -> Callable[[int], nn.Module]:
-    return lambda dim: block
+            norms = {"0.residual.norm": "0.norm", "1.residual.norm": "1.norm"}
+            here.fill(norms, **({} if self.post_ln_norm else gamma))
+            here.fill({"1.block.to_hidden": "1.fn.0", "1.block.to_out": "1.fn.2"})
+        move.fill({"stack.norm": "to_logits.0"}, **gamma)
+        move.fill({"to_logits": "to_logits" if self.post_ln_norm else "to_logits.1"})
 
 
 def _set_eps(module: nn.Module) -> None:

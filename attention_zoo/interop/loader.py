@@ -15,22 +15,20 @@ class Loader:
     """An upstream class; the fields are the arguments of its constructor with their upstream names and defaults."""
 
     def build(self, weights: Weights) -> nn.Module:
-        """The module for these arguments, before the transfer of weights."""
+        """The module for these arguments, before the transfer of weights.
+
+        Raises:
+            ValueError: weights with these arguments cannot be loaded.
+        """
         raise NotImplementedError
 
     def transfer(self, move: Transfer) -> None:
-        """Copy the weights into the module."""
-        raise NotImplementedError
-
-    def load(self, weights: Weights) -> nn.Module:
-        """The module with the weights.
+        """Copy the weights into the module.
 
         Raises:
-            ValueError: the weights do not fit the arguments, or cannot be loaded.
+            ValueError: the weights do not fit the arguments.
         """
-        module = self.build(weights)
-        self.transfer(Transfer(weights, module))
-        return module
+        raise NotImplementedError
 
     def same(self, *names: str) -> dict[str, Any]:
         """The arguments that have the same name and meaning in this library, by name."""

@@ -7,7 +7,7 @@ masked query reads the mean of all values, and the loss counts padding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -95,8 +95,8 @@ class MemformerAttention(nn.Module):
             (b, i, d).
         """
         read = x if context is None else torch.cat((x, context), dim=1) if attend_self else context
-        split = partial(rearrange, pattern="b n (h e) -> b h n e", h=self.heads)
-        q, k, v = split(self.to_q(x)), split(self.to_k(read)), split(self.to_v(read))
+        projected = self.to_q(x), self.to_k(read), self.to_v(read)
+        q, k, v = (rearrange(part, "b n (h e) -> b h n e", h=self.heads) for part in projected)
         if kv_mask is None and context is None:
             kv_mask = query_mask
         allowed = torch.ones(1, 1, x.shape[1], read.shape[1], dtype=torch.bool, device=x.device)
@@ -110,10 +110,19 @@ class MemformerAttention(nn.Module):
 
 
 class OldMemformer(Memformer):
-    """`Memformer` with upstream's treatment of masks and padding. Args: see `Memformer`."""
+    """`Memformer` with upstream's distance buckets and treatment of masks and padding. Args: see `Memformer`."""
 
     encoder_blocks = (AveragingAttention, CrossAttention)
     decoder_blocks = (AveragingAttention, AveragingCrossAttention)
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.update = AlwaysWriting(self.update.dim, heads=self.update.heads, updates=self.update.updates)
+        for stack in (self.encoder, self.decoder) if self.takes_target else (self.encoder,):
+            attention = [sublayer.block for sublayer in stack.sublayers() if isinstance(sublayer.block, FullAttention)]
+            swapped = RelativeBias(attention[0].heads, causal=not stack.causal)
+            for block in attention:
+                block.bias = swapped
 
     def loss_terms(
         self,
@@ -169,53 +178,42 @@ class MemformerLoader(Loader):
         decoder = self.same("dec_num_tokens", "dec_depth")
         if not self.encoder_only and None in decoder.values():
             raise ValueError(f"dec_num_tokens and dec_depth must be given with a decoder, got {decoder}")
-        model = OldMemformer(
+        return OldMemformer(
             memory_slots=self.num_memory_slots,
             memory_updates=self.num_mem_updates,
             memory_heads=self.mem_update_attn_heads,
             **self.same("dim", "enc_num_tokens", "enc_depth", "enc_heads", "dec_heads"),
             **({} if self.encoder_only else decoder),
         )
-        model.update = AlwaysWriting(self.dim, heads=self.mem_update_attn_heads, updates=self.num_mem_updates)
-        return model
 
     def transfer(self, move: Transfer) -> None:
         move.put("memory.weight", "memory_slots")
-        move.fill("source_embedding", "encoder.token_emb")
+        move.fill({"source_embedding": "encoder.token_emb"})
         _move_stack(move.at("encoder.", "encoder."))
         _move_attention(move.at("update.", "mem_updater."))
-        move.fill("update.gru", "gru")
-        move.fill("update.norm", "mem_ff.fn.norm")
+        move.fill({"update.gru": "gru", "update.norm": "mem_ff.fn.norm"})
         _move_feedforward(move.at("update.feedforward.", "mem_ff.fn.fn."))
         if not self.encoder_only:
-            move.fill("target_embedding", "decoder.net.token_emb")
+            move.fill({"target_embedding": "decoder.net.token_emb", "to_logits": "decoder.net.to_logits"})
             _move_stack(move.at("decoder.", "decoder.net."))
-            move.fill("to_logits", "decoder.net.to_logits")
 
 
 def _move_stack(move: Transfer) -> None:
-    stack = move.target()
-    attention = [sublayer.block for sublayer in stack.sublayers() if isinstance(sublayer.block, FullAttention)]
-    swapped = RelativeBias(attention[0].heads, causal=not stack.causal)
-    for block in attention:
-        block.bias = swapped
-    move.fill("layers.0.sublayers.0.block.bias", "layer_blocks.rel_pos_emb.relative_attention_bias")
-    for layer in range(len(stack.layers)):
+    move.fill({"layers.0.sublayers.0.block.bias": "layer_blocks.rel_pos_emb.relative_attention_bias", "norm": "norm"})
+    for layer in range(len(move.target("layers"))):
         for place in range(3):
             here = move.at(f"layers.{layer}.sublayers.{place}.", f"layer_blocks.layers.{layer}.{place}.fn.")
-            here.fill("residual.norm", "norm")
+            here.fill({"residual.norm": "norm"})
             (_move_feedforward if place == 2 else _move_attention)(here.at("block.", "fn."))
-    move.fill("norm", "norm")
 
 
 def _move_attention(move: Transfer) -> None:
     move.qkv("to_q", "to_kv")
-    move.fill("to_out", "to_out")
+    move.fill({"to_out": "to_out"})
 
 
 def _move_feedforward(move: Transfer) -> None:
-    move.fill("to_hidden", "net.0")
-    move.fill("to_out", "net.2")
+    move.fill({"to_hidden": "net.0", "to_out": "net.2"})
 
 
 CLASSES: dict[str, type[Loader]] = {"Attention": AttentionLoader, "Memformer": MemformerLoader}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attention_zoo._checks import check_choice
 from attention_zoo.interop import cosine, dalle, gateloop, memformer, quartic
 from attention_zoo.interop.loader import Loader
-from attention_zoo.interop.weights import Weights
+from attention_zoo.interop.weights import Transfer, Weights
 
 PACKAGES: dict[str, dict[str, type[Loader]]] = {
     "quartic-transformer": quartic.CLASSES,
@@ -51,7 +51,9 @@ def from_upstream(package: str, cls: str, state_dict: Mapping[str, Tensor], **ar
     if missing:
         raise ValueError(f"arguments must hold {missing} for {cls}, which have no default")
     weights = state_dict if isinstance(state_dict, Weights) else Weights(state_dict)
-    module = loader(**arguments).load(weights)
+    built = loader(**arguments)
+    module = built.build(weights)
+    built.transfer(Transfer(weights, module))
     weights.finish()
     return module.eval()
 

@@ -8,6 +8,7 @@ sequence length unless all entries are equal.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class AttentionLoader(AnyLoader):
         return Normed(RMSNorm(self.dim), block)
 
     def transfer(self, move: Transfer) -> None:
-        move.fill("norm", "rmsnorm", weight="scale")
+        move.fill({"norm": "rmsnorm"}, weight="scale")
         _move_attention(move.at("block.", ""))
 
 
@@ -103,40 +104,34 @@ class TransformerLoader(AnyLoader):
         over_streams = self.num_streams > 1 and not self.ablate_cross_stream_talking_heads
         for layer in range(self.depth):
             here = move.at(f"stack.layers.{layer}.sublayers.", f"layers.{layer}.")
-            here.fill("0.residual.norm", "0.rmsnorm", weight="scale")
+            here.fill({"0.residual.norm": "0.rmsnorm", "1.residual.norm": "1.0"}, weight="scale")
             _move_attention(here.at("0.block.block." if over_streams else "0.block.", "0."))
-            here.fill("1.residual.norm", "1.0", weight="scale")
-            here.fill("1.block.to_hidden", "1.1")
-            here.fill("1.block.to_out", "1.4")
-        move.fill("norm", "to_logits.1", weight="scale")
-        move.fill("to_logits", "to_logits.2")
+            here.fill({"1.block.to_hidden": "1.1", "1.block.to_out": "1.4"})
+        move.fill({"norm": "to_logits.1"}, weight="scale")
+        move.fill({"to_logits": "to_logits.2"})
 
 
 def _move_attention(move: Transfer) -> None:
     block: TalkingHeadsAttention = move.target()
     move.qkv("to_qkv.0")
-    move.fill("to_gate", "to_gates.0")
-    move.fill("to_out", "to_out.1")
+    move.fill({"to_gate": "to_gates.0", "to_out": "to_out.1"})
     for name, mixer in (("pre", block.pre_softmax), ("post", block.post_softmax)):
         if mixer is None:
             continue
         here = move.at(f"{name}_softmax.", f"{name}_talking_heads.")
-        linear = mixer.kind == "linear"
-        _check_streams(here, "weight" if linear else "fn.1.weight", block)
-        if linear:
-            here.put("weight", "weight", change=_matrix)
+        if mixer.kind == "linear":
+            _check_streams(here, "weight", block)
+            here.put("weight", "weight")
         else:
-            heads = len(mixer.norm)
-            here.put("norm", "fn.0.scale", change=lambda scale, heads=heads: _one_number(scale).expand(heads))
-            here.put("w1", "fn.1.weight", change=_matrix)
-            here.put("w2", "fn.4.weight", change=_matrix)
+            _check_streams(here, "fn.1.weight", block)
+            here.put("norm", "fn.0.scale", change=partial(_one_number, count=len(mixer.norm)))
+            here.put("w1", "fn.1.weight")
+            here.put("w2", "fn.4.weight")
 
 
 def _check_streams(move: Transfer, name: str, block: TalkingHeadsAttention) -> None:
-    source = f"{move.source}{name}"
-    if block.streams == 2 or source not in move.weights:
-        return
-    if move.weights.take(source, f"{move.to}{name}").shape[1] == 2 * block.heads:
+    kernel = move.weights.get(f"{move.source}{name}")
+    if block.streams != 2 and kernel is not None and kernel.shape[1] == 2 * block.heads:
         raise ValueError(
             "num_streams must be 2, with cross-stream mixing, for weights that mix the heads of two rows, got "
             f"{block.streams}: the package mixes rows two by two for any number of streams, so that each reads "
@@ -144,18 +139,13 @@ def _check_streams(move: Transfer, name: str, block: TalkingHeadsAttention) -> N
         )
 
 
-def _matrix(kernel: Tensor) -> Tensor:
-    """A 1 x 1 convolution's kernel (o, c, 1, 1) as (o, c)."""
-    return kernel.flatten(1) if kernel.ndim == 4 and kernel.shape[2:] == (1, 1) else kernel
-
-
-def _one_number(scale: Tensor) -> Tensor:
+def _one_number(scale: Tensor, count: int) -> Tensor:
     if not torch.equal(scale, scale.flatten()[:1].expand_as(scale)):
         raise ValueError(
             f"the norm weight of the non-linear talking heads must have equal entries, got {scale.numel()} different "
             "ones: it has one entry per key and is defined for one sequence length"
         )
-    return scale.flatten()[:1]
+    return scale.flatten()[:1].expand(count)
 
 
 CLASSES: dict[str, type[Loader]] = {"Attention": AttentionLoader, "MultiStreamTransformer": TransformerLoader}

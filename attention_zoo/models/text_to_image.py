@@ -3,7 +3,7 @@
 Paper: DALL-E, https://arxiv.org/abs/2102.12092; classifier-free guidance, https://arxiv.org/abs/2207.12598
 Upstream: DALLE-pytorch, DALLE.
 Differs: height and width may differ; cached decoding of text and image, with token shift; the caller's tensors are not
-modified; values are rotated only with rotate_values=True.
+modified; values are not rotated.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class TextToImageTransformer(SavedModel):
         attention, heads, dim_head: see `Stack`. Blocks with an argument `layout` ("conv", "axial_row", "axial_col",
             "block_sparse") get the layout of text and image.
         positions: "rotary", for text and image, or "learned": tables of text positions, rows and columns.
-        rotate_values: whether the rotary embedding is applied to the values too; needed by old checkpoints.
         bias: whether output projections and feedforwards have a bias.
         feedforward, ff_mult, norm, residual, layer_scale, shared_attn_ids, shared_ff_ids, reversible: see `Stack`.
         token_shift: whether every sub-layer reads shifted tokens; see `TokenShift`.
@@ -76,7 +75,6 @@ class TextToImageTransformer(SavedModel):
         heads: int | None = None,
         dim_head: int | None = None,
         positions: str = "rotary",
-        rotate_values: bool = False,
         bias: bool = True,
         feedforward: FeedForwardSpec = "geglu",
         ff_mult: float = 4,
@@ -106,7 +104,6 @@ class TextToImageTransformer(SavedModel):
         self.image_loss_weight = image_loss_weight
         shared: dict[str, Any] = {
             "rotary": TextImageRotary(self.layout) if positions == "rotary" else None,
-            "rotate_values": rotate_values or None,
             "out_bias": bias or None,
             "layout": self.layout if takes_part(parse_layers(attention), "layout") else None,
         }

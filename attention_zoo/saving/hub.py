@@ -5,22 +5,16 @@ Needs: pip install attention-zoo[hub]
 
 from __future__ import annotations
 
-import json
 import os
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import copyfile, rmtree
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Self, cast
+from types import ModuleType
+from typing import Any, Self
 
 import torch
 
-from attention_zoo._files import write_all_aside
+from attention_zoo._files import write_aside
 from attention_zoo.saving.model_card import write_card
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCard, ModelHubMixin
 
 CARD = "README.md"
 
@@ -60,21 +54,16 @@ class HubMethods:
         """
         if options and not push_to_hub:
             raise TypeError(f"options must come with push_to_hub=True, got {', '.join(sorted(options))}")
-        folder = Path(directory)
-        hub: Any = _hub_class()(self)
-        facts = {"data": data, "score": score, "command": command}
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".saving.*"):  # of a save that was killed
-            rmtree(leftover, ignore_errors=True)
-        # The mixin deletes an existing configuration before it writes, so it writes to a temporary folder.
-        with TemporaryDirectory(dir=folder, prefix=".saving.") as aside:
-            hub.save_pretrained(aside, model_card_kwargs=facts)
-            new = [file for file in Path(aside).iterdir() if file.name != CARD or not (folder / CARD).exists()]
-            write_all_aside({folder / file.name: partial(copyfile, file) for file in new})
+        _import_hub()
+        model: Any = self
+        model.save(directory)
+        card = Path(directory, CARD)
+        if not card.exists():
+            text = write_card(model, data=data, score=score, command=command)
+            write_aside(card, lambda path: Path(path).write_text(text, encoding="utf-8"))
         if not push_to_hub:
             return None
-        hub.card = (folder / CARD).read_text(encoding="utf-8")  # may be the user's own card
-        return str(hub.push_to_hub(repo_id or folder.name, **options))
+        return _push(model, card.read_text(encoding="utf-8"), repo_id or card.parent.name, options)
 
     @classmethod
     def from_pretrained(
@@ -99,18 +88,22 @@ class HubMethods:
             ImportError: `name` is not a folder and huggingface_hub is not installed.
             FileNotFoundError, ValueError: see `load`.
         """
-        source, loadable = str(name), cast(Any, cls)
+        source = str(name)
+        model_class: Any = cls
         if os.path.isdir(source):
-            return cast(Self, loadable.load(source, device=device))
+            return model_class.load(source, device=device)
         if os.path.isabs(source) or source.startswith(".") or source.count("/") > 1:
             raise FileNotFoundError(f"{source} does not exist, and a repository is called 'owner/name'")
-        download = {"revision": revision, "token": token, "cache_dir": cache_dir, "force_download": force_download}
-        hub: Any = _hub_class()
-        try:
-            found = hub.from_pretrained(source, kind=cls, device=device, local_files_only=local_files_only, **download)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:  # the mixin reads the file too
-            raise ValueError(f"config.json of {source} must be a JSON object, got {error}") from error
-        return cast(Self, found.model)
+        folder = _import_hub().snapshot_download(
+            source,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            allow_patterns=["config.json", "model.safetensors"],
+        )
+        return model_class.load(folder, device=device)
 
     def push_to_hub(
         self,
@@ -131,36 +124,31 @@ class HubMethods:
         Returns:
             The address on the hub.
         """
-        hub: Any = _hub_class()(self)
-        facts = {"data": data, "score": score, "command": command}
-        return str(hub.push_to_hub(repo_id, model_card_kwargs=facts, **options))
+        return _push(self, write_card(self, data=data, score=score, command=command), repo_id, options)
 
 
-def _hub_class() -> type[ModelHubMixin]:
-    """A class whose instances wrap a model for huggingface_hub's mixin.
+def _import_hub() -> ModuleType:
+    """The module huggingface_hub.
 
     Raises:
         ImportError: huggingface_hub is not installed.
     """
     if find_spec("huggingface_hub") is None:
         raise ImportError("the hub needs huggingface_hub: pip install attention-zoo[hub]")
-    from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+    import huggingface_hub
 
-    class OnHub(ModelHubMixin):
-        def __init__(self, model: Any) -> None:
-            self.model = model
-            self.card: str | None = None  # replaces the generated card
+    return huggingface_hub
 
+
+def _push(model: Any, card: str, repo_id: str, options: dict[str, Any]) -> str:
+    """Upload the files of `model.save` and a card with huggingface_hub's mixin. Returns the address on the hub."""
+    hub = _import_hub()
+
+    class OnHub(hub.ModelHubMixin):
         def _save_pretrained(self, save_directory: Path) -> None:
-            self.model.save(save_directory)
+            model.save(save_directory)
 
-        @classmethod
-        def _from_pretrained(cls, *, model_id: str, **options: Any) -> OnHub:
-            kind, device = options.pop("kind"), options.pop("device")
-            folder = snapshot_download(model_id, allow_patterns=["config.json", "model.safetensors"], **options)
-            return cls(kind.load(folder, device=device))
+        def generate_model_card(self, **_: Any) -> Any:
+            return hub.ModelCard(card)
 
-        def generate_model_card(self, **facts: str | None) -> ModelCard:
-            return ModelCard(self.card or write_card(self.model, **facts))
-
-    return OnHub
+    return str(OnHub().push_to_hub(repo_id, **options))

@@ -45,20 +45,12 @@ class SavedModel(HubMethods, nn.Module):
         for name, value in self.arguments.items():
             check_plain(name, value)
         config = {"class": type(self).__name__, "version": package_version(), "arguments": self.arguments}
-        folder = Path(directory)
         if any(hasattr(parameter, "full_tensor") for parameter in self.parameters()):  # DTensor is slow to import
             raise TypeError(
                 "the model's parameters must not be sharded over processes to be saved: load the result of "
                 "training.gather_weights(model) into a model with the same arguments, and save that model"
             )
-        weights = {name: tensor.contiguous() for name, tensor in unique_tensors(self).items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_all_aside(
-            {
-                folder / WEIGHTS: partial(write_weights, weights),
-                folder / CONFIG: lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"),
-            }
-        )
+        write_model(Path(directory), unique_tensors(self), config)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
@@ -76,6 +68,22 @@ class SavedModel(HubMethods, nn.Module):
         model = cls(**read_arguments(folder / CONFIG, cls))
         load_weights(model, folder / WEIGHTS)
         return model.to(device)
+
+
+def write_model(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write the two files of a model. Existing files are replaced only after both were written completely.
+
+    Raises:
+        OSError: the files could not be written. Existing files are unchanged.
+    """
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_all_aside(
+        {
+            folder / WEIGHTS: partial(write_weights, weights),
+            folder / CONFIG: lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"),
+        }
+    )
 
 
 def write_weights(weights: dict[str, Tensor], path: str) -> None:
@@ -131,15 +139,40 @@ def read_arguments(path: Path, cls: type) -> dict[str, Any]:
         FileNotFoundError: the file is missing.
         ValueError: the file is damaged, or of another class.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
         raise ValueError(f"{path} must hold an object with the field 'arguments'")
     if config.get("class") != cls.__name__:
         raise ValueError(f"{path}: field 'class' must be {cls.__name__!r}, got {config.get('class')!r}")
     return dict(config["arguments"])
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be JSON, got {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a complete safetensors file, got {error}") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -149,12 +182,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         FileNotFoundError: the file is missing.
         ValueError: the file is damaged, or a tensor is missing, unexpected or of another shape.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        found: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a complete safetensors file, got {error}") from error
+    found = read_tensors(path)
     wanted = unique_tensors(model)
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:

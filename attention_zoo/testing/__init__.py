@@ -47,8 +47,8 @@ def run_check(name: str, subject: Subject) -> Outcome:
     except AssertionError as failure:
         return Outcome(name, FAILED, str(failure))
     except Exception as error:  # a block that raises fails the check that called it
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return Outcome(name, FAILED, f"{type(error).__name__}: {first}")
+        first_line = str(error).strip().partition("\n")[0]
+        return Outcome(name, FAILED, f"{type(error).__name__}: {first_line}")
     return Outcome(name, PASSED)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from attention_zoo.testing.expect import expect, expect_equal, expect_zero
 from attention_zoo.testing.report import NotApplicable
-from attention_zoo.testing.subject import BATCH, Padding, Subject, expect, expect_equal, expect_zero
+from attention_zoo.testing.subject import BATCH, Padding, Subject
 
 
 def check_shapes(subject: Subject) -> None:
@@ -19,9 +20,8 @@ def check_shapes(subject: Subject) -> None:
         inputs = {"x": x, **others}
         before = {name: (value.clone(), value._version) for name, value in inputs.items()}
         out = block(x, **others)
-        for name, value in inputs.items():
-            copy, version = before[name]
-            same = torch.equal(value, copy) and value._version == version
+        for name, (value, version) in before.items():
+            same = torch.equal(inputs[name], value) and inputs[name]._version == version
             expect(same, f"forward modified its input {name} in place (n={n})")
         expect(isinstance(out, Tensor), f"forward returned {type(out).__name__}, not a tensor")
         for name in ("shape", "dtype", "device"):
@@ -42,9 +42,10 @@ def check_causality(subject: Subject) -> None:
     for n in subject.lengths:
         positions = _positions(n)
         if positions:
+            x, other = (subject.x(n, batch=len(positions), seed=seed) for seed in (1, 9))
             for padding in subject.paddings(n, batch=len(positions)).values():
-                _check_future_gradient(subject, block, n, positions, padding)
-                _check_future_change(subject, block, n, positions, padding)
+                _check_future_gradient(block, x, positions, padding)
+                _check_future_change(block, x, 10 * other, positions, padding)
 
 
 def _positions(n: int) -> list[int]:
@@ -53,23 +54,22 @@ def _positions(n: int) -> list[int]:
     return sorted({t for t in (0, n // 3, n // 2, n - 2, *edges) if 0 <= t < n - 1})
 
 
-def _check_future_gradient(subject: Subject, block: nn.Module, n: int, positions: list[int], padding: Padding) -> None:
-    x = subject.x(n, batch=len(positions)).requires_grad_()
+def _check_future_gradient(block: nn.Module, x: Tensor, positions: list[int], padding: Padding) -> None:
+    x = x.clone().requires_grad_()
     out = block(x, **padding.extra)
     picked = torch.stack([out[row, ..., t, :] for row, t in enumerate(positions)])
     gradient = torch.autograd.grad(picked.square().sum() + picked.sum(), x)[0]
     for row, t in enumerate(positions):
-        late = gradient[row, ..., t + 1 :, :].abs().nan_to_num(nan=float("inf")).amax(-1)
-        late = late if late.ndim == 1 else late.amax(0)  # over streams
+        late = gradient[row, ..., t + 1 :, :].abs().nan_to_num(nan=float("inf"))
+        late = late.movedim(-2, 0).flatten(1).amax(1)  # over streams and features
         what = f"output {t} has a gradient of {{}} to the later token {t + 1 + int(late.argmax())} ({padding.where})"
         expect_zero(late, what)
 
 
-def _check_future_change(subject: Subject, block: nn.Module, n: int, positions: list[int], padding: Padding) -> None:
-    x, other = (subject.x(n, batch=len(positions), seed=seed) for seed in (1, 9))
+def _check_future_change(block: nn.Module, x: Tensor, other: Tensor, positions: list[int], padding: Padding) -> None:
     changed = x.clone()
     for row, t in enumerate(positions):
-        changed[row, ..., t + 1 :, :] = 10 * other[row, ..., t + 1 :, :]
+        changed[row, ..., t + 1 :, :] = other[row, ..., t + 1 :, :]
     with torch.no_grad():
         before, after = block(x, **padding.extra), block(changed, **padding.extra)
     for row, t in enumerate(positions):

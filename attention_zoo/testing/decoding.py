@@ -2,82 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from attention_zoo.testing.subject import FLOAT32_ERROR, GRADIENT_ERROR, Padding, Subject, expect_close, expect_equal
+from attention_zoo.testing.expect import FLOAT32_ERROR, GRADIENT_ERROR, expect_close, expect_equal
+from attention_zoo.testing.report import NotApplicable
+from attention_zoo.testing.subject import Padding, Subject
 
 
 def check_steps(subject: Subject) -> None:
     """`step` over any split equals `forward`, with padding and with gradients; older states can be stepped again."""
+    if not subject.causal:
+        raise NotApplicable("the block is not causal")
     block = subject.block()
-    subject.require_step(block)
+    if not callable(getattr(block, "step", None)):
+        raise NotApplicable("the block has no step")
     for n in subject.lengths:
-        others, x = subject.others(n), subject.x(n)
-        for padding in subject.paddings(n).values():
-            mask = padding.mask
+        x, paddings = subject.x(n), subject.paddings(n)
+        for padding in paddings.values():
             with torch.no_grad():
-                whole = block(x, **padding.extra)
-                for splits in _splits(n, singly=mask is None or n < 70):
-                    pieces = subject.steps(block, x, splits, mask=mask, others=others)
-                    size = f"{splits}" if len(splits) <= 4 else f"of 1 x {len(splits)}"
+                whole = padding.replace_masked(block(x, **padding.extra), 0.0)  # undefined there
+                for sizes in _splits(n, singly=padding.mask is None or n < 70):
+                    pieces = padding.replace_masked(_steps(block, x, sizes, padding), 0.0)
+                    size = f"{sizes}" if len(sizes) <= 4 else f"of 1 x {len(sizes)}"
                     what = f"step over pieces {size} differs from forward ({padding.where})"
-                    expect_close(_valid(pieces, mask), _valid(whole, mask), FLOAT32_ERROR, what)
+                    expect_close(pieces, whole, FLOAT32_ERROR, what)
                 if n >= 4:
-                    _check_rollback(subject, block, x, others, padding)
+                    _check_rollback(block, x, 10 * subject.x(n, seed=9), padding)
         if n >= 2:
-            _check_gradients(subject, block, n, others)
+            _check_gradients(block, x, subject.x(n, seed=5), paddings["no mask"])
 
 
 def _splits(n: int, *, singly: bool) -> list[list[int]]:
     """All at once, one by one, and uneven pieces."""
     splits = [[n], [1] * n] if singly else [[n]]
-    if n > 2:
-        third = max(1, n // 3)
-        splits += [[1, n - 1], [n - 1, 1], [third, 1, n - third - 1] if n - third - 1 > 0 else [third, n - third]]
-    return splits
+    return [*splits, [1, n - 1], [n - 1, 1], [n // 3, 1, n - n // 3 - 1]] if n > 2 else splits
 
 
-def _valid(out: Tensor, mask: Tensor | None) -> Tensor:
-    """Outputs with 0 at masked tokens, where they are undefined."""
-    if mask is None:
-        return out
-    return torch.where(mask.view(mask.shape[0], *(1,) * (out.ndim - 3), mask.shape[1], 1), out, 0.0)
+def _step(block: Any, x: Tensor, start: int, size: int, state: Any, padding: Padding) -> tuple[Tensor, Any]:
+    """One step over the tokens start ... start + size - 1; the other arguments are given with the first step."""
+    extra = dict(padding.others) if state is None else {}
+    if padding.mask is not None:
+        extra["mask"] = padding.mask[:, start : start + size]
+    return block.step(x[..., start : start + size, :], state, **extra)
 
 
-def _check_rollback(
-    subject: Subject, block: nn.Module, x: Tensor, others: Mapping[str, Tensor], padding: Padding
-) -> None:
+def _steps(block: nn.Module, x: Tensor, sizes: Sequence[int], padding: Padding) -> Tensor:
+    """The concatenated outputs of `step` over consecutive pieces of x of these sizes."""
+    outs, state, start = [], None, 0
+    for size in sizes:
+        out, state = _step(block, x, start, size, state, padding)
+        outs.append(out)
+        start += size
+    return torch.cat(outs, dim=-2)
+
+
+def _check_rollback(block: nn.Module, x: Tensor, other: Tensor, padding: Padding) -> None:
     """Step an older state twice, once into another future, and compare what it holds and gives afterwards."""
-    mask, half = padding.mask, x.shape[-2] // 2
-    other = 10 * subject.x(x.shape[-2], seed=9)
-    _, older = subject.step(block, x, 0, half - 1, None, mask=mask, others=others)
-    _, old = subject.step(block, x, half - 1, 1, older, mask=mask)
+    half = x.shape[-2] // 2
+    _, older = _step(block, x, 0, half - 1, None, padding)
+    _, old = _step(block, x, half - 1, 1, older, padding)
     held = [leaf.clone() for leaf in _tensors(old)]
-    first, newer = subject.step(block, x, half, 1, old, mask=mask)
-    subject.step(block, other, half, 1, old, mask=mask)
-    again, _ = subject.step(block, x, half, 1, old, mask=mask)
-    following, _ = subject.step(block, x, half + 1, 1, newer, mask=mask)
-    straight = subject.steps(block, x, [half, 1, 1], mask=mask, others=others)[..., -1:, :]
+    first, newer = _step(block, x, half, 1, old, padding)
+    _step(block, other, half, 1, old, padding)
+    again, _ = _step(block, x, half, 1, old, padding)
+    following, _ = _step(block, x, half + 1, 1, newer, padding)
+    straight = _steps(block, x, [half, 1, 1], padding)[..., -1:, :]
     for leaf, before in zip(_tensors(old), held, strict=True):
         expect_equal(leaf, before, f"a newer step changed the content of an older state ({padding.where})")
     what = f"an older state, stepped again after newer steps, gives another output ({padding.where})"
     expect_close(again, first, FLOAT32_ERROR, what)
-    last = None if mask is None else mask[:, half + 1 : half + 2]
-    expect_close(_valid(following, last), _valid(straight, last), FLOAT32_ERROR, what)
+    last = padding if padding.mask is None else padding._replace(mask=padding.mask[:, half + 1 : half + 2])
+    expect_close(last.replace_masked(following, 0.0), last.replace_masked(straight, 0.0), FLOAT32_ERROR, what)
 
 
 def _tensors(state: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
-def _check_gradients(subject: Subject, block: nn.Module, n: int, others: Mapping[str, Tensor]) -> None:
-    x = subject.x(n).requires_grad_()
-    weight = subject.x(n, seed=5)
-    whole = torch.autograd.grad((block(x, **others) * weight).sum(), x)[0]
-    pieces = subject.steps(block, x, [n // 2, n - n // 2], others=others)
+def _check_gradients(block: nn.Module, x: Tensor, weight: Tensor, padding: Padding) -> None:
+    x, n = x.clone().requires_grad_(), x.shape[-2]
+    whole = torch.autograd.grad((block(x, **padding.others) * weight).sum(), x)[0]
+    pieces = _steps(block, x, [n // 2, n - n // 2], padding)
     through_state = torch.autograd.grad((pieces * weight).sum(), x)[0]
     expect_close(through_state, whole, GRADIENT_ERROR, f"the gradient through two steps differs from forward's (n={n})")

@@ -6,21 +6,14 @@ import copy
 import io
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attention_zoo.testing.expect import FLOAT32_ERROR, expect, expect_close, expect_equal, expect_zero
 from attention_zoo.testing.report import NotApplicable
-from attention_zoo.testing.subject import (
-    BATCH,
-    FLOAT32_ERROR,
-    Padding,
-    Subject,
-    expect,
-    expect_close,
-    expect_equal,
-    expect_zero,
-)
+from attention_zoo.testing.subject import BATCH, Padding, Subject
 
 
 def check_saving(subject: Subject) -> None:
@@ -45,7 +38,7 @@ def check_saving(subject: Subject) -> None:
 
 def check_arguments(subject: Subject) -> None:
     """Invalid arguments raise ValueError or TypeError; the message names the argument and its value."""
-    block = subject.block()
+    block: Any = subject.block()
     n = next((n for n in subject.lengths if n > 2), max(subject.lengths))
     x, others = subject.x(n), subject.others(n)
     mask = torch.ones(BATCH, n, dtype=torch.bool, device=subject.device)
@@ -58,43 +51,42 @@ def check_arguments(subject: Subject) -> None:
         ("mask", str(n + 1), lambda: block(x, mask=torch.cat((mask, mask[:, :1]), dim=1), **others)),
     ]
     if subject.causal and callable(getattr(block, "step", None)):
-        _, state = subject.step(block, x, 0, n, None, others=others)
-        wrong.append(("state", str(BATCH), lambda: subject.step(block, x[:1], 0, 1, state)))
-        wrong.append(("state", "str", lambda: subject.step(block, x, 0, 1, "state")))
+        _, state = block.step(x, **others)
+        wrong.append(("state", str(BATCH), lambda: block.step(x[:1, ..., :1, :], state)))
+        wrong.append(("state", "str", lambda: block.step(x[..., :1, :], "state")))
     for name, value, call in wrong:
         _expect_error(call, name, value)
 
 
 def _expect_error(call: Callable[[], object], name: str, value: str) -> None:
+    got = "no error"
     try:
         call()
     except (ValueError, TypeError) as error:
-        message = str(error)
-        named = re.search(rf"\b{name}\b", message)
-        expect(named and value in message, f"the error must name {name} and the value {value}, but reads: {message}")
+        named = re.search(rf"\b{name}\b", str(error)) and value in str(error)
+        expect(named, f"the error must name {name} and the value {value}, but reads: {error}")
+        return
     except Exception as error:
-        raise AssertionError(
-            f"an invalid {name} ({value}) must raise ValueError or TypeError, got {type(error).__name__}: {error}"
-        ) from error
-    else:
-        raise AssertionError(f"an invalid {name} ({value}) must raise ValueError or TypeError, got no error")
+        got = f"{type(error).__name__}: {error}"
+    raise AssertionError(f"an invalid {name} ({value}) must raise ValueError or TypeError, got {got}")
 
 
 def check_map(subject: Subject) -> None:
     """attention_map is exactly 0 for later and masked keys, and times the values gives the operation's output."""
-    block = subject.block()
+    block: Any = subject.block()
     if not callable(getattr(block, "attention_map", None)):
         raise NotApplicable("the block has no attention_map")
     for n in subject.lengths:
+        x = subject.x(n)
         for padding in subject.paddings(n).values():
             with torch.no_grad():
-                weights = block.attention_map(subject.x(n), **padding.extra)  # type: ignore[operator]
+                weights = block.attention_map(x, **padding.extra)
             expect(weights.isfinite().all(), f"the attention map is not finite ({padding.where})")
             expect(weights.shape[-2] == n, f"the attention map is {tuple(weights.shape)}, not (b, h, i, j) (n={n})")
             _check_hidden(subject, weights, padding)
             if callable(getattr(block, "values_and_output", None)):
                 with torch.no_grad():
-                    values, out = block.values_and_output(subject.x(n), **padding.extra)  # type: ignore[operator]
+                    values, out = block.values_and_output(x, **padding.extra)
                 what = f"the attention map times the values differs from the output ({padding.where})"
                 expect_close(weights.to(values.dtype) @ values, out, FLOAT32_ERROR, what)
 

@@ -5,67 +5,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from attention_zoo.testing.expect import FLOAT32_ERROR, expect, expect_close, expect_equal, expect_zero
 from attention_zoo.testing.report import NotApplicable
-from attention_zoo.testing.subject import (
-    BATCH,
-    FLOAT32_ERROR,
-    Padding,
-    Subject,
-    expect,
-    expect_close,
-    expect_equal,
-    expect_zero,
-)
+from attention_zoo.testing.subject import BATCH, Padding, Subject
 
 
 def check_padding_ignored(subject: Subject) -> None:
     """Outputs at valid tokens do not depend on masked tokens, and padded rows equal unpadded ones."""
     block = subject.block()
     for n in subject.lengths:
+        x, other = subject.x(n), 10 * subject.x(n, seed=9)
         for name, padding in subject.paddings(n).items():
             if padding.mask is not None:
-                _check_masked_content(subject, block, n, padding.mask, padding)
+                _check_masked_content(block, x, other, padding)
                 if subject.shift_invariant and name in ("left padding", "right padding"):
-                    _check_unpadded(subject, block, n, padding.mask, padding)
-        _check_masked_context(subject, block, n)
+                    _check_unpadded(block, x, padding.mask, padding)
+        _check_masked_context(block, x, subject.others(n))
 
 
-def _check_masked_content(subject: Subject, block: nn.Module, n: int, mask: Tensor, padding: Padding) -> None:
-    valid = (mask if subject.streams is None else mask[:, None].expand(-1, subject.streams, -1))[..., None]
-    x = subject.x(n)
-    changed = torch.where(valid, x, 10 * subject.x(n, seed=9))
+def _check_masked_content(block: nn.Module, x: Tensor, other: Tensor, padding: Padding) -> None:
     with torch.no_grad():
-        out, other = block(x, **padding.extra), block(changed, **padding.extra)
-    expect(bool(out.isfinite().all()), f"an output is not finite ({padding.where})")
-    at = valid[..., 0]
-    expect_equal(other[at], out[at], f"outputs at valid tokens change with masked ones ({padding.where})")
+        out, changed = (block(features, **padding.extra) for features in (x, padding.replace_masked(x, other)))
+    expect(out.isfinite().all(), f"an output is not finite ({padding.where})")
+    what = f"outputs at valid tokens change with masked ones ({padding.where})"
+    expect_equal(padding.replace_masked(changed, 0.0), padding.replace_masked(out, 0.0), what)
 
-    x.requires_grad_()
+    x = x.clone().requires_grad_()
     out = block(x, **padding.extra)
-    loss = torch.where(valid, out.square(), 0.0).sum()
-    gradient = torch.autograd.grad(loss, x)[0].masked_fill(valid, 0.0)
-    expect_zero(gradient, f"outputs at valid tokens have a gradient of {{}} to masked ones ({padding.where})")
+    gradient = torch.autograd.grad(padding.replace_masked(out.square(), 0.0).sum(), x)[0]
+    to_masked = padding.replace_masked(torch.zeros_like(x), gradient)
+    expect_zero(to_masked, f"outputs at valid tokens have a gradient of {{}} to masked ones ({padding.where})")
 
 
-def _check_unpadded(subject: Subject, block: nn.Module, n: int, mask: Tensor, padding: Padding) -> None:
-    x, others = subject.x(n), subject.others(n)
+def _check_unpadded(block: nn.Module, x: Tensor, mask: Tensor, padding: Padding) -> None:
     with torch.no_grad():
         out = block(x, **padding.extra)
         for row in range(BATCH):
             one = slice(row, row + 1)
-            alone = block(x[one][..., mask[row], :], **{name: value[one] for name, value in others.items()})
+            others = {name: value[one] for name, value in padding.others.items()}
+            alone = block(x[one][..., mask[row], :], **others)
             what = f"row {row} differs from the same row without padding ({padding.where})"
             expect_close(out[one][..., mask[row], :], alone, FLOAT32_ERROR, what)
 
 
-def _check_masked_context(subject: Subject, block: nn.Module, n: int) -> None:
-    others = subject.others(n)
-    if "context_mask" not in others:
-        return
-    changed = {**others, "context": others["context"].masked_fill(~others["context_mask"][..., None], 7.0)}
-    with torch.no_grad():
-        what = f"outputs change with the masked context (n={n})"
-        expect_equal(block(subject.x(n), **changed), block(subject.x(n), **others), what)
+def _check_masked_context(block: nn.Module, x: Tensor, others: dict[str, Tensor]) -> None:
+    if "context_mask" in others:
+        changed = {**others, "context": others["context"].masked_fill(~others["context_mask"][..., None], 7.0)}
+        with torch.no_grad():
+            what = f"outputs change with the masked context (n={x.shape[-2]})"
+            expect_equal(block(x, **changed), block(x, **others), what)
 
 
 def check_empty_rows(subject: Subject) -> None:
@@ -83,9 +71,9 @@ def check_empty_rows(subject: Subject) -> None:
             others["context_mask"][1] = False
         x = subject.x(n).requires_grad_()
         out = block(x, mask=mask, **others)
-        expect(bool(out.isfinite().all()), f"a row without valid tokens gives an output that is not finite (n={n})")
+        expect(out.isfinite().all(), f"a row without valid tokens gives an output that is not finite (n={n})")
         finite = torch.autograd.grad(out.sum(), x, retain_graph=True)[0].isfinite().all()
-        expect(bool(finite), f"a row without valid tokens gives a gradient that is not finite (n={n})")
+        expect(finite, f"a row without valid tokens gives a gradient that is not finite (n={n})")
         own = torch.autograd.grad(out[1].square().sum() + out[1].sum(), x)[0]
         expect_zero(own, f"a row without valid tokens has a gradient of {{}} to x (n={n})")
         if zero:

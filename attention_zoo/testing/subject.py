@@ -1,35 +1,43 @@
-"""The block under test, its random inputs, and helpers shared by the checks."""
+"""The block under test and its random inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.testing.report import NotApplicable
-
 MakeInputs = Callable[[int, int], Mapping[str, Tensor]]
 
 BATCH = 3
-FLOAT32_ERROR = 1e-5  # relative 2-norm by which two orders of float32 additions may differ
-GRADIENT_ERROR = 1e-4
 
 
 class Padding(NamedTuple):
     """One way to pad a batch.
 
-    where: the length and the name of the mask, for messages.
-    mask: (b, n) bool, or None.
-    extra: keyword arguments of forward: the other inputs of the block, and the mask unless it is None.
+    Attributes:
+        where: the length and the name of the mask, for messages.
+        mask: (b, n) bool, or None.
+        others: the block's other arguments by name.
     """
 
     where: str
     mask: Tensor | None
-    extra: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+    @property
+    def extra(self) -> dict[str, Tensor]:
+        """Keyword arguments of forward: the other arguments, and the mask unless it is None."""
+        return self.others if self.mask is None else {**self.others, "mask": self.mask}
+
+    def replace_masked(self, x: Tensor, other: Tensor | float) -> Tensor:
+        """Features (b, n, d) or (b, s, n, d) with those of `other` at masked tokens."""
+        if self.mask is None:
+            return x
+        return torch.where(self.mask[..., None] if x.ndim == 3 else self.mask[:, None, :, None], x, other)
 
 
 @dataclass(frozen=True)
@@ -103,66 +111,21 @@ class Subject:
             for name, value in made.items()
         }
 
-    def masks(self, length: int, *, batch: int = BATCH) -> dict[str, Tensor | None]:
-        """No mask, left padding, right padding and a mask with holes; every row has a valid token."""
-        if length == 1:
-            return {"no mask": None}
-        counts = torch.tensor([length, max(1, length // 2), 1]).repeat(batch)[:batch]
-        left = torch.arange(length) >= length - counts[:, None]
-        with seeded(3):
-            holes = torch.rand(len(counts), length) < 0.6
-        holes[:, length // 2] = True
-        masks = {"no mask": None, "left padding": left, "right padding": left.flip(1), "a mask with holes": holes}
-        return {name: None if mask is None else mask.to(self.device) for name, mask in masks.items()}
-
     def paddings(self, length: int, *, batch: int = BATCH, dtype: torch.dtype = torch.float32) -> dict[str, Padding]:
-        """The inputs for each of `masks`, by its name."""
+        """No mask, left padding, right padding and a mask with holes; every row has a valid token."""
+        masks: dict[str, Tensor | None] = {"no mask": None}
+        if length > 1:
+            counts = torch.tensor([length, length // 2, 1]).repeat(batch)[:batch]
+            left = torch.arange(length) >= length - counts[:, None]
+            with seeded(3):
+                holes = torch.rand(batch, length) < 0.6
+            holes[:, length // 2] = True
+            masks |= {"left padding": left, "right padding": left.flip(1), "a mask with holes": holes}
         others = self.others(length, batch=batch, dtype=dtype)
         return {
-            name: Padding(f"n={length}, {name}", mask, others if mask is None else {**others, "mask": mask})
-            for name, mask in self.masks(length, batch=batch).items()
+            name: Padding(f"n={length}, {name}", None if mask is None else mask.to(self.device), others)
+            for name, mask in masks.items()
         }
-
-    def step(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        start: int,
-        size: int,
-        state: Any,
-        *,
-        mask: Tensor | None = None,
-        others: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor, Any]:
-        """One step over the tokens start ... start + size - 1; the other arguments are given with the first step."""
-        extra = {} if others is None or state is not None else dict(others)
-        if mask is not None:
-            extra["mask"] = mask[:, start : start + size]
-        return block.step(x[..., start : start + size, :], state, **extra)  # type: ignore[operator]
-
-    def steps(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        splits: Sequence[int],
-        *,
-        mask: Tensor | None = None,
-        others: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The concatenated outputs of `step` over consecutive pieces of x of these sizes."""
-        outs, state, start = [], None, 0
-        for size in splits:
-            out, state = self.step(block, x, start, size, state, mask=mask, others=others)
-            outs.append(out)
-            start += size
-        return torch.cat(outs, dim=-2)
-
-    def require_step(self, block: nn.Module) -> None:
-        """Raise NotApplicable if the block does not decode."""
-        if not self.causal:
-            raise NotApplicable("the block is not causal")
-        if not callable(getattr(block, "step", None)):
-            raise NotApplicable("the block has no step")
 
 
 @contextmanager
@@ -176,49 +139,6 @@ def seeded(seed: int) -> Iterator[None]:
 @torch.no_grad()
 def _perturb(block: nn.Module) -> None:
     for parameter in block.parameters():
-        if parameter.is_floating_point() and parameter.device.type != "meta":
+        if parameter.is_floating_point():
             spread = parameter.std().item() if parameter.numel() > 1 else 0.0
             parameter.add_(torch.randn_like(parameter) * max(0.1 * spread, 0.02))
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """2-norm of the difference over the 2-norm of `want`, in float64; infinite if `got` is not finite."""
-    got, want = got.detach().double(), want.detach().double()
-    if not bool(torch.isfinite(got).all()):
-        return float("inf")
-    scale = float(want.norm())
-    gap = float((got - want).norm())
-    return gap / scale if scale > 0 else gap
-
-
-def expect(condition: object, message: str) -> None:
-    """Raise AssertionError with `message` unless `condition` holds; unlike assert also under python -O."""
-    if not condition:
-        raise AssertionError(message)
-
-
-def expect_zero(tensor: Tensor, message: str) -> None:
-    """Raise AssertionError unless the tensor is exactly 0; `{}` in the message becomes its largest magnitude."""
-    size = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
-    expect(size == 0, message.format(f"{size:.2g}"))
-
-
-def expect_close(got: Tensor, want: Tensor, limit: float, what: str) -> None:
-    """Raise AssertionError if the relative error of `got` exceeds `limit`."""
-    expect(got.shape == want.shape, f"{what}: shapes {tuple(got.shape)} and {tuple(want.shape)} differ")
-    error = relative_error(got, want)
-    if not error <= limit:
-        _, at = _largest_gap(got, want)
-        raise AssertionError(f"{what}: relative error {error:.2g} exceeds {limit:.2g}, largest at index {at}")
-
-
-def expect_equal(got: Tensor, want: Tensor, what: str) -> None:
-    """Raise AssertionError unless two tensors are bitwise equal."""
-    if not torch.equal(got, want):
-        gap, at = _largest_gap(got, want)
-        raise AssertionError(f"{what}, by up to {gap:.2g}, at index {at}")
-
-
-def _largest_gap(got: Tensor, want: Tensor) -> tuple[float, tuple[int, ...]]:
-    gap = torch.nan_to_num((got.detach().double() - want.detach().double()).abs(), nan=float("inf"))
-    return float(gap.max()), tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))

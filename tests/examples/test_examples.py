@@ -257,7 +257,7 @@ def test_run_of_two_processes_resumes_in_one_with_the_same_losses(tmp_path: Path
         (["--data", "nowhere"], "error: path must be a file or a folder of text, but nowhere does not exist"),
         (["--resume"], "checkpoint.pt does not exist"),
         (["--attention", "ful"], "did you mean 'full'?"),
-        (["--strategy", "ddp"], "error: strategy must be 'single' without torchrun's processes, got strategy='ddp'"),
+        (["--strategy", "ddp"], "error: strategy must be 'single' without a process group, got strategy='ddp'"),
     ],
     ids=["no data", "no checkpoint", "unknown block", "no torchrun"],
 )

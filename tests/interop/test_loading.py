@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attention_zoo import cli
 from attention_zoo.interop import PACKAGES, convert, from_upstream, load
+from tests.interop.replay import RUN
 
 RECORDS = Path(__file__).parents[1] / "data" / "upstream"
 
@@ -236,7 +237,7 @@ def test_a_damaged_converted_folder_raises_a_value_error(tmp_path: Path) -> None
     torch.save(weights, tmp_path / "old.pt")
     convert(meta["package"], meta["cls"], tmp_path / "old.pt", tmp_path, arguments=meta["kwargs"])
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"model\.safetensors must be a safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a complete safetensors file"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"package": "memformer"}')
     with pytest.raises(ValueError, match="field 'class'"):
@@ -253,3 +254,38 @@ def test_every_upstream_class_has_a_loader() -> None:
             "Attention", "DALLE", "SparseAxialCausalAttention", "SparseConvCausalAttention", "Transformer",
         ],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_a_loaded_text_to_image_model_decodes_in_steps(stable: bool) -> None:
+    meta, weights = record("dalle_model_logits")
+    model = build(meta, weights, stable=stable)
+    inputs = torch.load(RECORDS / "dalle_model_logits.pt", weights_only=True)["inputs"]
+    tokens = model.tokens(inputs["text"], inputs["image"])
+    with torch.no_grad():
+        out, state = model.step(tokens[:, :8])
+        parts = [out]
+        for index in range(8, tokens.shape[1]):
+            out, state = model.step(tokens[:, index : index + 1], state)
+            parts.append(out)
+        torch.testing.assert_close(torch.cat(parts, 1), model(inputs["text"], inputs["image"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("cosine_transformer_postnorm", {}),
+        ("dalle_model_logits", {"stable": True}),
+        ("gateloop_transformer", {}),
+        ("memformer_seq2seq_mems_mask", {}),
+        ("quartic_multistream_shared_emb", {}),
+    ],
+)
+def test_a_loaded_model_computes_the_same_after_saving(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    meta, weights = record(name)
+    inputs = torch.load(RECORDS / f"{name}.pt", weights_only=True)["inputs"]
+    model = build(meta, weights, **changes)
+    model.save(tmp_path)
+    run = RUN[meta["package"], meta["cls"]]
+    want, got = (run(each, dict(inputs), meta["forward_kwargs"]) for each in (model, type(model).load(tmp_path).eval()))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -73,7 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "shared_ff_ids": [0, 0],
         "tie_embeddings": True,
     },
-    "rotated values, no biases": {"rotate_values": True, "bias": False},
+    "no biases": {"bias": False},
 }
 
 

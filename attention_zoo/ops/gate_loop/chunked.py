@@ -1,14 +1,19 @@
 """The gate loop in chunks of 64 tokens, as matrix products, with a backward written by hand.
 
-Inside a chunk the output is ((q k^T) * D) v with D_ij = Re(a_{j+1} ... a_i); between chunks the complex state is kept
-as a real matrix. Only the inputs are saved for backward, which recomputes D and the states.
+With the cumulative log-magnitude L and phase phi of the gates, the features are folded into
+    q'_i = [q_i cos phi_i, q_i sin phi_i],  k'_j = [k_j cos phi_j, k_j sin phi_j],
+and the gate loop is linear attention with a real decay:
+    out_i = sum_{j <= i} exp(L_i - L_j) (q'_i . k'_j) v_j
+Inside a chunk this is ((q k^T) * D) v with D_ij = exp(L_i - L_j) cos(phi_i - phi_j). Between chunks the state is
+rotated by -phi, so that it only decays, and kept as its real part stacked on its negative imaginary part. Only the
+inputs are saved for backward, which recomputes D and the states.
 
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +32,7 @@ class ChunkedInputs(NamedTuple):
 
     q, k, v: (b, h, n, e), (b, h, n, e), (b, h, n, e_v).
     gate: (b, h, n, 2), real and imaginary part.
-    state: initial state, (b, h, 2e, e_v), real part stacked on imaginary part.
+    state: initial state, (b, h, 2e, e_v), real part stacked on the negative imaginary part.
     """
 
     q: Tensor
@@ -39,215 +44,164 @@ class ChunkedInputs(NamedTuple):
 
 def chunked_gate_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs (b, h, n, e_v) and final state; arguments as in `gate_loop`, in at least float32 and complex64."""
-    pairs = torch.view_as_real(state)
-    stacked = torch.cat((pairs[..., 0], pairs[..., 1]), dim=-2)
-    out, stacked = _operator(ChunkedInputs(q, k, v, torch.view_as_real(gate), stacked))
-    return out, torch.complex(*stacked.chunk(2, dim=-2))
+    re, im = torch.view_as_real(state).unbind(-1)
+    out, last = _operator(ChunkedInputs(q, k, v, torch.view_as_real(gate), torch.cat((re, -im), dim=-2)))
+    return out, torch.complex(*last.chunk(2, dim=-2))
 
 
 def decay(gate: Tensor) -> Tensor:
     """Re(a_{j+1} ... a_i), (..., c, c), 0 for j > i, of gates (..., c, 2)."""
-    return _real(*_cumulative(gate))
-
-
-def _cumulative(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cumulative product of gates (..., c, 2): log-magnitude in float64, cosine and sine of the phase, (..., c)."""
     log, phase = (part.cumsum(-1) for part in log_and_phase(gate))
-    return log, phase.cos().to(gate.dtype), phase.sin().to(gate.dtype)
+    return _decay(log, gate.dtype) * (phase[..., :, None] - phase[..., None, :]).cos().to(gate.dtype)
 
 
-def _sizes(log: Tensor, dtype: torch.dtype) -> Tensor:
-    """|D_ij| of D_ij = a_{j+1} ... a_i, (..., c, c), 0 for j > i."""
+def _decay(log: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(L_i - L_j), (..., c, c), 0 for j > i."""
     return magnitude(log[..., :, None] - log[..., None, :], dtype).tril()
 
 
-def _real(log: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Re D_ij, (..., c, c)."""
-    return _sizes(log, cos.dtype) * (torch.stack((cos, sin), -1) @ torch.stack((cos, sin), -2))
-
-
-def _imaginary(log: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Im D_ij, (..., c, c)."""
-    return _sizes(log, cos.dtype) * (torch.stack((sin, -cos), -1) @ torch.stack((cos, sin), -2))
-
-
 class _Chunks(NamedTuple):
-    """Chunks of tokens (B, N, c, ...) with B = b h, and the products of gates between tokens and chunk boundaries.
+    """Chunks of tokens (B, N, c, ...) with B = b h.
 
-    q, k, v: (B, N, c, e).
-    log, cos, sin: (B, N, c), cumulative product of the gates of a chunk.
-    first: (B, N, c, 2), product of the gates of a chunk up to and including each token.
-    last: (B, N, c, 2), product of the gates after each token.
+    q, k, v: (B, N, c, e), (B, N, c, e), (B, N, c, e_v).
+    waves: cosine and sine of the cumulative phase, (B, N, c, 2).
+    log: log-magnitude of the gates from the start of the chunk to each token, after a 0, (B, N, 1 + c).
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    waves: Tensor
     log: Tensor
-    cos: Tensor
-    sin: Tensor
-    first: Tensor
-    last: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of a head, including the padding of the last chunk."""
-        return self.q.shape[1] * self.q.shape[2]
-
-    @property
-    def whole(self) -> Tensor:
-        """Product of all gates of a chunk, (B, N, 2)."""
-        return self.first[:, :, -1]
-
-    def read(self) -> Tensor:
-        """Queries of a state before the chunk, (..., c, 2e), for its stacked real and imaginary parts."""
-        return torch.cat((self.q * self.first[..., :1], self.q * -self.first[..., 1:]), dim=-1)
-
-    def write(self) -> Tensor:
-        """Keys of the state after the chunk, (..., c, 2e)."""
-        return torch.cat((self.k * self.last[..., :1], self.k * self.last[..., 1:]), dim=-1)
 
 
-def _fold(tensor: Tensor, size: int) -> Tensor:
-    """(b, h, n, f) as chunks (b h, N, size, f), the last one padded."""
-    missing = -tensor.shape[2] % size
-    if missing:
-        tensor = F.pad(tensor, (0, 0, 0, missing))
-    b, h, n, f = tensor.shape
-    return tensor.reshape(b * h, n // size, size, f)
+def _split(x: Tensor) -> Tensor:
+    """(b, h, n, f) as chunks (b h, N, c, f), the last one padded."""
+    b, h, n, f = x.shape
+    size = min(CHUNK, n)
+    x = F.pad(x, (0, 0, 0, -n % size)) if n % size else x
+    return x.reshape(b * h, x.shape[2] // size, size, f)
 
 
-def _cut(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> _Chunks:
-    size = min(CHUNK, q.shape[2])
-    missing = -q.shape[2] % size
-    if missing:  # gates of 1: padding leaves the state unchanged
-        one = torch.tensor([1.0, 0.0], dtype=gate.dtype, device=gate.device).expand(*gate.shape[:2], missing, 2)
-        gate = torch.cat((gate, one), dim=2)
-    log, cos, sin = _cumulative(_fold(gate, size))
-    grown = magnitude(log, cos.dtype)
-    rest = magnitude(log[..., -1:] - log, cos.dtype)
-    c, s = cos[..., -1:], sin[..., -1:]
-    last = torch.stack((rest * (c * cos + s * sin), rest * (s * cos - c * sin)), dim=-1)
-    first = torch.stack((grown * cos, grown * sin), dim=-1)
-    return _Chunks(_fold(q, size), _fold(k, size), _fold(v, size), log, cos, sin, first, last)
+def _join(groups: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Groups of chunks as (b, h, n, f), without padding."""
+    b, h, n, _ = like.shape
+    x = torch.cat(list(groups))
+    return x.view(b, h, n + -n % min(CHUNK, n), x.shape[-1])[:, :, :n].contiguous()
 
 
-def _multiply(gate: Tensor, state: Tensor) -> Tensor:
-    """Complex product of gates (B, 2) and stacked states (B, 2e, e_v)."""
-    re, im = state.chunk(2, dim=1)
-    return gate[:, :1, None] * state + gate[:, 1:, None] * torch.cat((-im, re), dim=1)
+def _groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Groups of chunks (M, c, ...), of all heads; on the CPU small ones that stay in its caches."""
+    size = GROUP if tensors[0].device.type == "cpu" else tensors[0].shape[:2].numel()
+    return zip(*(torch.split(x.flatten(0, 1), size) for x in tensors), strict=True)
 
 
-def _states(chunks: _Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The states before each chunk, (B, N, 2e, e_v), and after the last, (B, 2e, e_v)."""
-    written = chunks.write().transpose(-1, -2) @ chunks.v
-    for index in range(written.shape[1]):
-        after = written[:, index] + _multiply(chunks.whole[:, index], state)
-        written[:, index] = state
+def _fold(x: Tensor, waves: Tensor) -> Tensor:
+    """[x cos phi, x sin phi], (..., 2e)."""
+    return torch.cat((x * waves[..., :1], x * waves[..., 1:]), dim=-1)
+
+
+def _unfold(grad: Tensor, waves: Tensor) -> Tensor:
+    """Gradient of x from that of `_fold(x, waves)`."""
+    cos, sin = grad.chunk(2, dim=-1)
+    return (cos * waves[..., :1]).addcmul_(sin, waves[..., 1:])
+
+
+def _rotate(state: Tensor, waves: Tensor) -> Tensor:
+    """Rotated state (B, 2e, e_v) to the state, by waves (B, 2); also the gradient of the state to the rotated one."""
+    (re, im), (cos, sin) = state.chunk(2, dim=1), waves[:, :, None, None].unbind(1)
+    return torch.cat((re * cos + im * sin, re * sin - im * cos), dim=1)
+
+
+def _by_phase(x: Tensor, y: Tensor) -> Tensor:
+    """x . y over folded features, and its derivative by the phase of x, (2, ...)."""
+    return torch.stack(((x * y).sum(-1), (_turn(x) * y).sum(-1)))
+
+
+def _turn(x: Tensor) -> Tensor:
+    """Derivative of folded features, or of waves, by the phase."""
+    cos, sin = x.chunk(2, dim=-1)
+    return torch.cat((-sin, cos), dim=-1)
+
+
+def _chunks(inputs: ChunkedInputs) -> tuple[_Chunks, Tensor, Tensor]:
+    """The chunks, the rotated states before each, (B, N, 2e, e_v), and after the last, (B, 2e, e_v)."""
+    q, k, v = _split(inputs.q), _split(inputs.k), _split(inputs.v)
+    missing = q.shape[1] * q.shape[2] - inputs.q.shape[2]  # padding neither decays nor rotates the state
+    log, phase = (F.pad(part, (0, missing)).flatten(0, 1) for part in log_and_phase(inputs.gate))
+    log = F.pad(log.view(q.shape[:3]).cumsum(-1), (1, 0))
+    phase = phase.cumsum(-1).view(q.shape[:3])
+    waves = torch.stack((phase.cos(), phase.sin()), dim=-1).to(q.dtype)
+    last = magnitude(log[..., -1:] - log, q.dtype)[..., None]
+    writes = [_fold(k * d, w).transpose(-1, -2) @ v for k, v, w, d in _groups(k, v, waves, last[:, :, 1:])]
+    states = torch.cat(writes).view(*q.shape[:2], *inputs.state.shape[2:])
+    after = _recur(zip(states.unbind(1), last[:, :, :1].unbind(1), strict=True), inputs.state.flatten(0, 1))
+    return _Chunks(q, k, v, waves, log), states, after
+
+
+def _recur(steps: Iterable[tuple[Tensor, Tensor]], state: Tensor) -> Tensor:
+    """state = decay * state + x over steps (x, decay); x is replaced by the state before it, the last one returned."""
+    for x, decay in steps:
+        after = torch.addcmul(x, decay, state)
+        x.copy_(state)
         state = after
-    return written, state
+    return state
 
 
 def _forward(inputs: ChunkedInputs) -> tuple[Tensor, Tensor]:
-    q, k, v, gate, state = inputs
-    b, h, n, _ = q.shape
-    chunks = _cut(q, k, v, gate)
-    before, after = _states(chunks, state.flatten(0, 1))
-    flat, before = _flat(chunks), before.flatten(0, 1)
-    out = flat.v.new_empty(flat.v.shape)
-    for part in _groups(flat):
-        group = _Chunks(*(tensor[part] for tensor in flat))
-        scores = (group.q @ group.k.transpose(-1, -2)).mul_(_real(group.log, group.cos, group.sin))
-        out[part] = (scores @ group.v).add_(group.read() @ before[part])
-    return out.view(b, h, chunks.tokens, v.shape[3])[:, :, :n].clone(), after.reshape(state.shape).clone()
+    chunks, before, after = _chunks(inputs)
+    out = []
+    for q, k, v, waves, log, state in _groups(*chunks, before):
+        decays = _decay(log, q.dtype)
+        scores = (q @ k.transpose(-1, -2)).mul_(waves @ waves.transpose(-1, -2)).mul_(decays[:, 1:, 1:])
+        out.append((scores @ v).addcmul_(_fold(q, waves) @ state, decays[:, 1:, :1]))
+    return _join(out, inputs.v), _rotate(after, chunks.waves[:, -1, -1]).view(inputs.state.shape)
 
 
 def _backward(inputs: ChunkedInputs, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-    q, k, v, gate, state = inputs
-    grad_out, grad_state = gradients
-    chunks = _cut(q, k, v, gate)
-    before, _ = _states(chunks, state.flatten(0, 1))
-    grad_out = _fold(grad_out, chunks.q.shape[2])
-    grad_after = chunks.read().transpose(-1, -2) @ grad_out  # the loop turns it into that of the state after each chunk
-    later = grad_state.flatten(0, 1)
-    back = chunks.whole * torch.tensor([1.0, -1.0], dtype=gate.dtype, device=gate.device)
-    for index in reversed(range(grad_after.shape[1])):
-        earlier = grad_after[:, index] + _multiply(back[:, index], later)
-        grad_after[:, index] = later
-        later = earlier
-
-    flat, around = _flat(chunks), [tensor.flatten(0, 1) for tensor in (grad_out, before, grad_after)]
-    grads = [tensor.new_empty(tensor.shape) for tensor in (flat.q, flat.k, flat.v, flat.first)]
-    for part in _groups(flat):
-        group = _Chunks(*(tensor[part] for tensor in flat))
-        for whole, piece in zip(grads, _chunk_gradients(group, *(t[part] for t in around)), strict=True):
-            whole[part] = piece
-    grads = [tensor.view(*q.shape[:2], chunks.tokens, tensor.shape[-1])[:, :, : q.shape[2]].clone() for tensor in grads]
-    return [*grads, later.reshape(state.shape).clone()]
+    chunks, before, _ = _chunks(inputs)
+    grad_out, grad_state = _split(gradients[0]), _rotate(gradients[1].flatten(0, 1), chunks.waves[:, -1, -1])
+    first = magnitude(chunks.log[..., 1:, None], grad_out.dtype)
+    reads = _groups(chunks.q, chunks.waves, first, grad_out)
+    grad_after = torch.cat([_fold(q * d, w).transpose(-1, -2) @ grad for q, w, d, grad in reads]).view(before.shape)
+    steps = list(zip(grad_after.unbind(1), first[:, :, -1:].unbind(1), strict=True))
+    initial = _recur(reversed(steps), grad_state).view(inputs.state.shape)
+    groups = [_chunk_gradients(*group) for group in _groups(*chunks, grad_out, before, grad_after)]
+    *grads, grad_gate = (_join(parts, inputs.q) for parts in zip(*groups, strict=True))
+    phase = log_and_phase(inputs.gate)[1]
+    unit = torch.polar(torch.ones_like(phase), phase)
+    return [*grads, torch.view_as_real(torch.view_as_complex(grad_gate) * unit), initial]
 
 
-def _flat(chunks: _Chunks) -> _Chunks:
-    """The chunks of all heads along one axis, (b h N, c, ...)."""
-    return _Chunks(*(tensor.flatten(0, 1) for tensor in chunks))
+def _chunk_gradients(
+    q: Tensor, k: Tensor, v: Tensor, waves: Tensor, log: Tensor, grad: Tensor, before: Tensor, grad_after: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the gates along and across their directions, (M, c, 2).
 
-
-def _groups(chunks: _Chunks) -> list[slice]:
-    """Groups of chunks; on the CPU small ones that stay in its caches."""
-    total = chunks.q.shape[0]
-    size = GROUP if chunks.q.device.type == "cpu" else total
-    return [slice(start, start + size) for start in range(0, total, size)]
-
-
-def _chunk_gradients(chunks: _Chunks, grad: Tensor, before: Tensor, grad_after: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v and the gates (..., c, 2), from those of the outputs and of the states after the chunks."""
-    real = _real(chunks.log, chunks.cos, chunks.sin)
-    imaginary = _imaginary(chunks.log, chunks.cos, chunks.sin)
-    scores = chunks.q @ chunks.k.transpose(-1, -2)
-    pairs = grad @ chunks.v.transpose(-1, -2)
-    from_state = grad @ before.transpose(-1, -2)  # (..., c, 2e)
-    into_state = chunks.v @ grad_after.transpose(-1, -2)
-    grad_v = ((scores * real).transpose(-1, -2) @ grad).add_(chunks.write() @ grad_after)
-    weighted = pairs * real
-    first, last = chunks.first, chunks.last
-    read, write = from_state.chunk(2, dim=-1), into_state.chunk(2, dim=-1)
-    grad_q = weighted @ chunks.k + (read[0] * first[..., :1] - read[1] * first[..., 1:])
-    grad_k = weighted.transpose(-1, -2) @ chunks.q + (write[0] * last[..., :1] + write[1] * last[..., 1:])
-    reads = torch.stack([(chunks.q * part).sum(-1) for part in read], dim=-1)
-    writes = torch.complex((chunks.k * write[0]).sum(-1), -(chunks.k * write[1]).sum(-1))
-    whole = _inner(grad_after, before)
-    return grad_q, grad_k, grad_v, _gate_gradient(chunks, scores.mul_(pairs), real, imaginary, reads, writes, whole)
-
-
-def _inner(grad: Tensor, state: Tensor) -> Tensor:
-    """sum conj(grad) state over the features of stacked states, (...) complex."""
-    (a, b), (c, d) = grad.chunk(2, dim=-2), state.chunk(2, dim=-2)
-    return torch.complex((a * c + b * d).sum((-1, -2)), (a * d - b * c).sum((-1, -2)))
-
-
-def _gate_gradient(
-    chunks: _Chunks, pairs: Tensor, real: Tensor, imaginary: Tensor, reads: Tensor, writes: Tensor, whole: Tensor
-) -> Tensor:
-    """Gradient of each gate, (..., c, 2), without division, so that it is exact for gates of 0.
-
-    The loss is Re of sum_ij pairs_ij D_ij + sum_i reads_i first_i + sum_j writes_j last_j + whole * (all gates). Each
-    product that contains a_t is (product after t) a_t (product before t); the gradient is the conjugate of the rest.
+    With the state before the chunk as token 0 and the one after it as token c + 1, the loss is sum_ij pairs_ij E_ij,
+    E_ij = exp(L_i - L_j). A gate a_t with j < t <= i enters as E_ij = E_it |a_t| E_{t-1,j}, so that the gradient of
+    |a_t| is the sum of pairs_ij E_it E_{t-1,j}: without division, and exact for gates of 0. The gradient across takes
+    the derivatives of the pairs by the phase instead of the pairs.
     """
-    start = torch.tensor([1.0, 0.0], dtype=real.dtype, device=real.device).expand_as(chunks.first[..., :1, :])
-    first = torch.cat((start, chunks.first[..., :-1, :]), dim=-2)  # the product up to t - 1
-    zero = torch.zeros_like(real[..., :1, :])
-    before = [torch.cat((zero, part[..., :-1, :]), dim=-2) for part in (real, imaginary)]  # D_{t-1, j}
-    left = torch.cat((pairs, reads), dim=-1)  # (i, j + 2)
-    inner = left @ torch.cat((before[0], first[..., :1], -first[..., 1:]), dim=-1).transpose(-1, -2)  # (i, t)
-    turned = left @ torch.cat((before[1], first.flip(-1)), dim=-1).transpose(-1, -2)
-    near_real = (real * inner).sub_(imaginary * turned).sum(-2)
-    near_imaginary = turned.mul_(real).add_(inner.mul_(imaginary)).sum(-2)
+    queries, keys, decays = _fold(q, waves), _fold(k, waves), _decay(log, q.dtype)
+    inside, first, last = decays[:, 1:, 1:], decays[:, 1:, :1], decays[:, -1, 1:, None]
+    rotation = torch.stack((waves, _turn(waves))) @ waves.transpose(-1, -2)  # cos(phi_i - phi_j) and its derivative
+    grad_scores = grad @ v.transpose(-1, -2)
+    grad_read, grad_written = grad @ before.transpose(-1, -2), v @ grad_after.transpose(-1, -2)  # (M, c, 2e)
 
-    columns = torch.view_as_real(writes)
-    through = torch.complex(before[0] @ columns[..., :1], before[0] @ columns[..., 1:])
-    through = through + 1j * torch.complex(before[1] @ columns[..., :1], before[1] @ columns[..., 1:])
-    outer = through.squeeze(-1) + whole[..., None] * torch.view_as_complex(first)
-    rest = torch.complex(near_real, near_imaginary) + torch.view_as_complex(chunks.last) * outer
-    return torch.view_as_real(rest.conj().resolve_conj())
+    scores = q @ k.transpose(-1, -2)
+    whole = _by_phase(grad_after.transpose(-1, -2), before.transpose(-1, -2)).sum(-1, keepdim=True)
+    upper = torch.cat((_by_phase(queries, grad_read)[..., None], rotation * (scores * grad_scores)), dim=-1)
+    lower = torch.cat((whole, _by_phase(grad_written, keys)), dim=-1)[..., None, :]
+    earlier = torch.cat((upper, lower), dim=-2)[..., :-1] @ decays[:, :-1, :-1].transpose(-1, -2)
+    grad_gate = earlier.mul_(torch.cat((inside, decays[:, -1:, 1:]), dim=-2)).sum(-2)
+
+    weights = rotation[0].mul_(inside)  # Re(a_{j+1} ... a_i)
+    grad_scores, scores = grad_scores.mul_(weights), scores.mul_(weights)
+    grad_q = (grad_scores @ k).add_(_unfold(grad_read.mul_(first), waves))
+    grad_k = (grad_scores.transpose(-1, -2) @ q).add_(_unfold(grad_written.mul_(last), waves))
+    grad_v = (scores.transpose(-1, -2) @ grad).addcmul_(keys @ grad_after, last)
+    return grad_q, grad_k, grad_v, grad_gate.movedim(0, -1)
 
 
 def _fake(inputs: ChunkedInputs) -> list[Tensor]:

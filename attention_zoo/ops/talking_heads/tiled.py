@@ -112,7 +112,7 @@ def map_tiles(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Iterat
         for tile in query_tiles(i, j, causal, QUERY_TILE):
             allowed = None if only_causal else tile_mask(tile, mask=own, causal=causal, device=q.device)
             masked = None if allowed is None else ~allowed[0]
-            yield MapTile(row, tile.queries, slice(0, tile.keys), masked, only_causal)
+            yield MapTile(row, tile.queries, slice(0, tile.keys), masked, only_causal and i > 1)
 
 
 class Workspace:
