@@ -35,12 +35,12 @@ class GateLoopState(State):
     """Decoding state of `GateLoopAttention`. Size: 2 h e^2 elements per row, for any number of tokens.
 
     Attributes:
-        state: (b, h, e, e, 2) in at least float32, real and imaginary part of the hidden state.
+        hidden_state: (b, h, e, e, 2) in at least float32, real and imaginary part of the hidden state.
         has_valid: (b,) bool, whether a row has had a valid token.
         token_count: number of tokens so far, masked ones included; a 0-d tensor.
     """
 
-    state: Tensor
+    hidden_state: Tensor
     has_valid: Tensor
     token_count: Tensor
 
@@ -108,8 +108,8 @@ class GateLoopAttention(AttentionBlock):
         hidden, count = None, None
         if isinstance(state, GateLoopState):
             shape = (x.shape[0], self.heads, self.dim_head, self.dim_head, 2)
-            check_state_shape(state.state, "(b, heads, dim_head, dim_head, 2)", shape)
-            hidden, count = torch.view_as_complex(state.state), state.token_count
+            check_state_shape(state.hidden_state, "(b, heads, dim_head, dim_head, 2)", shape)
+            hidden, count = torch.view_as_complex(state.hidden_state), state.token_count
             has_valid = has_valid | state.has_valid[:, None]
         out, hidden = self.recur(*self.project(x), mask, hidden)
         new = GateLoopState(

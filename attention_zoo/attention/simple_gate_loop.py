@@ -23,11 +23,11 @@ class SimpleGateLoopState(State):
     """Decoding state of `SimpleGateLoop`. Size: d elements per row, for any number of tokens.
 
     Attributes:
-        state: (b, d) in at least float32, the hidden state.
+        hidden_state: (b, d) in at least float32.
         token_count: number of tokens so far, masked ones included; a 0-d tensor.
     """
 
-    state: Tensor
+    hidden_state: Tensor
     token_count: Tensor
 
 
@@ -66,8 +66,8 @@ class SimpleGateLoop(AttentionBlock):
         q, kv, gate = self.project(x, mask)
         hidden, count = None, None
         if isinstance(state, SimpleGateLoopState):
-            check_state_shape(state.state, "(b, dim)", (x.shape[0], self.dim))
-            hidden, count = state.state, state.token_count
+            check_state_shape(state.hidden_state, "(b, dim)", (x.shape[0], self.dim))
+            hidden, count = state.hidden_state, state.token_count
         h, hidden = linear_recurrence(gate, kv, state=hidden)
         out = (q * h).to(q.dtype)
         new = SimpleGateLoopState(hidden.clone(), count_tokens(count, x.shape[1]))

@@ -28,7 +28,7 @@ def test_masked_tokens_leave_the_recurrent_state_unchanged(heads: int | None) ->
     with torch.no_grad():
         _, state = block.step(torch.randn(2, 5, 16))
         _, later = block.step(torch.randn(2, 70, 16), state, mask=torch.zeros(2, 70, dtype=torch.bool))
-    torch.testing.assert_close(later.state, state.state, rtol=1e-6, atol=0)
+    torch.testing.assert_close(later.hidden_state, state.hidden_state, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("sub_norm", [False, True])
