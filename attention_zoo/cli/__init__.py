@@ -13,11 +13,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-import attention_zoo.cli.bench as bench
-import attention_zoo.cli.check as check
-import attention_zoo.cli.convert as convert
-import attention_zoo.cli.gallery as gallery
-import attention_zoo.cli.list as listing
+from attention_zoo.cli import bench, check, convert, gallery
+from attention_zoo.cli import list as listing
 
 __all__ = ["COMMANDS", "main"]
 
@@ -43,13 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         doc = inspect.getdoc(command) or ""
-        raw = argparse.RawDescriptionHelpFormatter
-        command.add_arguments(
-            commands.add_parser(name, help=doc.partition("\n")[0], description=doc, formatter_class=raw)
-        )
+        subparser = commands.add_parser(name, help=doc.partition("\n")[0], description=doc)
+        subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.add_arguments(subparser)
     args = parser.parse_args(argv)
     try:
-        status: int = COMMANDS[args.command].run(args)
+        status = COMMANDS[args.command].run(args)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader, e.g. `head`, has closed the pipe; the flush at exit must not fail either

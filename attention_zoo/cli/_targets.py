@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -35,8 +36,6 @@ def find_block(name: str) -> Make:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError:
-        raise
     except Exception as error:
         raise ImportError(f"{module_name} must import, but raised {type(error).__name__}: {error}") from error
     make: Make | None = getattr(module, attribute, None)
@@ -61,8 +60,9 @@ def read_arguments(source: str | Path | None) -> dict[str, Any]:
         if not isinstance(arguments, dict):
             raise ValueError(f"a value of type {type(arguments).__name__}")
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError included
+        example = '{"heads": 4}'
         raise ValueError(
-            f"--arguments must be a JSON object such as '{{\"heads\": 4}}', got {str(source)!r}: {error}"
+            f"--arguments must be a JSON object such as {example!r}, got {str(source)!r}: {error}"
         ) from error
     return arguments
 
@@ -96,6 +96,12 @@ def make_block(make: Make, name: str, dim: int, arguments: Mapping[str, Any]) ->
     if not isinstance(block, nn.Module):
         raise ValueError(f"{name} must give an nn.Module, got {type(block).__name__}")
     return block
+
+
+def layout_for(length: int) -> TextImageLayout:
+    """Text and a square image with `length` tokens in total: about 256 of text, or a fifth if that is less."""
+    side = max(1, math.isqrt(length - min(256, length // 5)))
+    return TextImageLayout(length - side * side, side, side)
 
 
 def reads_context(block: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from attention_zoo._checks import check_positive
@@ -25,7 +26,7 @@ LENGTHS = [512, 1024, 2048]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the"""
+    """Declare the options."""
     add = parser.add_argument
     add("blocks", nargs="*", metavar="BLOCK", help="layer names, or module:Class (default: all layers)")
     add(
@@ -60,6 +61,5 @@ def run(args: argparse.Namespace) -> int:
         text = as_markdown(costs, f"{title}, {args.dtype}, dim {args.dim}, batch 1")
         write_aside(args.markdown, lambda path: Path(path).write_text(text))
     if args.plot is not None:
-        figure = draw_costs(costs, title)
-        write_aside(args.plot, lambda path: figure.savefig(path, dpi=100, format="png"))
+        write_aside(args.plot, partial(draw_costs, costs, title))
     return 0

@@ -8,11 +8,10 @@ The same in a test:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attention_zoo._checks import check_choice, check_positive
 from attention_zoo.cli._table import print_rows
@@ -20,7 +19,6 @@ from attention_zoo.cli._targets import find_block, make_block, read_arguments, r
 from attention_zoo.testing import CHECKS, Subject, run_check
 from attention_zoo.testing.report import FAILED
 
-LENGTHS = [1, 2, 7, 64, 65, 131]
 COLUMNS = {"check": f"<{max(map(len, CHECKS))}", "outcome": f"<{len('not applicable')}", "what": "<4"}
 
 
@@ -30,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("block", metavar="BLOCK", help="layer name, or module:Class")
     add("--arguments", metavar="JSON", help="constructor arguments other than dim, e.g. '{\"heads\": 4}'")
     add("--dim", type=int, default=32, help="number of input features (default: 32)")
-    add("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help="numbers of tokens (default: 1 ... 131)")
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=Subject.lengths,
+        metavar="N",
+        help="numbers of tokens (default: 1 ... 131)",
+    )
     add("--bidirectional", action="store_true", help="do not require causality")
     add("--checks", nargs="+", metavar="CHECK", default=list(CHECKS), help="checks to run (default: all)")
 
@@ -47,12 +52,16 @@ def run(args: argparse.Namespace) -> int:
     build = partial(make_block, find_block(args.block), args.block, dim, arguments)
     block = build()
     streams = getattr(block, "streams", 1)
+
+    def context(batch: int, length: int) -> dict[str, Tensor]:
+        return {"context": torch.randn(batch, 5, getattr(block, "context_dim", dim))}
+
     subject = Subject(
         build,
         dim=dim,
         causal=not args.bidirectional and bool(getattr(block, "causal", True)),
-        lengths=tuple(args.lengths),
-        inputs=partial(_context, block) if reads_context(block) else None,
+        lengths=args.lengths,
+        inputs=context if reads_context(block) else None,
         streams=streams if streams > 1 else None,
         shift_invariant=getattr(block, "layout", None) is None,
         gradient_is_exact=getattr(block, "gradient_fraction", 1.0) == 1.0,
@@ -63,11 +72,3 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         print(f"\n{args.block} fails {failed} of {len(args.checks)} checks.")
     return int(failed > 0)
-
-
-def _context(block: nn.Module, batch: int, length: int) -> Mapping[str, Tensor]:
-    """A context of five tokens."""
-    features = getattr(block, "context_dim", getattr(block, "dim", None))
-    if not isinstance(features, int):
-        raise ValueError("a layer with a context must have an int attribute `context_dim` or `dim`")
-    return {"context": torch.randn(batch, 5, features)}

@@ -25,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert the checkpoint and print the names."""
-    arguments = read_arguments(args.arguments)
-    names = convert(args.package, args.cls, args.weights, args.out, arguments=arguments)
+    names = convert(args.package, args.cls, args.weights, args.out, arguments=read_arguments(args.arguments))
     print_table([("old name", "became"), *names.items()])
     print(f"\n{args.package} {args.cls} is in {args.out}. It loads with attention_zoo.interop.load({str(args.out)!r}).")
     return 0

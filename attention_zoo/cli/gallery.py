@@ -12,15 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from attention_zoo._checks import check_positive
+from attention_zoo._checks import check_at_least, check_positive
 from attention_zoo.attention import BLOCKS
 from attention_zoo.cli._figure import new_figure
 from attention_zoo.cli._gallery.fields import LAYOUT, Field, receptive_field, sentence_map, small_sizes
 from attention_zoo.cli._gallery.page import Entry, write_page
 from attention_zoo.cli._gallery.pictures import draw_field, draw_map, draw_overview, field_as_text
 from attention_zoo.cli._targets import Make, accepted, find_block, make_block, read_arguments
+from attention_zoo.testing.subject import seeded
 from attention_zoo.training import read_text
 
 SENTENCE = "for name, value in items: print(name)"
@@ -41,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and draw one layer after the other."""
     check_positive(dim=args.dim)
-    if args.steps < 0:
-        raise ValueError(f"steps must be at least 0, got {args.steps}")
+    check_at_least(0, steps=args.steps)
     sentence = args.sentence.encode()
     if len(sentence) < 8:
         raise ValueError(f"sentence must have at least 8 bytes, got {args.sentence!r}")
@@ -60,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
         field = fields[name] = _measure(name, make, args.dim, arguments)
         stem = re.sub(r"\W+", "_", name)
         pictures = [(args.out / f"{stem}_field.png", "receptive field: gradients of outputs with respect to inputs")]
-        draw_field(field, name).savefig(pictures[0][0], dpi=100)
+        draw_field(field, name, pictures[0][0])
         found = sentence_map(partial(make, **arguments), sentence, dim=args.dim, steps=args.steps, text=text)
         if found is not None:
             weights, steps = found
             weights_are = f"after {steps} steps of training" if steps else "random weights"
             pictures.append((args.out / f"{stem}_map.png", f"attention map on {args.sentence!r}, {weights_are}"))
-            draw_map(weights, sentence, f"{name}: {pictures[1][1]}").savefig(pictures[1][0], dpi=100)
+            draw_map(weights, sentence, f"{name}: {pictures[1][1]}", pictures[1][0])
         entries.append(Entry(name, make, pictures))
         print(f"{name}: {', '.join(str(path) for path, _ in pictures)}", flush=True)
     draw_overview(fields, args.out / "overview.png")
@@ -78,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
 def _measure(name: str, make: Make, dim: int, arguments: Mapping[str, Any]) -> Field:
     """The receptive field of a layer with few heads and small blocks."""
     blocks = accepted(make, block_size=8, local_blocks=2, random_blocks=2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         block = make_block(make, name, dim, {**small_sizes(make, dim, LAYOUT), **blocks, **arguments})
         return receptive_field(block.eval(), dim)

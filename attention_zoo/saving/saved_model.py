@@ -15,15 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from attention_zoo._files import write_all_aside
-from attention_zoo.saving.hub import HubMethods
+from attention_zoo._files import write_all_aside, write_aside
+from attention_zoo.saving.hub import import_hub, push
+from attention_zoo.saving.model_card import write_card
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+CARD = "README.md"
 
 
-class SavedModel(HubMethods, nn.Module):
-    """A model that `save` writes to a folder and `load` rebuilds.
+class SavedModel(nn.Module):
+    """A model that `save` writes to a folder and `load` rebuilds; the `_pretrained` methods use the hub as well.
 
     The constructor of a subclass calls `self.remember(locals())` directly after `super().__init__()`.
     """
@@ -68,6 +70,108 @@ class SavedModel(HubMethods, nn.Module):
         model = cls(**read_arguments(folder / CONFIG, cls))
         load_weights(model, folder / WEIGHTS)
         return model.to(device)
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        data: str | None = None,
+        score: str | None = None,
+        command: str | None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> str | None:
+        """Write the files of `save` and a model card, README.md.
+
+        Files are replaced only by complete new ones. A README.md that exists is kept. Needs the extra `hub`.
+
+        Args:
+            directory: the folder to write to, which `load` and `from_pretrained` read.
+            data, score, command: sentences for the card: the training data, the model's score, the command that
+                trained it.
+            push_to_hub: whether to upload the files to the hub.
+            repo_id: the repository, "owner/name". None: the folder's name.
+            options: passed to huggingface_hub's `push_to_hub`; only with push_to_hub=True.
+
+        Returns:
+            The address on the hub, or None without push_to_hub.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+            TypeError: see `save`; or options without push_to_hub=True.
+        """
+        if options and not push_to_hub:
+            raise TypeError(f"options must come with push_to_hub=True, got {', '.join(sorted(options))}")
+        import_hub()
+        self.save(directory)
+        card = Path(directory, CARD)
+        if not card.exists():
+            text = write_card(self, data=data, score=score, command=command)
+            write_aside(card, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        if not push_to_hub:
+            return None
+        return push(self, card.read_text(encoding="utf-8"), repo_id or card.parent.name, options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Build a model from a folder written by `save_pretrained` or `save`, or from the hub with the extra `hub`.
+
+        Args:
+            name: a folder, or a repository "owner/name".
+            device: device of the model.
+            revision, token, cache_dir, force_download, local_files_only: of a repository; see huggingface_hub.
+
+        Raises:
+            ImportError: `name` is not a folder and huggingface_hub is not installed.
+            FileNotFoundError, ValueError: see `load`.
+        """
+        source = str(name)
+        if os.path.isdir(source):
+            return cls.load(source, device=device)
+        if os.path.isabs(source) or source.startswith(".") or source.count("/") > 1:
+            raise FileNotFoundError(f"{source} does not exist, and a repository is called 'owner/name'")
+        folder = import_hub().snapshot_download(
+            source,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            allow_patterns=[CONFIG, WEIGHTS],
+        )
+        return cls.load(folder, device=device)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        data: str | None = None,
+        score: str | None = None,
+        command: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload the files of `save_pretrained` to the hub. Needs the extra `hub`.
+
+        Args:
+            repo_id: "owner/name".
+            data, score, command: see `save_pretrained`.
+            options: private, branch, token, commit_message, ...: see huggingface_hub.
+
+        Returns:
+            The address on the hub.
+        """
+        return push(self, write_card(self, data=data, score=score, command=command), repo_id, options)
 
 
 def write_model(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -119,13 +223,10 @@ def check_plain(name: str, value: object) -> None:
     Raises:
         TypeError: it cannot; the message names the argument.
     """
-    if isinstance(value, Mapping):
-        for key, item in value.items():
+    if isinstance(value, (Mapping, list, tuple)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             check_plain(f"{name}[{key!r}]", item)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            check_plain(f"{name}[{index}]", item)
-    elif not isinstance(value, (str, int, float, bool, type(None))):
+    elif not isinstance(value, (str, int, float, type(None))):
         raise TypeError(
             f"{name} must be made of names, numbers and lists for the model to be saved, got {value!r}; "
             f"save its state_dict() instead"
@@ -144,7 +245,7 @@ def read_arguments(path: Path, cls: type) -> dict[str, Any]:
         raise ValueError(f"{path} must hold an object with the field 'arguments'")
     if config.get("class") != cls.__name__:
         raise ValueError(f"{path}: field 'class' must be {cls.__name__!r}, got {config.get('class')!r}")
-    return dict(config["arguments"])
+    return config["arguments"]
 
 
 def read_json(path: Path) -> Any:
@@ -200,8 +301,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict with tied tensors once, under the first of their names."""
-    names: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), name)
-    return {name: tensors[name] for name in names.values()}
+    first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name: tensor for name, tensor in tensors.items() if first_names[id(tensor)] == name}

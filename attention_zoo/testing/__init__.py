@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from attention_zoo._checks import check_choice
 from attention_zoo.testing.agreement import check_compile, check_derivatives, check_fast_path, check_half_precision
 from attention_zoo.testing.basics import check_causality, check_rows, check_shapes
 from attention_zoo.testing.decoding import check_steps
@@ -57,7 +58,7 @@ def check_block(
     *,
     dim: int,
     causal: bool,
-    lengths: Sequence[int] = (1, 2, 7, 64, 65, 131),
+    lengths: Sequence[int] = Subject.lengths,
     inputs: MakeInputs | None = None,
     reference: Callable[[], nn.Module] | None = None,
     checks: Sequence[str] | None = None,
@@ -79,13 +80,10 @@ def check_block(
     Raises:
         ValueError: `checks` has a name that is not in CHECKS.
     """
-    subject = Subject(
-        make_block, dim=dim, causal=causal, lengths=tuple(lengths), inputs=inputs, reference=reference, **options
-    )
-    names = list(CHECKS) if checks is None else list(checks)
-    unknown = [name for name in names if name not in CHECKS]
-    if unknown:
-        raise ValueError(f"checks must be among {list(CHECKS)}, got {unknown[0]!r}")
+    names = CHECKS if checks is None else checks
+    for name in names:
+        check_choice("checks", name, CHECKS)
+    subject = Subject(make_block, dim, causal, lengths, inputs, reference, **options)
     return Report([run_check(name, subject) for name in names])
 
 

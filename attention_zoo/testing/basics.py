@@ -40,8 +40,7 @@ def check_causality(subject: Subject) -> None:
         raise NotApplicable("the block is not causal")
     block = subject.block()
     for n in subject.lengths:
-        positions = _positions(n)
-        if positions:
+        if positions := _positions(n):
             x, other = (subject.x(n, batch=len(positions), seed=seed) for seed in (1, 9))
             for padding in subject.paddings(n, batch=len(positions)).values():
                 _check_future_gradient(block, x, positions, padding)

@@ -30,8 +30,7 @@ def check_saving(subject: Subject) -> None:
     expect_equal(other(x, **others), out, "a block loaded from state_dict gives other outputs")
     expect_equal(copy.deepcopy(block)(x, **others), out, "a deep copy gives other outputs")
     with torch.device("meta"):
-        empty = subject.make_block()
-    empty = empty.to_empty(device=subject.device).eval()
+        empty = subject.make_block().to_empty(device=subject.device).eval()
     empty.load_state_dict(block.state_dict())
     expect_equal(empty(x, **others), out, "a block built on the meta device and loaded gives other outputs")
 

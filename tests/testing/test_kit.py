@@ -114,5 +114,5 @@ def test_checks_do_not_change_the_random_state() -> None:
 
 
 def test_an_unknown_check_raises_an_error_with_the_known_names() -> None:
-    with pytest.raises(ValueError, match=r"checks must be among .*got 'speed'"):
+    with pytest.raises(ValueError, match=r"checks must be one of .*got checks='speed'"):
         check_block(Base, dim=DIM, causal=True, checks=["speed"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -11,17 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo.attention import (
-    AttentionBlock,
-    BlockSparseAttention,
-    CrossAttention,
-    GateLoopAttention,
-    SelfAttention,
-)
+from attention_zoo.attention import BlockSparseAttention, CrossAttention, GateLoopAttention, SelfAttention
 from attention_zoo.cli._bench.measure import WARM_UP, Call, compare, median_seconds, peak_bytes
 from attention_zoo.cli._bench.setup import Setup
-from attention_zoo.cli._targets import accepted, find_block, make_block, reads_context
-from attention_zoo.ops import TextImageLayout, gate_loop, softmax_attention, unit_gate
+from attention_zoo.cli._targets import accepted, find_block, layout_for, make_block, reads_context
+from attention_zoo.ops import gate_loop, softmax_attention, unit_gate
 
 PHASES = ("forward", "training")
 
@@ -79,12 +72,6 @@ class BlockCost:
     state_bytes: int | None
 
 
-def layout_for(length: int) -> TextImageLayout:
-    """Text and a square image with `length` tokens in total: about 256 of text, or a fifth if that is less."""
-    side = max(1, math.isqrt(length - min(256, length // 5)))
-    return TextImageLayout(length - side * side, side, side)
-
-
 def build_block(name: str, length: int, setup: Setup) -> nn.Module:
     """A layer with default arguments, except for sizes and layout where its constructor has them.
 
@@ -103,30 +90,27 @@ def block_inputs(block: nn.Module, length: int, setup: Setup) -> tuple[Tensor, .
     return tuple(setup.randn(1, length, setup.dim) for _ in range(1 + reads_context(block)))
 
 
-def head_inputs(length: int, setup: Setup) -> tuple[Tensor, Tensor, Tensor]:
+def head_inputs(length: int, setup: Setup) -> tuple[Tensor, ...]:
     """Random q, k and v, (1, h, n, e), with the memory layout of projections: heads inside tokens."""
-    q, k, v = (setup.randn(1, length, setup.heads, setup.dim_head).transpose(1, 2) for _ in range(3))
-    return q, k, v
+    return tuple(setup.randn(1, length, setup.heads, setup.dim_head).transpose(1, 2) for _ in range(3))
 
 
 def mixing(block: nn.Module, length: int, setup: Setup) -> Mixing:
     """The part of a layer that is compared with SDPA: its operation if that can run alone, or else the whole layer."""
     if isinstance(block, SelfAttention):
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return block.attend(block.prepare(q, 0), block.prepare(k, 0), v, None)  # `prepare` may normalize q and k
-
+        prepare, attend = block.prepare, block.attend  # `prepare` may normalize q and k
         pattern = None if isinstance(block, BlockSparseAttention) else block.pattern
         mask = None if pattern is None else pattern().mask(0, length, setup.device)
-        return Mixing(attend, head_inputs(length, setup), block.causal, mask)
+        heads = head_inputs(length, setup)
+        return Mixing(lambda q, k, v: attend(prepare(q, 0), prepare(k, 0), v, None), heads, block.causal, mask)
     if isinstance(block, CrossAttention):
         return Mixing(softmax_attention, head_inputs(length, setup), causal=False)
     if isinstance(block, GateLoopAttention):
         gate = unit_gate(setup.randn(1, length, block.heads, 2)).transpose(1, 2)
         heads = head_inputs(length, replace(setup, heads=block.heads, dim_head=block.dim_head))
         return Mixing(lambda q, k, v: gate_loop(q, k, v, gate).out, heads, causal=True)
-    causal = bool(getattr(block, "causal", True))
-    return Mixing(block, block_inputs(block, length, setup), causal, whole=True)
+    inputs = block_inputs(block, length, setup)
+    return Mixing(block, inputs, causal=bool(getattr(block, "causal", True)), whole=True)
 
 
 def measure_block(name: str, block: nn.Module, length: int, phase: str, setup: Setup) -> BlockCost:
@@ -165,12 +149,14 @@ def measure_step(block: nn.Module, length: int, setup: Setup) -> tuple[float | N
     """Milliseconds to decode one token after about `length` tokens, and the size of the final state in bytes."""
     steps = WARM_UP + setup.runs
     step: Any = getattr(block, "step", None)
-    decodes = callable(step) and getattr(type(block), "step", None) is not AttentionBlock.step
-    if not decodes or not getattr(block, "causal", True) or length <= steps:
+    if not callable(step) or not getattr(block, "causal", True) or length <= steps:
         return None, None
     x, *context = block_inputs(block, length, setup)
     with torch.inference_mode():
-        _, state = step(x[:, :-steps], **({"context": context[0]} if context else {}))
+        try:
+            _, state = step(x[:, :-steps], **({"context": context[0]} if context else {}))
+        except NotImplementedError:  # by `AttentionBlock.step`
+            return None, None
         positions = iter(range(length - steps, length))
 
         def decode() -> None:

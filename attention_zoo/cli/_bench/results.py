@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from attention_zoo.attention import BLOCKS
 from attention_zoo.cli._bench.blocks import BlockCost
 from attention_zoo.cli._figure import new_figure
 from attention_zoo.cli._table import format_number, print_rows
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 KIB, MIB = 2**10, 2**20
 NUMBERS = (
@@ -46,13 +42,11 @@ def as_markdown(costs: Sequence[BlockCost], machine: str) -> str:
     """A Markdown table, one row per layer and length.
 
     Args:
-        costs: costs in both phases of each layer and length.
+        costs: costs of each layer and length, forward followed by training.
         machine: description of the machine.
     """
     lines = [machine, "", f"| {' | '.join(MARKDOWN_COLUMNS)} |", "|---" * len(MARKDOWN_COLUMNS) + "|"]
-    trained = {(cost.block, cost.length): cost for cost in costs if cost.phase == "training"}
-    for forward in (cost for cost in costs if cost.phase == "forward"):
-        training = trained[forward.block, forward.length]
+    for forward, training in zip(costs[::2], costs[1::2], strict=True):
         cells = [f"`{forward.block}`", str(forward.length)]
         for cost in (forward, training):
             cells += [format_number(cost.block_ms), _ratio(cost).rstrip()]
@@ -66,8 +60,8 @@ def as_markdown(costs: Sequence[BlockCost], machine: str) -> str:
     return "\n".join([*lines, "", notes]) + "\n"
 
 
-def draw_costs(costs: Sequence[BlockCost], machine: str) -> Figure:
-    """Time and peak memory of whole layers against the length on logarithmic axes, with SDPA alone in grey."""
+def draw_costs(costs: Sequence[BlockCost], machine: str, path: str) -> None:
+    """Draw time and peak memory of whole layers against the length on logarithmic axes, with SDPA alone in grey."""
     figure = new_figure(13, 4.8)
     panels = (("forward", "ms", 1), ("training", "ms", 1), ("training", "bytes", MIB))
     for axis, (phase, field, scale) in zip(figure.subplots(1, 3), panels, strict=True):
@@ -86,7 +80,7 @@ def draw_costs(costs: Sequence[BlockCost], machine: str) -> Figure:
         axis.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(machine, fontsize=9)
-    return figure
+    figure.savefig(path, dpi=100, format="png")
 
 
 def _ratio(cost: BlockCost) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,35 +66,6 @@ def add_size(parser: argparse.ArgumentParser, name: str, default: int, meaning: 
     parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
 
 
-def read_setup(args: argparse.Namespace) -> Setup:
-    """Check the options of `add_setup_arguments`.
-
-    Raises:
-        ValueError: a size is below 1, the device or dtype is unknown, or the JSON file cannot be written.
-    """
-    check_positive(**{name: getattr(args, name) for name in SIZES})
-    check_choice("dtype", args.dtype, DTYPES)
-    device = check_device(args.device)
-    check_file("json", args.json)
-    return Setup(args.dim, args.heads, args.dim_head, args.runs, device, DTYPES[args.dtype])
-
-
-def check_device(name: str) -> torch.device:
-    """The device called `name`.
-
-    Raises:
-        ValueError: `name` is neither "cpu" nor a CUDA device of this machine.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or cuda:0, cuda:1, ..., got device={name!r}") from error
-    count = torch.cuda.device_count()
-    if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < count):
-        raise ValueError(f"device must be cpu or one of the {count} CUDA devices of this machine, got device={name!r}")
-    return device
-
-
 def check_file(name: str, path: Path | None) -> None:
     """Check that a file can be written to `path`.
 
@@ -107,10 +79,9 @@ def check_file(name: str, path: Path | None) -> None:
 def describe_machine(device: torch.device) -> Machine:
     """What a time depends on: processor, number of threads, torch version, and GPU if one is used."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = re.search(r"^model name\s*: (.*)$", info.read_text(errors="replace"), re.M) if info.exists() else None
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": name[1].strip() if name else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -129,9 +100,15 @@ def measuring(args: argparse.Namespace) -> Iterator[tuple[Setup, Machine]]:
     """Check the options, print machine and sizes, and use `--threads` CPU threads inside this context.
 
     Raises:
-        ValueError: see `read_setup`.
+        ValueError: a size is below 1, the device or dtype is unknown, or the JSON file cannot be written.
     """
-    setup, before = read_setup(args), torch.get_num_threads()
+    check_positive(**{name: getattr(args, name) for name in SIZES})
+    check_choice("dtype", args.dtype, DTYPES)
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    check_choice("device", args.device, ["cpu", "cuda", *gpus] if gpus else ["cpu"])
+    check_file("json", args.json)
+    setup = Setup(args.dim, args.heads, args.dim_head, args.runs, torch.device(args.device), DTYPES[args.dtype])
+    before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
         machine = describe_machine(setup.device)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from attention_zoo._checks import check_features
-from attention_zoo.cli._targets import Make, accepted, reads_context
+from attention_zoo.cli._targets import Make, accepted, layout_for, reads_context
 from attention_zoo.models import LanguageModel
 from attention_zoo.ops import TextImageLayout
+from attention_zoo.testing.subject import seeded
 from attention_zoo.training import as_tokens, random_batch
 
 TOKENS = 40  # tokens of the receptive field of a layer without image layout
@@ -39,6 +40,12 @@ class Field:
     queries: Sequence[int]
     layout: TextImageLayout | None = None
     of_context: bool = False
+
+    def name(self, query: int) -> str:
+        """A token of an image layer: its index in the text, or its row and column in the image."""
+        if self.layout is None or query < self.layout.text_len:
+            return f"text token {query}"
+        return f"pixel {divmod(query - self.layout.text_len, self.layout.width)}"
 
 
 def small_sizes(make: Make, dim: int, layout: TextImageLayout) -> dict[str, Any]:
@@ -101,10 +108,9 @@ def sentence_map(make: Make, sentence: bytes, *, dim: int, steps: int, text: byt
         The map (h, n, n) and the number of training steps of the model; None for a layer without `attention_map` or
         with several streams.
     """
-    options = small_sizes(make, dim, layout_around(len(sentence)))
+    options = small_sizes(make, dim, layout_for(len(sentence)))
     tokens = torch.tensor([list(sentence)])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         block: Any = make(dim, **options)
         if not callable(getattr(block, "attention_map", None)) or getattr(block, "streams", 1) > 1:
             return None
@@ -124,15 +130,7 @@ def _train(model: LanguageModel, text: bytes, length: int, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokens = as_tokens(text)
     for _ in range(steps):
-        loss = model.loss(random_batch(tokens, BATCH, length))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        model.loss(random_batch(tokens, BATCH, length)).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-
-
-def layout_around(length: int) -> TextImageLayout:
-    """A layout of `length` tokens, about a quarter of them text."""
-    width = max(1, round((0.75 * length) ** 0.5))
-    height = max(1, int(0.75 * length) // width)
-    return TextImageLayout(length - height * width, height, width)
