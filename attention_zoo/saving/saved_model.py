@@ -268,8 +268,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: the file is missing.
         ValueError: the file is damaged.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
     try:
         return load_file(path)
     except SafetensorError as error:
