@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 
 from attention_zoo import BLOCKS
 from attention_zoo.testing import CHECKS, run_check
@@ -14,8 +15,13 @@ from tests.cases import CASES, DIM, Case
 REASONS = ("the block is not causal",)
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def case_and_check(case: Case, check: str) -> ParameterSet:
+    """Compilation takes as long as all other checks: of variants it is checked among the slow tests."""
+    slow = check == "compile" and ":" in case.name
+    return pytest.param(case, check, id=f"{case.name}-{check}", marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("case", "check"), [case_and_check(case, check) for case in CASES for check in CHECKS])
 def test_every_case_passes_every_check(case: Case, check: str) -> None:
     outcome = run_check(check, case.subject())
     assert outcome.status != FAILED, outcome.message

@@ -86,6 +86,7 @@ def test_block_compiled_by_the_default_backend_equals_eager(name: str) -> None:
         torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_compiled_once_runs_at_other_lengths(name: str) -> None:
     block, counts = make(name), []

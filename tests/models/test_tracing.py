@@ -29,6 +29,7 @@ def make(name: str) -> LanguageModel:
 causal = pytest.mark.parametrize("name", [name for name in BLOCKS if name != "cross"])
 
 
+@pytest.mark.slow
 @causal
 def test_compiled_step_does_not_recompile_after_the_first_tokens(name: str) -> None:
     torch.compiler.reset()
@@ -68,6 +69,7 @@ def growing(state: LanguageModelState, longer: LanguageModelState) -> ShapesColl
     return shapes
 
 
+@pytest.mark.slow
 @causal
 def test_exported_step_runs_at_other_lengths_and_returns_a_state(name: str) -> None:
     model, tokens = make(name), torch.randint(0, 64, (2, 20))
