@@ -20,6 +20,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("usage: attention-zoo") == 1 + len(COMMANDS)
 
 
+@pytest.mark.slow
 def test_module_runs_and_a_closed_pipe_ends_it_quietly() -> None:
     command = [sys.executable, "-m", "attention_zoo", "list"]
     done = subprocess.run(command, capture_output=True, text=True)

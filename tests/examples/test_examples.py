@@ -91,6 +91,7 @@ def test_model_card_states_data_score_and_command(tmp_path: Path) -> None:
     assert '"depth": 1' in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_recall_example_writes_model_and_plot(tmp_path: Path) -> None:
     options = ["--steps", "6", "--dim", "16", "--batch", "2", "--device", "cpu", "--out", str(tmp_path)]
     done = run([sys.executable, str(EXAMPLES / "recall_across_segments.py"), *options])
@@ -101,6 +102,7 @@ def test_recall_example_writes_model_and_plot(tmp_path: Path) -> None:
     Memformer.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_digits_example_generates_and_classifies(tmp_path: Path) -> None:
     options = ["--steps", "3", "--dim", "16", "--heads", "2", "--batch", "4", "--samples", "2", "--device", "cpu"]
     done = run([sys.executable, str(EXAMPLES / "draw_digits.py"), *options, "--out", str(tmp_path)])
@@ -136,6 +138,7 @@ def test_comparison_example_continues_an_interrupted_run(tmp_path: Path) -> None
     assert lost.read_text() == content
 
 
+@pytest.mark.slow
 def test_streams_example_scores_both_models_and_writes_a_plot(tmp_path: Path) -> None:
     call = command(Example("multi_stream.py", (), (), LanguageModel.load), tmp_path, "out", *TINY, "--steps", "3")
     done = run([*call, "--data", str(tmp_path / "text.txt")])
@@ -145,6 +148,7 @@ def test_streams_example_scores_both_models_and_writes_a_plot(tmp_path: Path) ->
     assert (tmp_path / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_accelerate_example_trains_an_unmodified_model(tmp_path: Path) -> None:
     call = command(Example("train_with_accelerate.py", (), (), LanguageModel.load), tmp_path, "out", "--cpu")
     sizes = ["--dim", "32", "--depth", "2", "--seq-len", "16", "--steps", "60"]
@@ -158,6 +162,7 @@ def test_accelerate_example_trains_an_unmodified_model(tmp_path: Path) -> None:
     assert LanguageModel.load(tmp_path / "out").arguments["dim"] == 32
 
 
+@pytest.mark.slow
 def test_composed_example_trains_and_prints_the_contract_checks() -> None:
     done = run([sys.executable, str(EXAMPLES / "compose_by_hand.py"), "--steps", "50"])
     assert done.returncode == 0, done.stderr
@@ -270,6 +275,7 @@ def test_invalid_option_is_reported_without_a_traceback(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_long_context_example_prints_both_tables(tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     data.write_text("the quick brown fox jumps over the lazy dog\n" * 400)

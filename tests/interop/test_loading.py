@@ -33,11 +33,20 @@ def test_an_unexpected_weight_raises_an_error_with_its_name() -> None:
         build(meta, {**weights, "to_surprise.weight": torch.ones(3)})
 
 
-@pytest.mark.parametrize("path", sorted(RECORDS.glob("*.pt")), ids=lambda path: path.stem)
-def test_each_missing_weight_raises_an_error_with_its_name(path: Path) -> None:
-    meta, weights = record(path.stem)
+LAYERS = ("cosine_attention", "gateloop_simple", "quartic_attention_mlp")  # whole models are among the slow tests
+
+
+@pytest.mark.parametrize(
+    "name_of_record",
+    [
+        pytest.param(path.stem, marks=[] if path.stem in LAYERS else [pytest.mark.slow])
+        for path in sorted(RECORDS.glob("*.pt"))
+    ],
+)
+def test_each_missing_weight_raises_an_error_with_its_name(name_of_record: str) -> None:
+    meta, weights = record(name_of_record)
     unused = ("pos_emb", "transformer.pos_emb")  # recomputed
-    ablated = [name for name in weights if "to_a" in name] if "ablate" in path.stem else []
+    ablated = [name for name in weights if "to_a" in name] if "ablate" in name_of_record else []
     for name in weights:
         if name in unused or (meta["package"] == "gateloop-transformer" and name in ablated):
             continue

@@ -111,7 +111,8 @@ def test_loaded_model_computes_the_same(tmp_path: Path) -> None:
     assert torch.equal(again(src, tgt).logits, model(src, tgt).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_model_equals_eager(dtype: torch.dtype) -> None:
     model, src, tgt = small().to(dtype), source(), target()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -26,7 +26,7 @@ def test_bidirectional_model_learns_masked_tokens() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     tokens = (torch.arange(12) + torch.randint(0, 18, (16, 1))) % 30  # each token tells its neighbours
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         loss = masked_token_loss(model, tokens, 30)
         optimizer.zero_grad()
         loss.backward()
