@@ -45,6 +45,7 @@ def test_gate_loop_compiled_once_runs_at_every_length(name: str) -> None:
         torch.compiler.reset()
 
 
+@pytest.mark.slow
 @blocks
 def test_exported_gate_loop_runs_at_other_lengths(name: str) -> None:
     block = BLOCKS[name]().eval()

@@ -60,6 +60,7 @@ def run_with_gradients(block: nn.Module, n: int) -> list[Tensor]:
     return [out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_exported_block_runs_at_other_lengths(name: str) -> None:
     block = make(name)

@@ -120,6 +120,7 @@ def test_invalid_options_are_reported_in_one_line(
     assert message in err
 
 
+@pytest.mark.slow
 def test_documented_command_has_help() -> None:
     command = [sys.executable, "-m", "benchmarks", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

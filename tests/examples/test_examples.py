@@ -259,10 +259,18 @@ def test_run_of_two_processes_resumes_in_one_with_the_same_losses(tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "nowhere"], "error: path must be a file or a folder of text, but nowhere does not exist"),
-        (["--resume"], "checkpoint.pt does not exist"),
+        pytest.param(
+            ["--data", "nowhere"],
+            "error: path must be a file or a folder of text, but nowhere does not exist",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--resume"], "checkpoint.pt does not exist", marks=pytest.mark.slow),
         (["--attention", "ful"], "did you mean 'full'?"),
-        (["--strategy", "ddp"], "error: strategy must be 'single' without a process group, got strategy='ddp'"),
+        pytest.param(
+            ["--strategy", "ddp"],
+            "error: strategy must be 'single' without a process group, got strategy='ddp'",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["no data", "no checkpoint", "unknown block", "no torchrun"],
 )

@@ -94,6 +94,7 @@ def test_greedy_generation_equals_argmax_of_forward() -> None:
             tokens = torch.cat((tokens, new[:, step : step + 1]), 1)
 
 
+@pytest.mark.slow
 def test_memory_stays_finite_over_a_thousand_segments() -> None:
     model, memory = Memformer(**SIZES).eval(), None
     with torch.no_grad():

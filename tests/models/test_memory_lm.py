@@ -116,6 +116,7 @@ def test_generation_over_many_segments_has_a_state_of_constant_size() -> None:
     assert len(set(sizes)) == 1
 
 
+@pytest.mark.slow
 def test_memory_stays_finite_over_a_thousand_segments() -> None:
     model, memory = small(), None
     with torch.no_grad():

@@ -32,6 +32,7 @@ def test_each_defect_fails_its_check_with_a_message_of_one_line(block: type[nn.M
     assert outcome.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOUND)
 def test_a_defect_does_not_fail_unrelated_checks(name: str) -> None:
     block = next(block for block, _ in BROKEN if block.__name__ == name)

@@ -236,6 +236,7 @@ def test_a_second_derivative_on_a_fast_path_is_right_or_raises(path: str) -> Non
         assert "derivative for aten::_scaled_dot_product" in message or "differentiate twice" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_compiles_as_one_graph(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, "QUERY_TILE", 3)
