@@ -16,8 +16,8 @@ REASONS = ("the block is not causal",)
 
 
 def case_and_check(case: Case, check: str) -> ParameterSet:
-    """Compilation takes as long as all other checks: of variants it is checked among the slow tests."""
-    slow = check == "compile" and ":" in case.name
+    """The checks that take longest run on variants among the slow tests, and on every layer by default."""
+    slow = check in ("compile", "steps", "fast path") and ":" in case.name
     return pytest.param(case, check, id=f"{case.name}-{check}", marks=[pytest.mark.slow] if slow else [])
 
 
