@@ -26,6 +26,8 @@ class PatternBuffer(nn.Module):
 
     def forward(self) -> Pattern:
         """The pattern with its table on the device of the layer."""
+        if not self._tables:  # nothing to move: no need to validate the pattern again at every decoding step
+            return self._pattern
         return replace(self._pattern, **{name: getattr(self, name) for name in self._tables})
 
     def extra_repr(self) -> str:
