@@ -224,6 +224,7 @@ class TransformerLoader(AnyModelLoader):
         blocks: dict[str, Callable[..., nn.Module]] = {**ATTENTION, "full": full, "sparse": full}
         stack = Stack(
             self.dim,
+            causal=True if self.causal else None,  # only full attention can be bidirectional upstream
             attention=[blocks[kind] for kind in kinds],
             feedforward=("geglu", {"bias": True}),
             ff_mult=self.ff_mult,

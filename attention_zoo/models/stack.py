@@ -80,9 +80,9 @@ class Sublayer(nn.Module):
 
     def __init__(self, block: nn.Module, residual: Residual, *, tokenwise: bool, spec: Block | None = None) -> None:
         super().__init__()
-        self.residual = residual
         self.tokenwise = tokenwise
         self.set_block(block, spec)
+        self.residual = residual
 
     def set_block(self, block: nn.Module, spec: Block | None) -> None:
         """Set the block and its spec."""
@@ -177,7 +177,8 @@ class Stack(RecordsArguments, nn.Module):
         norm: a name in NORMS, or a function of dim.
         residual: a name in RESIDUALS: "pre", "post", "sandwich" or "deepnorm".
         heads, dim_head: number and size of the heads of every block that takes them. None: the defaults of each block.
-        causal: whether the blocks are causal. A block with an attribute `causal` that differs is an error.
+        causal: whether the blocks are causal. A block with an attribute `causal` that differs is an error. None: every
+            block is as it says.
         attn_dropout: dropout probability of the attention weights.
         ff_dropout: dropout probability of the hidden features of the feedforwards.
         ff_mult: hidden features of the feedforward as a multiple of dim.
@@ -210,7 +211,7 @@ class Stack(RecordsArguments, nn.Module):
         residual: str = "pre",
         heads: int | None = None,
         dim_head: int | None = None,
-        causal: bool = True,
+        causal: bool | None = True,
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         ff_mult: float = 4,
