@@ -147,16 +147,14 @@ def check_flag(**flags: bool) -> None:
             raise TypeError(f"{name} must be a bool, got {name}={flag!r}")
 
 
-def check_number(**numbers: float | None) -> None:
-    """Check that numbers are real and finite; None (not given) passes.
+def check_number(**numbers: float) -> None:
+    """Check that numbers are real and finite.
 
     Raises:
         TypeError: a number is not a real number.
         ValueError: a number is infinite or NaN.
     """
     for name, number in numbers.items():
-        if number is None:
-            continue
         if not isinstance(number, (Real, torch.SymInt, torch.SymFloat)) or isinstance(number, bool):
             raise TypeError(f"{name} must be a number, got {name}={number!r}")
         if not math.isfinite(number):
@@ -170,9 +168,11 @@ def check_positive_number(**numbers: float | None) -> None:
         TypeError: a number is not a real number.
         ValueError: a number is infinite, NaN, or not above 0.
     """
-    check_number(**numbers)
     for name, number in numbers.items():
-        if number is not None and not number > 0:
+        if number is None:
+            continue
+        check_number(**{name: number})
+        if not number > 0:
             raise ValueError(f"{name} must be positive, got {name}={number}")
 
 
