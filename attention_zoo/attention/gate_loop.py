@@ -174,7 +174,7 @@ class GateLoopAttention(AttentionBlock):
             out = self.norm(out)
             if has_valid is not None:  # before the first valid token the output is 0, not the bias of the norm
                 out = out.masked_fill(~has_valid[..., None], 0.0)
-        if self.to_gate is not None:
+        if self.to_gate is not None and gate is not None:
             out = self.to_gate.multiply(out, gate)
         return out if self.to_out is None else self.to_out(out)
 

@@ -130,7 +130,9 @@ class TalkingHeadsAttention(SelfAttention):
         return mix_heads(self.softmax_weights(q, k, mask), _mix(self.post_softmax))
 
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
-        return super().merge(out if x.ndim == 3 else out.unflatten(1, (self.streams, self.heads)), x)
+        return super().merge(
+            out if x.ndim == 3 else out.view(out.shape[0], self.streams, self.heads, *out.shape[2:]), x
+        )
 
     def attention_map(
         self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None, mixed: bool = True
