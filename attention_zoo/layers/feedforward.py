@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo._checks import check_flag, check_fraction, check_number, check_positive, check_positive_number
+from attention_zoo._checks import check_flag, check_fraction, check_number, check_positive
 
 
 class FeedForward(nn.Module):
@@ -33,8 +33,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, *, mult: float = 4, dropout: float = 0.0, bias: bool = False) -> None:
         super().__init__()
         check_positive(dim=dim)
-        check_positive_number(mult=mult)
-        check_number(dropout=dropout)
+        check_number(mult=mult, dropout=dropout)
         check_fraction(dropout=dropout)
         check_flag(bias=bias)
         hidden = int(dim * mult)

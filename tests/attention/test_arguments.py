@@ -24,7 +24,7 @@ from attention_zoo import (
     TalkingHeadsAttention,
     TextImageLayout,
 )
-from attention_zoo.layers import FeedForward, LayerNorm, RMSNorm
+from attention_zoo.layers import DeepNorm, FeedForward, LayerNorm, LayerScale, RMSNorm, TokenShift
 
 LAYOUT = TextImageLayout(text_len=4, height=3, width=4)
 LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -42,6 +42,7 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "feedforward": lambda **options: FeedForward(16, **options),
     "rms": lambda **options: RMSNorm(16, **options),
     "layer": lambda **options: LayerNorm(16, **options),
+    "deep": lambda **options: DeepNorm(16, **options),
 }
 FLAGS = [
     *((name, "causal") for name in ("full", "cosine_sim", "talking_heads", "block_sparse", "bias")),
@@ -80,7 +81,7 @@ def test_numbers_must_be_finite_and_positive(name: str, number: str) -> None:
     LAYERS[name](**{number: 0.5})
     LAYERS[name](**{number: 2})
     for bad in (0, -1.0, math.inf, -math.inf, math.nan):
-        with pytest.raises(ValueError, match=f"{number} must be (finite|positive), got {number}={bad}"):
+        with pytest.raises(ValueError, match=f"{number} must (be finite|be positive|give .*), got {number}={bad}"):
             LAYERS[name](**{number: bad})
     for wrong in ("1", True, [1.0], 1j):
         with pytest.raises(TypeError, match=f"{number} must be a number, got {number}="):
@@ -116,3 +117,16 @@ def test_full_attention_rejects_a_pattern_of_another_type(pattern: object) -> No
 def test_image_layers_reject_a_layout_of_another_type(name: str, layout: Any) -> None:
     with pytest.raises(TypeError, match="layout must be of type TextImageLayout, got "):
         LAYERS[name](layout=layout)
+
+
+def test_parts_of_stacks_reject_numbers_and_layouts_of_another_type() -> None:
+    with pytest.raises(TypeError, match="depth must be an int, got depth='2'"):
+        LAYERS["deep"](depth="2")
+    with pytest.raises(ValueError, match="depth must be at least 1, got depth=-1"):
+        LAYERS["deep"](depth=-1)
+    with pytest.raises(TypeError, match="start must be a number, got start='1'"):
+        LayerScale(16, start="1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="start must be finite, got start=nan"):
+        LayerScale(16, start=math.nan)
+    with pytest.raises(TypeError, match="layout must be of type TextImageLayout, got int"):
+        TokenShift(nn.Identity(), 16, layout=4)  # type: ignore[arg-type]

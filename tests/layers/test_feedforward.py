@@ -72,7 +72,7 @@ def test_feedforward_dropout_is_active_only_in_training(kind: type[FeedForward])
         ({"dim": 0}, ValueError, "dim must be at least 1, got dim=0"),
         ({"dim": 2.0}, TypeError, "dim must be an int, got dim=2.0"),
         ({"dim": 4, "mult": 0.1}, ValueError, "mult must give at least one hidden feature, got mult=0.1 with dim=4"),
-        ({"dim": 4, "mult": -2}, ValueError, "mult must be positive, got mult=-2"),
+        ({"dim": 4, "mult": -2}, ValueError, "mult must give at least one hidden feature, got mult=-2"),
         ({"dim": 4, "dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got dropout=1.0"),
         ({"dim": 4, "dropout": -0.1}, ValueError, r"dropout must lie in \[0, 1\), got dropout=-0.1"),
     ],
