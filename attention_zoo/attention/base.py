@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from attention_zoo._arguments import RecordsArguments
 from attention_zoo._checks import (
     check_attn_mask,
     check_features,
@@ -39,7 +40,7 @@ class ValuesAndOutput(NamedTuple):
     output: Tensor
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(RecordsArguments, nn.Module):
     """Base class of attention layers: (b, n, d) in, (b, n, d) out.
 
     In eval mode a causal layer satisfies `forward(x) == cat(step over any split of x)`, with padding too.
