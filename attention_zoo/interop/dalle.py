@@ -220,11 +220,10 @@ class TransformerLoader(AnyModelLoader):
             layout = _layout(self.seq_len, self.image_fmap_size, "image_fmap_size")
         elif names:
             raise ValueError(f"image_fmap_size must be given with {', '.join(names)}, got None")
-        full = partial(RotatedFullAttention, causal=self.causal)
-        blocks: dict[str, Callable[..., nn.Module]] = {**ATTENTION, "full": full, "sparse": full}
         stack = Stack(
             self.dim,
-            attention=[blocks[kind] for kind in kinds],
+            attention=[ATTENTION[kind] for kind in kinds],
+            causal=self.causal or sparse,
             feedforward=("geglu", {"bias": True}),
             ff_mult=self.ff_mult,
             layer_scale=True,
@@ -235,6 +234,10 @@ class TransformerLoader(AnyModelLoader):
             **self.options(),
         )
         stack.norm = nn.Identity()
+        if sparse and not self.causal:  # upstream, layers over an image stay causal
+            for module in stack.modules():
+                if isinstance(module, RotatedFullAttention):
+                    module.causal = False
         return stack
 
     def transfer(self, move: Transfer) -> None:
