@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def check_at_least(minimum: int, /, **sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is None:
             continue
-        if not isinstance(size, int) or isinstance(size, bool):
+        if not isinstance(size, (Integral, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {name}={size!r}")
         if size < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {name}={size}")

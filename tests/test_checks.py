@@ -12,6 +12,7 @@ from attention_zoo import _checks as checks
 TOKENS, X = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, 4)
 ACCEPTED = {
     "positive sizes": lambda: checks.check_positive(dim=1, heads=8, kv_heads=None),
+    "a size of numpy": lambda: checks.check_positive(heads=torch.tensor(4).numpy()[()]),
     "a size of 0": lambda: checks.check_at_least(0, text_len=0),
     "fractions": lambda: checks.check_fraction(dropout=0.0, other=0.99),
     "a known name": lambda: checks.check_choice("norm", "rms", ["layer", "rms"]),

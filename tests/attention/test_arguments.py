@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -130,3 +131,20 @@ def test_parts_of_stacks_reject_numbers_and_layouts_of_another_type() -> None:
         LayerScale(16, start=math.nan)
     with pytest.raises(TypeError, match="layout must be of type TextImageLayout, got int"):
         TokenShift(nn.Identity(), 16, layout=4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in LAYERS if name not in ("bias", "feedforward", "rms", "layer", "deep")]
+)
+def test_sizes_and_numbers_may_be_those_of_numpy(name: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    sizes = {
+        "heads": numpy.int64(2),
+        "dim_head": numpy.int32(8),
+        "dropout": numpy.float32(0.5),
+        "scale": numpy.float32(2),
+    }
+    takes = inspect.signature(type(LAYERS[name]())).parameters
+    layer = LAYERS[name](**{key: value for key, value in sizes.items() if key in takes})
+    others = {"context": torch.randn(2, 4, 16)} if name == "cross" else {}
+    assert layer(torch.randn(2, 5, 16), **others).shape == (2, 5, 16)
