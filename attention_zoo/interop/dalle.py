@@ -236,6 +236,10 @@ class TransformerLoader(AnyModelLoader):
             **self.options(),
         )
         stack.norm = nn.Identity()
+        if sparse and not self.causal:  # upstream, layers over an image stay causal
+            for module in stack.modules():
+                if isinstance(module, RotatedFullAttention):
+                    module.causal = False
         return stack
 
     def transfer(self, move: Transfer) -> None:
