@@ -33,7 +33,7 @@ ALLOWED = {
     "models": {"_checks", "ops", "layers", "attention", "saving"},
     "generation": {"_checks", "ops", "layers", "models"},
     "training": {"_checks", "_files", "ops", "layers", "attention", "models", "saving"},
-    "testing": {"_checks", "ops", "layers", "attention", "models"},
+    "testing": {"_checks", "ops", "layers", "attention", "models", "generation"},
     "interop": {"_checks", "_files", "ops", "layers", "attention", "models", "saving"},
     "__main__": {"cli"},
 }
