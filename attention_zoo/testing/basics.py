@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -64,8 +66,7 @@ def _positions(n: int) -> list[int]:
 
 def _check_future_gradient(block: nn.Module, x: Tensor, positions: list[int], padding: Padding) -> None:
     x = x.clone().requires_grad_()
-    with seeded(6):
-        out = block(x, **padding.extra)
+    out = _run_seeded(block, x, padding.extra)
     picked = torch.stack([out[row, ..., t, :] for row, t in enumerate(positions)])
     gradient = torch.autograd.grad(picked.square().sum() + picked.sum(), x, materialize_grads=True)[0]
     for row, t in enumerate(positions):
@@ -80,10 +81,7 @@ def _check_future_change(block: nn.Module, x: Tensor, other: Tensor, positions: 
     for row, t in enumerate(positions):
         changed[row, ..., t + 1 :, :] = other[row, ..., t + 1 :, :]
     with torch.no_grad():
-        with seeded(6):
-            before = block(x, **padding.extra)
-        with seeded(6):
-            after = block(changed, **padding.extra)
+        before, after = (_run_seeded(block, features, padding.extra) for features in (x, changed))
     for row, t in enumerate(positions):
         what = f"outputs up to token {t} change with later tokens ({padding.where})"
         expect_equal(after[row, ..., : t + 1, :], before[row, ..., : t + 1, :], what)
@@ -95,16 +93,22 @@ def check_rows(subject: Subject) -> None:
         block = subject.block().train(training)
         for n in subject.lengths:
             where = f"n={n}, training mode" if training else f"n={n}"
-            others = subject.others(n)
-            x = subject.x(n).requires_grad_()
-            with seeded(6):
-                out = block(x, **others)
+            others, x = subject.others(n), subject.x(n)
+            with torch.no_grad():
+                before = _run_seeded(block, x, others)
+            out = _run_seeded(block, x.requires_grad_(), others)
             for row in range(BATCH):
                 keep = [other for other in range(BATCH) if other != row]
                 gradient = torch.autograd.grad(out[row].square().sum(), x, retain_graph=True, materialize_grads=True)[0]
                 expect_zero(gradient[keep], f"row {row} of the output has a gradient of {{}} to other rows ({where})")
                 changed = x.detach().clone()
                 changed[row] = subject.other(n)[row]
-                with torch.no_grad(), seeded(6):
-                    again = block(changed, **others)
-                expect_equal(again[keep], out[keep], f"outputs of other batch rows change with row {row} ({where})")
+                with torch.no_grad():
+                    after = _run_seeded(block, changed, others)
+                expect_equal(after[keep], before[keep], f"outputs of other batch rows change with row {row} ({where})")
+
+
+def _run_seeded(block: nn.Module, x: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
+    """The output with a fixed random seed: in training mode every call drops the same elements."""
+    with seeded(6):
+        return block(x, **extra)
