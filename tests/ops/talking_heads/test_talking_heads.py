@@ -209,3 +209,16 @@ def test_invalid_arguments_raise(changes: dict[str, Any], error: type[Exception]
     options: dict[str, Any] = {"q": q, "k": k, "v": v, "pre_softmax": None, "post_softmax": None, **changes}
     with pytest.raises(error, match=message):
         talking_heads_attention(**options)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("kind", [None, "linear", "mlp"])
+def test_a_nan_in_a_query_gives_nan_in_its_output(kind: str | None, impl: str) -> None:
+    mixes = make_mix(kind), make_mix(kind)
+    for i, j in [(1, 1), (1, 5), (7, 7), (3, 17)]:
+        for causal in (False, True):
+            q, k, v = (tensor.detach() for tensor in inputs(i, j))
+            q[:, :, -1, 0] = torch.nan
+            out = talking_heads_attention(q, k, v, *mixes, causal=causal, impl=impl)
+            assert out[:, :, -1].isnan().all()
+            assert not out[:, :, :-1].isnan().any()
