@@ -6,11 +6,11 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_features, check_fraction, check_padding, check_positive
+from attention_zoo._checks import check_features, check_fraction, check_has_data, check_padding, check_positive
 from attention_zoo.layers.patterns import make_pattern
 from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
 from attention_zoo.layers.projections import Projections, map_queries_and_keys, merge_heads, split_heads
-from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape
+from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape, own_mask
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads, softmax_attention, softmax_attention_weights
 from attention_zoo.ops.sparse import Pattern, pattern_attention, pattern_weights
 
@@ -111,9 +111,11 @@ class AttentionBlock(nn.Module):
         Raises:
             TypeError: `x` is not floating point, or `mask` is not boolean.
             ValueError: `x` or `mask` has the wrong shape.
+            RuntimeError: `x` holds data and a parameter is on the meta device.
         """
         check_features(x, self.dim)
         check_padding(mask, x)
+        check_has_data(self, x)
 
     def check_step(self, x: Tensor, state: State | None, mask: Tensor | None, kind: type[State]) -> None:
         """Check the arguments of `step`; `kind` is the class of the layer's states. Errors as in `step`."""
@@ -197,7 +199,7 @@ class SelfAttention(AttentionBlock):
             check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
             state = state.append(k, v, mask)
         else:
-            state = KeyValueState(k, v, mask)
+            state = KeyValueState(k, v, own_mask(mask))
         return self.merge(self.attend(q, state.keys, state.values, state.mask), x), state
 
     def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.positions import Rotary
 from attention_zoo.layers.projections import merge_heads, split_heads
-from attention_zoo.layers.state import KeyValueState, State, check_state_shape, register_state
+from attention_zoo.layers.state import KeyValueState, State, check_state_shape, own_mask, register_state
 from attention_zoo.ops.gate_loop import complex_of, scale_gradient, unit_gate
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
 
@@ -110,10 +110,8 @@ class RelativeGateAttention(AttentionBlock):
             gates = torch.cat((state.gates, torch.view_as_real(gate)), dim=2)
         else:
             q, k, v, gate = self.project(x, mask)
-            cache, gates = KeyValueState(k, v, mask), torch.view_as_real(gate).clone()
-        out = relative_gate_attention(
-            q, cache.keys, cache.values, torch.view_as_complex(gates), mask=cache.mask, softmax=self.softmax
-        )
+            cache, gates = KeyValueState(k, v, own_mask(mask)), torch.view_as_real(gate).clone()
+        out = self.attend(q, cache.keys, cache.values, torch.view_as_complex(gates), cache.mask)
         return self.merge(out, x), RelativeGateState(cache, gates)
 
     def project(self, x: Tensor, mask: Tensor | None, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
