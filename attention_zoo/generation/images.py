@@ -30,7 +30,7 @@ def generate_image_tokens(
     """Sample the tokens of one image per row of text.
 
     Args:
-        model: decodes in eval mode; its training mode is restored afterwards.
+        model: decodes in eval mode; see `generate`.
         text: (b, text_len) int, 0 = padding.
         prime: (b, m) int, the first tokens of each image, fewer than height * width.
         guidance: scale of classifier-free guidance: logits are null + guidance * (with text - null), where null are the
