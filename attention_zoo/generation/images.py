@@ -130,6 +130,7 @@ class _OneModality(nn.Module):
         self, model: TextToImageTransformer, ids: slice, guidance: float = 1.0, null_prompt: Tensor | None = None
     ) -> None:
         super().__init__()
+        self.training = False  # the mode of the model decides
         self.model = model
         self.ids = ids
         self.guidance = guidance
