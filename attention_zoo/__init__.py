@@ -16,6 +16,7 @@ from attention_zoo.attention import (
     SimpleGateLoop,
     TalkingHeadsAttention,
     capabilities,
+    register_block,
 )
 from attention_zoo.generation import generate, generate_image_tokens, generate_images, generate_stream, generate_text
 from attention_zoo.layers import (
@@ -42,6 +43,7 @@ from attention_zoo.models import (
     TextToImageTransformer,
     cosine_sim_lm,
     gate_loop_lm,
+    replace_block,
 )
 from attention_zoo.ops import (
     TextImageLayout,
@@ -110,5 +112,7 @@ __all__ = [
     "generate_stream",
     "generate_text",
     "reference",
+    "register_block",
+    "replace_block",
     "softmax_attention",
 ]

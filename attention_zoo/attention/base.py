@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from attention_zoo._arguments import RecordsArguments
 from attention_zoo._checks import check_features, check_fraction, check_has_data, check_padding, check_positive
 from attention_zoo.layers.patterns import make_pattern
 from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
@@ -27,7 +28,7 @@ class ValuesAndOutput(NamedTuple):
     output: Tensor
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(RecordsArguments, nn.Module):
     """Base class of attention layers: (b, n, d) in, (b, n, d) out.
 
     In eval mode a causal layer satisfies `forward(x) == cat(step over any split of x)`, with padding too.

@@ -5,13 +5,15 @@ Paper: classifier-free guidance, https://arxiv.org/abs/2207.12598
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from attention_zoo.generation.decoding import generate
-from attention_zoo.models import ImageTokenizer, TextToImageTransformer
+
+if TYPE_CHECKING:  # the models import this package
+    from attention_zoo.models import ImageTokenizer, TextToImageTransformer
 
 
 def generate_image_tokens(

@@ -74,7 +74,6 @@ class OldTextToImage(TextToImageTransformer):
 
     def __init__(self, *, attention: Sequence[str], stable: bool, **arguments: Any) -> None:
         super().__init__(attention=[ATTENTION[name] for name in attention], **arguments)
-        self.arguments |= {"attention": list(attention), "stable": stable}
         self.stable = stable
         if stable:
             self.stack.norm = nn.Sequential(DivideMax(), self.stack.norm)
@@ -294,7 +293,7 @@ def _layout(seq_len: int, side: int, name: str) -> TextImageLayout:
 def _move_stack(move: Transfer) -> None:
     move.weights.leave(f"{move.source}pos_emb", "a table that is recomputed")
     stack: Stack = move.target()
-    shift = "fn.fn." if stack.shifts else ""
+    shift = "fn.fn." if stack.token_shift is not None else ""
     first: dict[nn.Module, str] = {}  # upstream prefixes of the layers, which may be shared
     for layer in range(len(stack.layers)):
         for place, (inner, move_block) in enumerate((("fn.fn.fn.", _move_attention), ("fn.fn.", _move_feedforward))):
@@ -304,7 +303,7 @@ def _move_stack(move: Transfer) -> None:
             here.fill({"residual.norm": "fn.norm"})
             if hasattr(here.target("residual"), "norm_out"):
                 here.fill({"residual.norm_out": "fn.norm_out"})
-            block = here.at("block.block." if stack.shifts else "block.", f"{inner}{shift}")
+            block = here.at("block.block." if stack.token_shift is not None else "block.", f"{inner}{shift}")
             source = first.setdefault(block.target(), block.source)
             if source == block.source:
                 move_block(block)

@@ -112,11 +112,11 @@ class MemformerAttention(nn.Module):
 class OldMemformer(Memformer):
     """`Memformer` with upstream's distance buckets and treatment of masks and padding. Args: see `Memformer`."""
 
-    encoder_blocks = (AveragingAttention, CrossAttention)
-    decoder_blocks = (AveragingAttention, AveragingCrossAttention)
+    encoder_cross = CrossAttention
+    decoder_cross = AveragingCrossAttention
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+        super().__init__(attention=AveragingAttention, **arguments)
         self.update = AlwaysWriting(self.update.dim, heads=self.update.heads, updates=self.update.updates)
         for stack in (self.encoder, self.decoder) if self.takes_target else (self.encoder,):
             attention = [sublayer.block for sublayer in stack.sublayers() if isinstance(sublayer.block, FullAttention)]

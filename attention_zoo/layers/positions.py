@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from attention_zoo._arguments import RecordsArguments
 from attention_zoo._checks import check_positive
 from attention_zoo.ops.precision import at_least_float32
 from attention_zoo.ops.rotary import rotate
@@ -43,7 +44,7 @@ class LearnedPositions(nn.Module):
         return nn.functional.embedding((count - 1).clamp(min=0), self.weight)
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(RecordsArguments, nn.Module):
     """Base class of rotary position embeddings. A subclass defines the angles.
 
     The table of cosines and sines is neither parameter nor buffer, so that casting a model does not cast it and meta
@@ -182,7 +183,7 @@ def _evenly(index: Tensor, count: int) -> Tensor:
     return 2 * index.float() / max(count - 1, 1) - 1
 
 
-class RelativeBias(nn.Module):
+class RelativeBias(RecordsArguments, nn.Module):
     """T5's relative position bias: one learned number per head and bucket of distances, in logarithmic buckets.
 
     Args:

@@ -83,6 +83,12 @@ class TokenShift(nn.Module):
         shifted, _ = self._shift(x, mask, self._no_tokens(x), torch.tensor(0))
         return self.block(shifted, **self._extra(mask))
 
+    def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The attention map of the layer. Arguments as in `forward`."""
+        self.layout.check(x.shape[1])
+        shifted, _ = self._shift(x, mask, self._no_tokens(x), torch.tensor(0))
+        return self.block.attention_map(shifted, **self._extra(mask))
+
     def step(
         self, x: Tensor, state: TokenShiftState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, TokenShiftState]:

@@ -6,6 +6,7 @@ from attention_zoo.models.language_model import LanguageModel, LanguageModelStat
 from attention_zoo.models.memformer import Memformer, MemformerOutput, TargetDecoder
 from attention_zoo.models.memory_lm import MemoryLanguageModel, MemoryOutput, MemoryState
 from attention_zoo.models.multi_stream import MultiStreamState, MultiStreamTransformer
+from attention_zoo.models.replace import Replacement, replace_block
 from attention_zoo.models.stack import Layer, Stack, StackState
 from attention_zoo.models.text_to_image import TextToImageTransformer
 
@@ -22,10 +23,12 @@ __all__ = [
     "MemoryState",
     "MultiStreamState",
     "MultiStreamTransformer",
+    "Replacement",
     "Stack",
     "StackState",
     "TargetDecoder",
     "TextToImageTransformer",
     "cosine_sim_lm",
     "gate_loop_lm",
+    "replace_block",
 ]
