@@ -8,7 +8,9 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_at_least(minimum: int, /, **sizes: int | None) -> None:
@@ -73,6 +75,17 @@ def check_boolean(**masks: Tensor) -> None:
             raise TypeError(f"{name} must be a boolean tensor, got {_type_of(mask)}")
 
 
+def check_integers(**tensors: Tensor) -> None:
+    """Check that tensors are of an integer dtype: (u)int8, int16, int32 or int64.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in INTEGERS:
+            raise TypeError(f"{name} must be an integer tensor, got {_type_of(tensor)}")
+
+
 def check_features(x: Tensor, dim: int, *, name: str = "x") -> None:
     """Check that the input of a layer is (b, n, dim) with n >= 1.
 
@@ -108,11 +121,10 @@ def check_tokens(tokens: Tensor, num_tokens: int, *, name: str = "tokens", minim
     The range is not checked on other devices, where the check would synchronise, nor in a compiled function.
 
     Raises:
-        TypeError: `tokens` is not an int64 or int32 tensor.
+        TypeError: `tokens` is not an integer tensor.
         ValueError: `tokens` has another shape, n is below `minimum`, or an id is outside 0 ... num_tokens - 1.
     """
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be an int64 or int32 tensor of ids, got {_type_of(tokens)}")
+    check_integers(**{name: tokens})
     if tokens.ndim != 2 or tokens.shape[1] < minimum:
         raise ValueError(f"{name} must be (b, n) with n >= {minimum}, got shape {tuple(tokens.shape)}")
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -219,3 +231,23 @@ def check_attn_mask(attn_mask: Tensor | None, x: Tensor, heads: int, keys: int, 
         )
     if attn_mask.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {attn_mask.device}")
+
+
+def check_has_data(module: nn.Module, x: Tensor) -> None:
+    """Check that no parameter or buffer is on the meta device unless the input `x` is; not in a compiled function.
+
+    torch's linear operator, given data and a weight on the meta device, returns uninitialised memory (as of 2.13).
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if not torch.compiler.is_compiling() and not x.is_meta and _has_meta(module):
+        raise RuntimeError(f"{type(module).__name__} must have its parameters loaded, got some on the meta device")
+
+
+def _has_meta(module: nn.Module) -> bool:
+    # not module.parameters(), which takes four times as long
+    for tensors in (module._parameters, module._buffers):
+        if any(tensor is not None and tensor.is_meta for tensor in tensors.values()):
+            return True
+    return any(child is not None and _has_meta(child) for child in module._modules.values())

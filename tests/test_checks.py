@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from attention_zoo import _checks as checks
 
@@ -27,6 +28,9 @@ ACCEPTED = {
     "an instance": lambda: checks.check_instance(int, type(None), a=1, b=None),
     "no attention mask": lambda: checks.check_attn_mask(None, X, 3, 7),
     "an attention mask": lambda: checks.check_attn_mask(torch.zeros(1, 3, 5, 7), X, 3, 7),
+    "token ids of 8 bits": lambda: checks.check_tokens(TOKENS.to(torch.uint8), 3),
+    "data": lambda: checks.check_has_data(nn.Linear(3, 3), X),
+    "no data": lambda: checks.check_has_data(nn.Linear(3, 3, device="meta"), X.to("meta")),
     "no token ids": lambda: checks.check_token_range(TOKENS[:, :0], 3),
 }
 REJECTED = {
@@ -69,7 +73,13 @@ REJECTED = {
     "float ids": (
         lambda: checks.check_tokens(X, 3),
         TypeError,
-        "tokens must be an int64 or int32 .*got dtype .*float32",
+        "tokens must be an integer tensor, got dtype .*float32",
+    ),
+    "boolean ids": (lambda: checks.check_tokens(TOKENS.bool(), 3), TypeError, "tokens must be an integer .*torch.bool"),
+    "a weight on the meta device": (
+        lambda: checks.check_has_data(nn.Sequential(nn.Linear(3, 3, device="meta")), X),
+        RuntimeError,
+        "Sequential must have its parameters loaded, got some on the meta device",
     ),
     "flat ids": (lambda: checks.check_tokens(TOKENS[0], 3), ValueError, r"tokens must be \(b, n\) .*got shape \(5,\)"),
     "a large id": (lambda: checks.check_tokens(TOKENS + 3, 3), ValueError, "lie in 0 .* = 2, got ids from 3 to 3"),

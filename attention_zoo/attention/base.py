@@ -12,6 +12,7 @@ from attention_zoo._checks import (
     check_features,
     check_flag,
     check_fraction,
+    check_has_data,
     check_instance,
     check_number,
     check_padding,
@@ -22,7 +23,7 @@ from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.patterns import make_pattern
 from attention_zoo.layers.positions import RelativeBias, RotaryArgument, make_rotary
 from attention_zoo.layers.projections import Projections, map_queries_and_keys, merge_heads, split_heads
-from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape
+from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape, own_mask
 from attention_zoo.ops.masks import combine_masks
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads, softmax_attention, softmax_attention_weights
 from attention_zoo.ops.sparse import Pattern, pattern_attention, pattern_weights
@@ -146,6 +147,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
         """Check the arguments of `forward`, or of `step` after `earlier` tokens. Errors as in `forward`."""
         check_features(x, self.dim)
         check_padding(mask, x)
+        check_has_data(self, x)
         if attn_mask is not None:
             self.check_attn_mask(attn_mask, x, earlier + x.shape[1])
 
@@ -263,7 +265,7 @@ class SelfAttention(AttentionBlock):
             check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
             state = state.append(k, v, mask)
         else:
-            state = KeyValueState(k, v, mask)
+            state = KeyValueState(k, v, own_mask(mask))
         return self.merge(self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), x), state
 
     def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:

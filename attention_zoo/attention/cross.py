@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from attention_zoo._checks import check_features, check_flag, check_padding, check_positive
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.projections import merge_heads, split_heads
-from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
+from attention_zoo.layers.state import (
+    State,
+    check_state_dtype,
+    check_state_shape,
+    count_tokens,
+    own_mask,
+    register_state,
+)
 from attention_zoo.ops.masks import combine_masks
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
@@ -116,14 +123,15 @@ class CrossAttention(AttentionBlock):
             (b, t, d) and the new state.
 
         Raises:
-            TypeError: `state` is of another kind of layer.
-            ValueError: `context` is missing in the first step or given in a later one, or `state` comes from another
-                layer or batch size.
+            TypeError: `state` is of another kind of layer or of another dtype.
+            ValueError: `context` is missing in the first step, `context` or `context_mask` is given in a later one, or
+                `state` comes from another layer or batch size.
         """
         self.check_step(x, state, mask, CrossAttentionState)
         if isinstance(state, CrossAttentionState):
-            if context is not None:
-                raise ValueError("context must be given with the first step only, got a context and a state")
+            if context is not None or context_mask is not None:
+                name = "context_mask" if context is None else "context"
+                raise ValueError(f"{name} must be given with the first step only, got a {name} and a state")
             shape = (x.shape[0], self.heads, state.keys.shape[2], self.dim_head)
             check_state_shape(state.keys, "(b, heads, j, dim_head)", shape)
             k, v, context_mask, count = state.keys, state.values, state.mask, state.token_count
@@ -131,8 +139,10 @@ class CrossAttention(AttentionBlock):
             if context is None:
                 raise ValueError("context must be given with the first step, got None")
             k, v = self.project_context(context, context_mask, x)
-            count = None
-        out = self.merge(self.attend(self.project_queries(x), k, v, self.masked(x, k, context_mask, attn_mask)))
+            count, context_mask = None, own_mask(context_mask)
+        q = self.project_queries(x)
+        check_state_dtype(k, q)
+        out = self.merge(self.attend(q, k, v, self.masked(x, k, context_mask, attn_mask)))
         return out, CrossAttentionState(k, v, count_tokens(count, x.shape[1]), context_mask)
 
     def project_queries(self, x: Tensor) -> Tensor:

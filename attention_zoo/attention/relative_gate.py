@@ -20,7 +20,7 @@ from attention_zoo.layers.gates import check_gate, gate_input
 from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.positions import RotaryArgument, make_rotary
 from attention_zoo.layers.projections import merge_heads, split_heads
-from attention_zoo.layers.state import KeyValueState, State, check_state_shape, register_state
+from attention_zoo.layers.state import KeyValueState, State, check_state_shape, own_mask, register_state
 from attention_zoo.ops.gate_loop import complex_of, unit_gate
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
 
@@ -122,10 +122,8 @@ class RelativeGateAttention(AttentionBlock):
             gates = torch.cat((state.gates, torch.view_as_real(gate)), dim=2)
         else:
             q, k, v, gate = self.project(x, mask)
-            cache, gates = KeyValueState(k, v, mask), torch.view_as_real(gate).clone()
-        out = relative_gate_attention(
-            q, cache.keys, cache.values, torch.view_as_complex(gates), mask=cache.mask, softmax=self.softmax
-        )
+            cache, gates = KeyValueState(k, v, own_mask(mask)), torch.view_as_real(gate).clone()
+        out = self.attend(q, cache.keys, cache.values, torch.view_as_complex(gates), cache.mask)
         return self.merge(out, x), RelativeGateState(cache, gates)
 
     def project(self, x: Tensor, mask: Tensor | None, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

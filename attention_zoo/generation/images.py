@@ -32,7 +32,7 @@ def generate_image_tokens(
     """Sample the tokens of one image per row of text.
 
     Args:
-        model: decodes in eval mode; its training mode is restored afterwards.
+        model: decodes in eval mode; see `generate`.
         text: (b, text_len) int, 0 = padding.
         prime: (b, m) int, the first tokens of each image, fewer than height * width.
         guidance: scale of classifier-free guidance: logits are null + guidance * (with text - null), where null are the
@@ -132,6 +132,7 @@ class _OneModality(nn.Module):
         self, model: TextToImageTransformer, ids: slice, guidance: float = 1.0, null_prompt: Tensor | None = None
     ) -> None:
         super().__init__()
+        self.training = False  # the mode of the model decides
         self.model = model
         self.ids = ids
         self.guidance = guidance

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_instance, check_positive
-from attention_zoo.layers.state import State, check_state, check_state_shape, count_tokens, register_state
+from attention_zoo.layers.state import (
+    State,
+    check_state,
+    check_state_dtype,
+    check_state_shape,
+    count_tokens,
+    register_state,
+)
 from attention_zoo.ops.sparse import TextImageLayout
 
 
@@ -88,9 +95,10 @@ class TokenShift(nn.Module):
     def step(
         self, x: Tensor, state: TokenShiftState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, TokenShiftState]:
-        """Decode new tokens: (b, t, d) -> (b, t, d) and the new state. Arguments as in `AttentionBlock.step`."""
+        """Decode new tokens: (b, t, d) -> (b, t, d) and the new state. See `AttentionBlock.step`."""
         check_state(state, TokenShiftState)
         recent = self._no_tokens(x) if state is None else state.recent
+        check_state_dtype(recent, x)
         check_state_shape(recent, "(b, width, dim / 2)", (x.shape[0], self.layout.width, self.dim // 2))
         count = torch.tensor(0) if state is None else state.token_count
         shifted, recent = self._shift(x, mask, recent, count)

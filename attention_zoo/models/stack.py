@@ -88,7 +88,9 @@ class Sublayer(nn.Module):
         """Set the block and its spec."""
         self.block: Any = block
         self.spec = spec
-        self.takes = () if self.tokenwise else tuple(name for name in BlockInputs._fields if takes(block, name))
+        names = [name for name in BlockInputs._fields if not self.tokenwise and takes(block, name)]
+        # an attention mask is over the tokens of the stack, not over a context
+        self.takes = tuple(name for name in names if name != "attn_mask" or "context" not in names)
 
     @property
     def attention(self) -> nn.Module | None:
@@ -455,7 +457,9 @@ class Stack(RecordsArguments, nn.Module):
             value = getattr(inputs, name)
             for sub in self.sublayers() if value is not None else ():
                 # an ignored mask would be a silent error; a feedforward sees one token
-                if not sub.tokenwise and name not in sub.takes and not (sub.attention is None and name == "attn_mask"):
+                if sub.tokenwise or name in sub.takes:
+                    continue
+                if name == "mask" or (sub.attention is not None and "context" not in sub.takes):
                     raise ValueError(
                         f"{name} must be None with {type(sub.block).__name__}, whose forward takes no {name}, "
                         f"got shape {tuple(value.shape)}"

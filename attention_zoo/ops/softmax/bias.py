@@ -26,7 +26,15 @@ class DistanceBias(NamedTuple):
 
         In at least float32, the dtype in which the gradients of all pairs of a distance are summed.
         """
-        return at_least_float32(self.values).unfold(-1, keys, 1).flip(-2)
+        values = at_least_float32(self.values)
+        if queries == 1:
+            return values[:, None]
+        if torch.compiler.is_compiling():  # a trace is specialised on the sizes given to unfold
+            entry = (
+                torch.arange(keys, device=values.device) - torch.arange(1 - queries, 1, device=values.device)[:, None]
+            )
+            return values[:, entry]
+        return values.unfold(-1, keys, 1).flip(-2)
 
     def rows(self, start: int, stop: int, queries: int, keys: int) -> DistanceBias:
         """The bias of the queries `start` ... `stop` - 1 of `queries` and the first `keys` keys."""

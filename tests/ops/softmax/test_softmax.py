@@ -472,3 +472,32 @@ def test_mask_of_padding_cannot_be_additive() -> None:
     q, k, v = leaves((B, H, 3, E), (B, KV, 3, E), (B, KV, 3, EV))
     with pytest.raises(TypeError, match=r"mask must be a boolean tensor, got dtype torch.float64"):
         softmax_attention(q, k, v, mask=torch.zeros(B, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv", [KV, H])
+def test_a_nan_in_a_query_gives_nan_in_its_output_on_every_path(kv: int, causal: bool, dtype: torch.dtype) -> None:
+    for i, j in [(1, 1), (1, 2), (2, 2), (3, 9), (1, 15), (15, 15), (16, 16), (1, 17), (18, 18), (2, 33)]:
+        q, k, v = leaves((B, H, i, E), (B, kv, j, E), (B, kv, j, E), dtype=dtype)  # equal features: torch's CPU kernel
+        with torch.no_grad():
+            q[:, :, -1, 0] = torch.nan
+        for impl in ("auto", *PATHS):
+            for mask in (None, torch.ones(B, j, dtype=torch.bool)):
+                with torch.no_grad():
+                    assert softmax_attention(q, k, v, mask=mask, causal=causal, impl=impl)[:, :, -1].isnan().all()
+                out = softmax_attention(q, k, v, mask=mask, causal=causal, impl=impl)
+                assert out[:, :, -1].isnan().all(), (i, j, impl)
+                assert not out[:, :, :-1].isnan().any(), (i, j, impl)
+                (gradient,) = torch.autograd.grad(out.float().sum(), q)
+                assert gradient[:, :, -1].isnan().all(), (i, j, impl)
+
+
+def test_a_nan_in_a_query_gives_nan_in_its_output_when_compiled() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(softmax_attention, backend="aot_eager", fullgraph=True)
+    for j in (20, 5, 3):  # the second length makes it a symbol of the trace
+        q, k, v = (torch.randn(B, H, j, E) for _ in range(3))
+        q[:, :, 2] = torch.nan
+        out = compiled(q, k, v)
+        assert torch.equal(out.isnan(), q.isnan())

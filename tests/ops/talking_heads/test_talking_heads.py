@@ -237,3 +237,16 @@ def test_additive_mask_in_bfloat16_is_near_float64(impl: str) -> None:
     got = talking_heads_attention(q, k, v, *mixes, impl=impl, mask=mask)
     want = talking_heads_attention(q.double(), k.double(), v.double(), *mixes, impl="reference", mask=mask.double())
     assert relative_error(got, want) < 1e-2
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("kind", [None, "linear", "mlp"])
+def test_a_nan_in_a_query_gives_nan_in_its_output(kind: str | None, impl: str) -> None:
+    mixes = make_mix(kind), make_mix(kind)
+    for i, j in [(1, 1), (1, 5), (7, 7), (3, 17)]:
+        for causal in (False, True):
+            q, k, v = (tensor.detach() for tensor in inputs(i, j))
+            q[:, :, -1, 0] = torch.nan
+            out = talking_heads_attention(q, k, v, *mixes, causal=causal, impl=impl)
+            assert out[:, :, -1].isnan().all()
+            assert not out[:, :, :-1].isnan().any()
