@@ -103,7 +103,7 @@ def packed_batches(
         count, packed = 0, False
         for piece in _split_documents(documents, length, split):
             held.append(piece)
-            count += len(piece.tokens)
+            count += piece.tokens.numel()
             if count >= buffer * length:
                 rows = _fit(held, length)
                 rows.sort(key=_size, reverse=True)
@@ -132,7 +132,7 @@ class _Piece(NamedTuple):
 
 
 def _size(pieces: Sequence[_Piece]) -> int:
-    return sum(len(piece.tokens) for piece in pieces)
+    return sum(piece.tokens.numel() for piece in pieces)
 
 
 def _check_options(documents: Iterable[Document], length: int, pad_id: int, split: bool) -> None:
@@ -146,17 +146,17 @@ def _check_options(documents: Iterable[Document], length: int, pad_id: int, spli
 def _split_documents(documents: Iterable[Document], length: int, split: bool) -> Iterator[_Piece]:
     for index, document in enumerate(documents):
         tokens = _as_tensor(document, f"documents[{index}]")
-        if len(tokens) <= length:
-            if len(tokens):
-                yield _Piece(index, tokens)
-            continue
-        if not split:
+        size = tokens.numel()
+        if size > length and not split:
             raise ValueError(
-                f"documents[{index}] must hold at most length={length} tokens with split=False, got {len(tokens)}"
+                f"documents[{index}] must hold at most length={length} tokens with split=False, got {size}"
             )
-        for start in range(0, len(tokens) - 1, length - 1):
-            # a copy, because a view would keep the whole document in memory
-            yield _Piece(index, tokens[start : start + length].clone())
+        if 0 < size <= length:
+            yield _Piece(index, tokens)
+        elif size:
+            for start in range(0, size - 1, length - 1):
+                # a copy, because a view would keep the whole document in memory
+                yield _Piece(index, tokens[start : start + length].clone())
 
 
 def _as_tensor(document: Document, name: str) -> Tensor:
@@ -176,7 +176,7 @@ def _as_tensor(document: Document, name: str) -> Tensor:
         raise ValueError(f"{name} must be 1-D, got shape {tuple(tokens.shape)}")
     if tokens.dtype == torch.uint64:
         tokens = tokens.long()
-    if len(tokens) and torch.iinfo(tokens.dtype).min < 0 and (low := int(tokens.amin())) < 0:
+    if tokens.numel() and torch.iinfo(tokens.dtype).min < 0 and (low := int(tokens.amin())) < 0:
         raise ValueError(f"{name} must hold token ids of at least 0, got {low}")
     return tokens
 
@@ -186,8 +186,8 @@ def _fit(pieces: Sequence[_Piece], length: int) -> list[list[_Piece]]:
     rows: list[list[_Piece]] = []
     spaces: list[int] = []  # the distinct free spaces of rows, ascending
     by_space: dict[int, list[int]] = {}  # a heap of rows for each of them: of equal rows the first is filled
-    for piece in sorted(pieces, key=lambda piece: -len(piece.tokens)):
-        size = len(piece.tokens)
+    for piece in sorted(pieces, key=lambda piece: -piece.tokens.numel()):
+        size = piece.tokens.numel()
         place = bisect_left(spaces, size)
         if place == len(spaces):
             row, space = len(rows), length
@@ -207,12 +207,13 @@ def _fit(pieces: Sequence[_Piece], length: int) -> list[list[_Piece]]:
 
 
 def _as_batch(rows: Sequence[Sequence[_Piece]], length: int, pad_id: int) -> PackedBatch:
-    tokens = torch.full((len(rows), length), pad_id)
-    document_ids = torch.full_like(tokens, -1)
-    for row, pieces in enumerate(rows):
-        start = 0
-        for document, piece in pieces:
-            tokens[row, start : start + len(piece)] = piece
-            document_ids[row, start : start + len(piece)] = document
-            start += len(piece)
-    return PackedBatch(tokens, document_ids, document_ids >= 0)
+    pieces = [piece for row in rows for piece in row]
+    mask = torch.arange(length) < torch.tensor([_size(row) for row in rows])[:, None]
+    sizes = torch.tensor([piece.tokens.numel() for piece in pieces])
+    tokens = torch.cat([piece.tokens.long() for piece in pieces])
+    document_ids = torch.tensor([piece.document for piece in pieces]).repeat_interleave(sizes)
+    return PackedBatch(
+        torch.full(mask.shape, pad_id).masked_scatter(mask, tokens),
+        torch.full(mask.shape, -1).masked_scatter(mask, document_ids),
+        mask,
+    )
