@@ -133,12 +133,12 @@ def read_documents(
             that a next-token loss predicts every byte but the file's first.
 
     Raises:
-        TypeError, ValueError: `parts` is empty, `epochs` is below 1, or `max_bytes` is below 2. Checked in the call.
+        TypeError, ValueError: `parts` holds no byte, `epochs` is below 1, or `max_bytes` is below 2; in the call.
     """
     check_positive(epochs=epochs)
     check_at_least(2, max_bytes=max_bytes)
-    if not parts:
-        raise ValueError("parts must hold at least one part of a file, got none")
+    if not any(part.start < part.stop for part in parts):  # an endless iterator would yield nothing
+        raise ValueError(f"parts must hold at least one byte, got {len(parts)} empty parts")
 
     def read() -> Iterator[bytes]:
         for _ in itertools.count() if epochs is None else range(epochs):

@@ -209,7 +209,7 @@ def test_progress_bar_without_tqdm_names_the_extra_to_install(tmp_path: Path, mo
     [
         (1, {"epochs": 0}, "epochs must be at least 1, got epochs=0"),
         (1, {"max_bytes": 1}, "max_bytes must be at least 2, got max_bytes=1"),
-        (0, {}, "parts must hold at least one part of a file, got none"),
+        (0, {}, "parts must hold at least one byte, got 0 empty parts"),
     ],
 )
 def test_read_documents_checks_its_arguments_in_the_call(
