@@ -5,10 +5,13 @@ Paper: Query-Key Normalization for Transformers, https://arxiv.org/abs/2010.0424
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from attention_zoo.ops.cosine_sim.fused_norm import unit
+from attention_zoo.ops.documents import Documents, documents_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax import Bias, check_qkv, softmax_attention, split_mask
@@ -56,6 +59,7 @@ def cosine_sim_attention(
     groups: int = 1,
     eps: float | None = None,
     dropout: float = 0.0,
+    document_ids: Tensor | Documents | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """out_i = sum_j softmax_j(scale q^_i . k^_j + bias_ij) v_j, with q^, k^ = q, k l2-normalised in slices of features.
@@ -73,6 +77,7 @@ def cosine_sim_attention(
         groups: number of slices of the features, normalised separately; scores then lie in scale * [-groups, groups].
         eps: see `l2_normalize`.
         dropout: dropout probability of the weights. Pass 0 outside training.
+        document_ids: see `softmax_attention`; for a 4-D `q`.
         impl: as in `softmax_attention`.
 
     Returns:
@@ -83,6 +88,19 @@ def cosine_sim_attention(
         TypeError: the dtype of an argument is wrong.
         ValueError: the shapes of the arguments do not fit, or `impl` is unknown.
     """
+    if document_ids is not None:
+        rows = partial(
+            cosine_sim_attention,
+            causal=causal,
+            bias=bias,
+            scale=scale,
+            groups=groups,
+            eps=eps,
+            dropout=dropout,
+            impl=impl,
+        )
+        documents = documents_of(document_ids, q, k)
+        return documents.apply(rows, q, k, v, mask=mask, causal=causal, whole=bias is not None)
     impl = choose(impl, ("sdpa", "tiled"))
     merged = q.ndim == 3
     if merged and k.ndim == 4:

@@ -5,9 +5,12 @@ Papers: Attention Is All You Need, https://arxiv.org/abs/1706.03762; grouped que
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from attention_zoo.ops.documents import Documents, documents_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.softmax.bias import Bias, DistanceBias, check_bias, split_mask
 from attention_zoo.ops.softmax.distance_bias import distance_biased_attention
@@ -36,6 +39,7 @@ def softmax_attention(
     bias: Bias | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    document_ids: Tensor | Documents | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """out_i = sum_j softmax_j(scale q_i . k_j + bias_ij) v_j over the allowed keys j, in at least float32 inside.
@@ -53,6 +57,8 @@ def softmax_attention(
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`; differentiable.
         scale: factor of the scores; e^-0.5 if None.
         dropout: dropout probability of the weights. Pass 0 outside training.
+        document_ids: (b, n) int, for packed rows of n = i = j tokens: a query attends to keys of its own document,
+            a maximal run of equal ids; see `Documents`. Costs the sum over the documents on the CPU without `bias`.
         impl: "auto", "reference" (full score matrix, twice differentiable), "sdpa" (torch's fused kernels) or
             "tiled" (query tiles, recomputed in backward: memory O(n) where `bias` is learned).
 
@@ -63,6 +69,10 @@ def softmax_attention(
         TypeError: the dtype of an argument is wrong.
         ValueError: the shapes of the arguments do not fit, or `impl` is unknown.
     """
+    if document_ids is not None:
+        rows = partial(softmax_attention, causal=causal, bias=bias, scale=scale, dropout=dropout, impl=impl)
+        documents = documents_of(document_ids, q, k)
+        return documents.apply(rows, q, k, v, mask=mask, causal=causal, whole=bias is not None)
     impl = choose(impl, ("sdpa", "tiled"))
     check_qkv(q, k, v)
     mask, bias = split_mask(mask, bias, q, k)

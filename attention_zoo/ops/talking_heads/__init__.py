@@ -6,12 +6,13 @@ Papers: Talking-Heads Attention, https://arxiv.org/abs/2003.02436; over the head
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attention_zoo._checks import check_fraction
+from attention_zoo.ops.documents import Documents, documents_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.masks import check_mask
 from attention_zoo.ops.softmax import check_qkv, split_mask
@@ -58,6 +59,7 @@ def talking_heads_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    document_ids: Tensor | Documents | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """post_softmax(softmax(pre_softmax(scale * q k^T) + mask)) v, which mix the maps of all heads.
@@ -75,6 +77,7 @@ def talking_heads_attention(
             additive: added to the mixed scores, -inf = masked; differentiable.
         scale: factor of the scores. None: e^-0.5.
         dropout: dropout probability of the weights, before `post_softmax`. Pass 0 outside training.
+        document_ids: (b, n) int; see `softmax_attention`.
         impl: "auto", "reference" (all maps at once, twice differentiable) or "tiled" (query tiles, recomputed in
             backward).
 
@@ -85,6 +88,13 @@ def talking_heads_attention(
         TypeError: a tensor has the wrong dtype, or `pre_softmax` or `post_softmax` is not a `HeadMix`.
         ValueError: a shape does not fit, `dropout` is outside [0, 1), or `impl` is unknown.
     """
+    if document_ids is not None:
+        options: dict[str, Any] = {"causal": causal, "scale": scale, "dropout": dropout, "impl": impl}
+
+        def rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return talking_heads_attention(q, k, v, pre_softmax, post_softmax, mask=mask, **options)
+
+        return documents_of(document_ids, q, k).apply(rows, q, k, v, mask=mask, causal=causal)
     impl = choose(impl, ("tiled",))
     check_qkv(q, k, v)
     mask, bias = _split_mask(mask, q, k)
