@@ -164,7 +164,7 @@ class DataParallelLoss(nn.Module):
 
     Raises:
         ValueError: `strategy` is unknown or does not fit the number of processes.
-        TypeError: the model has neither `loss_terms` nor `loss`.
+        TypeError: the model has neither `loss_terms` nor `loss`, or `unused_parameters` is not a bool.
     """
 
     def __init__(
@@ -172,6 +172,8 @@ class DataParallelLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("strategy", strategy, STRATEGIES)
+        if not isinstance(unused_parameters, bool):
+            raise TypeError(f"unused_parameters must be a bool, got {unused_parameters=}")
         if not any(callable(getattr(model, name, None)) for name in ("loss_terms", "loss")):
             raise TypeError(f"model must have a method loss_terms or loss, got {type(model).__name__}")
         if strategy == "single" and world.size > 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 from attention_zoo._checks import check_fraction
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.masks import check_mask
-from attention_zoo.ops.softmax import check_qkv
+from attention_zoo.ops.softmax import check_options, check_qkv
 from attention_zoo.ops.talking_heads.diversity import DiversityInputs, tiled_diversity
 from attention_zoo.ops.talking_heads.tiled import TalkingHeadsInputs, tiled_talking_heads
 from attention_zoo.ops.tiling import dropout_seed
@@ -86,6 +86,7 @@ def talking_heads_attention(
     """
     impl = choose(impl, ("tiled",))
     check_qkv(q, k, v)
+    check_options(causal, 1.0 if scale is None else scale, dropout)
     check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     check_fraction(dropout=dropout)
     if k.shape[1] != q.shape[1]:
@@ -160,11 +161,13 @@ def stream_diversity_loss(
         A scalar in [-ln 2, 0]; 0 for one stream.
 
     Raises:
-        TypeError: a tensor has the wrong dtype, or `pre_softmax` is not a `HeadMix`.
+        TypeError: a tensor has the wrong dtype, `pre_softmax` is not a `HeadMix`, or `streams` is not an int.
         ValueError: `streams` does not divide the heads, a shape does not fit, or `impl` is unknown.
     """
     impl = choose(impl, ("tiled",))
     b, heads, n, e = q.shape
+    if not isinstance(streams, int):
+        raise TypeError(f"streams must be an int, got {streams=}")
     if streams < 1 or heads % streams:
         raise ValueError(f"streams must divide the heads of q, got {streams=} and {heads} heads")
     check_mask(mask, b, heads, n, k.shape[2])
@@ -172,6 +175,7 @@ def stream_diversity_loss(
     if streams == 1:
         return torch.zeros((), dtype=torch.float32, device=q.device)
     scale = e**-0.5 if scale is None else scale
+    check_options(causal, scale, 0.0)
     if impl == "reference":
         from attention_zoo.ops.talking_heads import reference
 
@@ -180,7 +184,7 @@ def stream_diversity_loss(
         )
     (total,) = tiled_diversity(DiversityInputs(q, k, pre, mask, causal, scale, streams))
     pairs = (heads // streams) ** 2 * streams * (streams - 1) / 2
-    queries = b * n if mask is None else mask.sum().clamp(min=1)
+    queries = max(b * n, 1) if mask is None else mask.sum().clamp(min=1)
     return -total / pairs / queries
 
 
