@@ -34,6 +34,8 @@ from attention_zoo.layers import (
     TextImageRotary,
 )
 from attention_zoo.models import (
+    Encoder,
+    EncoderDecoder,
     GreyTokenizer,
     LanguageModel,
     Memformer,
@@ -43,6 +45,7 @@ from attention_zoo.models import (
     TextToImageTransformer,
     cosine_sim_lm,
     gate_loop_lm,
+    image_to_patches,
     replace_block,
 )
 from attention_zoo.ops import (
@@ -70,6 +73,8 @@ __all__ = [
     "ConvAttention",
     "CosineSimAttention",
     "CrossAttention",
+    "Encoder",
+    "EncoderDecoder",
     "FeedForward",
     "FullAttention",
     "GateLoopAttention",
@@ -111,6 +116,7 @@ __all__ = [
     "generate_images",
     "generate_stream",
     "generate_text",
+    "image_to_patches",
     "reference",
     "register_block",
     "replace_block",

@@ -34,7 +34,7 @@ ALLOWED = {
     "models": {"_arguments", "_checks", "ops", "layers", "attention", "saving", "generation"},
     "generation": {"_checks", "ops", "layers"},
     "training": {"_checks", "_files", "ops", "layers", "attention", "models", "saving"},
-    "testing": {"_checks", "ops", "layers", "attention", "models"},
+    "testing": {"_checks", "ops", "layers", "attention", "models", "generation"},
     "interop": {"_checks", "_files", "ops", "layers", "attention", "models", "saving"},
     "__main__": {"cli"},
 }

@@ -1,4 +1,4 @@
-"""Attention layers named on the command line: a name in BLOCKS, or `module:Class`."""
+"""Attention layers and models named on the command line: a name in BLOCKS or MODELS, or `module:Class`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,39 @@ from torch import nn
 
 from attention_zoo._checks import check_choice
 from attention_zoo.attention import BLOCKS
+from attention_zoo.models import (
+    LanguageModel,
+    MemoryLanguageModel,
+    MultiStreamTransformer,
+    cosine_sim_lm,
+    gate_loop_lm,
+)
 from attention_zoo.ops import TextImageLayout
 
 Make = Callable[..., nn.Module]
 
+# Models of one sequence of tokens.
+MODELS: dict[str, Make] = {
+    make.__name__: make
+    for make in (LanguageModel, MemoryLanguageModel, MultiStreamTransformer, cosine_sim_lm, gate_loop_lm)
+}
 
-def find_block(name: str) -> Make:
+
+def find_block(name: str, known: Mapping[str, Make] = BLOCKS, kind: str = "block") -> Make:
     """The class or function called `name`. Modules are searched in the current directory as well.
+
+    Args:
+        name: a key of `known`, or `module:Class`.
+        known: the names.
+        kind: what the names are, for error messages.
 
     Raises:
         ValueError: unknown name, class or function.
         ImportError: the module cannot be imported.
     """
     if ":" not in name:
-        check_choice("block", name, BLOCKS)
-        return BLOCKS[name]
+        check_choice(kind, name, known)
+        return known[name]
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -40,8 +58,9 @@ def find_block(name: str) -> Make:
         raise ImportError(f"{module_name} must import, but raised {type(error).__name__}: {error}") from error
     make: Make | None = getattr(module, attribute, None)
     if not callable(make):
-        known = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, nn.Module)]
-        raise ValueError(f"{name} must be a class or function, but {module_name} has none; its modules are {known}")
+        classes = {key: value for key, value in vars(module).items() if inspect.isclass(value)}
+        modules = [key for key, value in classes.items() if issubclass(value, nn.Module)]
+        raise ValueError(f"{name} must be a class or function, but {module_name} has none; its modules are {modules}")
     return make
 
 
@@ -89,8 +108,25 @@ def make_block(make: Make, name: str, dim: int, arguments: Mapping[str, Any]) ->
     if isinstance(given.get("layout"), Mapping):
         given["layout"] = TextImageLayout(**given["layout"])
     first = next(iter(inspect.signature(make).parameters), "dim")
-    try:  # a constructor may have another name for its number of features
-        block = make(**given) if first in given else make(given.pop("dim"), **given)
+    # a constructor may have another name for its number of features
+    return _call(make, name, given) if first in given else _call(make, name, given, given.pop("dim"))
+
+
+def make_model(make: Make, name: str, num_tokens: int, dim: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """A new model of `num_tokens` tokens; where its constructor requires `dim` and `depth`, of `dim` and 2.
+
+    Raises:
+        ValueError: the constructor rejects the arguments, or the result is not a module.
+    """
+    required = {"dim": dim, "depth": 2}
+    parameters = inspect.signature(make).parameters.items()
+    given = {key: required[key] for key, p in parameters if key in required and p.default is p.empty}
+    return _call(make, name, {**accepted(make, num_tokens=num_tokens), **given, **arguments})
+
+
+def _call(make: Make, name: str, arguments: Mapping[str, Any], *first: Any) -> nn.Module:
+    try:
+        block = make(*first, **arguments)
     except TypeError as error:
         raise ValueError(f"--arguments must fit {name}, got {error}") from error
     if not isinstance(block, nn.Module):

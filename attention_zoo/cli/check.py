@@ -1,8 +1,10 @@
-"""Check that an attention layer satisfies the contract: one line per check, exit status 1 if a check fails.
+"""Check that an attention layer or a model satisfies the contract.
 
+One line per check; exit status 1 if a check fails. With --num-tokens the target is a model, from token ids to logits.
 The same in a test:
 
     check_block(lambda: MyAttention(64), dim=64, causal=True).raise_for_failures()
+    check_model(lambda: MyModel(256), num_tokens=256).raise_for_failures()
 """
 
 from __future__ import annotations
@@ -15,60 +17,72 @@ from torch import Tensor
 
 from attention_zoo._checks import check_choice, check_positive
 from attention_zoo.cli._table import print_rows
-from attention_zoo.cli._targets import find_block, make_block, read_arguments, reads_context
-from attention_zoo.testing import CHECKS, Subject, run_check
+from attention_zoo.cli._targets import MODELS, find_block, make_block, make_model, read_arguments, reads_context
+from attention_zoo.testing import CHECKS, MODEL_CHECKS, Subject, make_model_subject, run_check
 from attention_zoo.testing.report import FAILED
 
-COLUMNS = {"check": f"<{max(map(len, CHECKS))}", "outcome": f"<{len('not applicable')}", "what": "<4"}
+COLUMNS = {"check": f"<{max(map(len, [*CHECKS, *MODEL_CHECKS]))}", "outcome": f"<{len('not applicable')}", "what": "<4"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("block", metavar="BLOCK", help="layer name, or module:Class")
+    add("target", metavar="TARGET", help="name of a layer, or with --num-tokens of a model; or module:Class")
     add("--arguments", metavar="JSON", help="constructor arguments other than dim, e.g. '{\"heads\": 4}'")
-    add("--dim", type=int, default=32, help="number of input features (default: 32)")
-    add(
-        "--lengths",
-        type=int,
-        nargs="+",
-        default=Subject.lengths,
-        metavar="N",
-        help="numbers of tokens (default: 1 ... 131)",
-    )
+    add("--num-tokens", type=int, metavar="V", help="the target is a model of V tokens")
+    add("--dim", type=int, default=32, help="number of features (default: 32)")
+    add("--lengths", type=int, nargs="+", metavar="N", help="numbers of tokens (default: from 1 to about a hundred)")
     add("--bidirectional", action="store_true", help="do not require causality")
-    add("--checks", nargs="+", metavar="CHECK", default=list(CHECKS), help="checks to run (default: all)")
+    add("--strict", action="store_true", help="invalid arguments must raise clear errors in your own classes too")
+    add("--checks", nargs="+", metavar="CHECK", help="checks to run (default: all)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the checks and print each outcome as soon as it is known."""
-    check_positive(dim=args.dim)
-    for length in args.lengths:
+    check_positive(dim=args.dim, num_tokens=args.num_tokens)
+    for length in args.lengths or ():
         check_positive(lengths=length)
-    for name in args.checks:
-        check_choice("check", name, CHECKS)
+    known = CHECKS if args.num_tokens is None else MODEL_CHECKS
+    names = list(known) if args.checks is None else args.checks
+    for name in names:
+        check_choice("check", name, known)
+    if args.target in MODELS and args.num_tokens is None:
+        raise ValueError(f"{args.target} is a model: give --num-tokens")
+    subject = _block(args) if args.num_tokens is None else _model(args)
+    outcomes = (run_check(name, subject) for name in names)
+    printed = print_rows(COLUMNS, outcomes, lambda outcome: (outcome.check, outcome.status, outcome.message))
+    failed = sum(outcome.status == FAILED for outcome in printed)
+    if failed:
+        print(f"\n{args.target} fails {failed} of {len(names)} checks.")
+    return int(failed > 0)
+
+
+def _model(args: argparse.Namespace) -> Subject:
+    make = find_block(args.target, MODELS, "model")
+    build = partial(make_model, make, args.target, args.num_tokens, args.dim, read_arguments(args.arguments))
+    options = {} if args.lengths is None else {"lengths": args.lengths}
+    causal = not args.bidirectional
+    return make_model_subject(build, num_tokens=args.num_tokens, causal=causal, strict=args.strict or None, **options)
+
+
+def _block(args: argparse.Namespace) -> Subject:
     arguments = read_arguments(args.arguments)
     dim = arguments.get("dim", args.dim)
-    build = partial(make_block, find_block(args.block), args.block, dim, arguments)
+    build = partial(make_block, find_block(args.target), args.target, dim, arguments)
     block = build()
     streams = getattr(block, "streams", 1)
 
     def context(batch: int, length: int) -> dict[str, Tensor]:
         return {"context": torch.randn(batch, 5, getattr(block, "context_dim", dim))}
 
-    subject = Subject(
+    return Subject(
         build,
         dim=dim,
         causal=not args.bidirectional and bool(getattr(block, "causal", True)),
-        lengths=args.lengths,
+        lengths=args.lengths or Subject.lengths,
         inputs=context if reads_context(block) else None,
         streams=streams if streams > 1 else None,
         shift_invariant=getattr(block, "layout", None) is None,
         gradient_is_exact=getattr(block, "gradient_fraction", 1.0) == 1.0,
+        strict=args.strict or None,
     )
-    outcomes = (run_check(name, subject) for name in args.checks)
-    printed = print_rows(COLUMNS, outcomes, lambda outcome: (outcome.check, outcome.status, outcome.message))
-    failed = sum(outcome.status == FAILED for outcome in printed)
-    if failed:
-        print(f"\n{args.block} fails {failed} of {len(args.checks)} checks.")
-    return int(failed > 0)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_int, check_padding, check_token_range, check_tokens
+from attention_zoo._checks import check_flag, check_int, check_padding, check_token_range, check_tokens
 from attention_zoo.generation.eval_copy import eval_copy
 from attention_zoo.generation.sampling import Sampler
 
@@ -103,8 +103,7 @@ def generate_stream(
     """
     sampler = Sampler(temperature, top_k, top_p, min_p, generator)
     _check_arguments(model, prompt, max_new_tokens, eos_token_id, mask)
-    if not isinstance(progress, bool):
-        raise TypeError(f"progress must be a bool, got {progress=}")
+    check_flag(progress=progress)
     prompt = prompt.long()
     make_bar = _bar_class(progress)
 

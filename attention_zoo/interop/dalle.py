@@ -224,6 +224,7 @@ class TransformerLoader(AnyModelLoader):
         blocks: dict[str, Callable[..., nn.Module]] = {**ATTENTION, "full": full, "sparse": full}
         stack = Stack(
             self.dim,
+            causal=True if self.causal else None,  # only full attention can be bidirectional upstream
             attention=[blocks[kind] for kind in kinds],
             feedforward=("geglu", {"bias": True}),
             ff_mult=self.ff_mult,
@@ -235,6 +236,10 @@ class TransformerLoader(AnyModelLoader):
             **self.options(),
         )
         stack.norm = nn.Identity()
+        if sparse and not self.causal:  # upstream, layers over an image stay causal
+            for module in stack.modules():
+                if isinstance(module, RotatedFullAttention):
+                    module.causal = False
         return stack
 
     def transfer(self, move: Transfer) -> None:

@@ -209,7 +209,7 @@ class LanguageModel(GenerateMixin, ComposedModel):
         self, tokens: Tensor | None, inputs_embeds: Tensor | None, state: LanguageModelState | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Features (b, n, d), and with learned positions the valid tokens so far (b,)."""
-        x = embed_tokens(self.token_embedding, tokens, inputs_embeds)
+        x = embed_tokens(self.token_embedding, tokens, inputs_embeds, dim=self.stack.dim)
         check_padding(mask, x)
         check_length(x, state, self.max_seq_len)
         if self.positions is None:
@@ -237,7 +237,7 @@ def _check_stack(stack: Any, arguments: Mapping[str, Any]) -> None:
     """
     if not isinstance(stack, Stack):
         raise TypeError(f"stack must be a Stack, got {type(stack).__name__}")
-    if not stack.causal:
+    if stack.causal is not True:
         raise ValueError(f"stack must be causal in a LanguageModel, got causal={stack.causal}")
     parameters = inspect.signature(LanguageModel).parameters
     of_model = ("num_tokens", "max_seq_len", "positions", "tie_embeddings", "stack")

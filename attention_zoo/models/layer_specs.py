@@ -155,13 +155,14 @@ def takes_part(attention: AttentionSpec, part: str) -> bool:
     return any(part in resolve_block(spec).takes for layer in parse_layers(attention) for spec in layer)
 
 
-def make_block(block: Block, dim: int, *, causal: bool, shared: Mapping[str, Any]) -> nn.Module:
+def make_block(block: Block, dim: int, *, causal: bool | None, shared: Mapping[str, Any]) -> nn.Module:
     """Build one block, or check a module. Its own options take precedence over shared arguments.
 
     Args:
         block: the resolved spec.
         dim: features d.
-        causal: passed to a block that has the argument. A block with an attribute `causal` must agree with it.
+        causal: passed to a block that has the argument. A block with an attribute `causal` must agree with it. None:
+            neither.
         shared: parts and sizes; the block gets those that its constructor has an argument for.
 
     Raises:
@@ -181,7 +182,7 @@ def make_block(block: Block, dim: int, *, causal: bool, shared: Mapping[str, Any
             raise TypeError(f"attention {block.name!r} must return an nn.Module, got {type(module).__name__}")
     if (own := getattr(module, "dim", dim)) != dim:
         raise ValueError(f"attention {block.name!r} must have the dim of the stack, {dim}, got dim={own}")
-    if not takes(module, "context"):  # attention to a context is no attention to later tokens
+    if causal is not None and not takes(module, "context"):  # attention to a context is no attention to later tokens
         sees_future = not getattr(module, "causal", causal)
         if causal and sees_future:
             raise ValueError(
@@ -195,7 +196,7 @@ def make_block(block: Block, dim: int, *, causal: bool, shared: Mapping[str, Any
     return module
 
 
-def saved_spec(block: Block, module: nn.Module, *, causal: bool, shared: Mapping[str, Any]) -> Any:
+def saved_spec(block: Block, module: nn.Module, *, causal: bool | None, shared: Mapping[str, Any]) -> Any:
     """The spec under which a block is saved: its name in BLOCKS, with options that build the same block.
 
     Args:
@@ -293,8 +294,9 @@ def takes(block: nn.Module, name: str) -> bool:
     return name in inspect.signature(block.forward).parameters
 
 
-def _given(block: Block, shared: Mapping[str, Any], causal: bool) -> dict[str, Any]:
-    return {name: value for name, value in {**shared, "causal": causal}.items() if name in block.takes}
+def _given(block: Block, shared: Mapping[str, Any], causal: bool | None) -> dict[str, Any]:
+    given = dict(shared) if causal is None else {**shared, "causal": causal}
+    return {name: value for name, value in given.items() if name in block.takes}
 
 
 def _live_part(module: nn.Module, name: str, value: Any) -> Any:

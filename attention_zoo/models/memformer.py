@@ -269,18 +269,18 @@ class Memformer(ComposedModel):
 
 
 class TargetDecoder(nn.Module):
-    """The decoder of a `Memformer` over one encoded source. It has `step`, so `generate` samples from it.
+    """The decoder of a model over one encoded source. It has `step`, so `generate` samples from it.
 
     Attributes:
         encoded: (b, n, d), the encoder's features.
-        memory: (b, m, d), for the next segment.
+        memory: (b, m, d), for the next segment of a `Memformer`; None for other models.
     """
 
-    def __init__(self, model: Memformer, encoded: Tensor, memory: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, encoded: Tensor, memory: Tensor | None, mask: Tensor | None) -> None:
         super().__init__()
-        self.model = model
-        self.num_tokens = model.num_tokens
-        self.max_seq_len = model.max_seq_len
+        self.model: Any = model
+        self.num_tokens = self.model.num_tokens
+        self.max_seq_len = self.model.max_seq_len
         self.encoded = encoded
         self.memory = memory
         self.mask = mask

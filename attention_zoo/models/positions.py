@@ -12,7 +12,9 @@ from attention_zoo.layers.positions import RelativeBias, Rotary
 from attention_zoo.layers.state import State
 
 
-def position_parts(positions: str | None, heads: int | None, *, known: tuple[str, ...]) -> dict[str, Any]:
+def position_parts(
+    positions: str | None, heads: int | None, *, known: tuple[str, ...], causal: bool = True
+) -> dict[str, Any]:
     """The arguments of `Stack` that give its blocks their positions.
 
     Args:
@@ -20,6 +22,7 @@ def position_parts(positions: str | None, heads: int | None, *, known: tuple[str
             value: no positions.
         heads: heads of the relative bias. None: 8, the blocks' default.
         known: the values of `positions` that the model accepts besides None.
+        causal: whether the blocks are causal.
 
     Raises:
         ValueError: `positions` is not accepted.
@@ -29,12 +32,12 @@ def position_parts(positions: str | None, heads: int | None, *, known: tuple[str
     if positions == "rotary":
         return {"rotary": Rotary()}
     if positions == "t5":
-        return {"bias": RelativeBias(8 if heads is None else heads)}
+        return {"bias": RelativeBias(8 if heads is None else heads, causal=causal)}
     return {"defaults": {"rotary": Rotary()}} if positions == "auto" else {}
 
 
 def embed_tokens(
-    embedding: nn.Embedding, tokens: Tensor | None, inputs_embeds: Tensor | None, *, name: str = "tokens"
+    embedding: nn.Module, tokens: Tensor | None, inputs_embeds: Tensor | None, *, dim: int, name: str = "tokens"
 ) -> Tensor:
     """Embeddings (b, n, d) of tokens (b, n), or the given ones.
 
@@ -46,9 +49,9 @@ def embed_tokens(
         got = "neither" if tokens is None else "both"
         raise ValueError(f"{name} must be given if and only if inputs_embeds is not, got {got}")
     if tokens is None:
-        check_features(inputs_embeds, embedding.embedding_dim, name="inputs_embeds")  # type: ignore[arg-type]
+        check_features(inputs_embeds, dim, name="inputs_embeds")  # type: ignore[arg-type]
         return inputs_embeds  # type: ignore[return-value]
-    check_tokens(tokens, embedding.num_embeddings, name=name)
+    check_tokens(tokens, embedding.num_embeddings, name=name)  # type: ignore[arg-type]
     return embedding(tokens.int() if tokens.dtype not in (torch.int64, torch.int32) else tokens)
 
 

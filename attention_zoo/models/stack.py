@@ -80,15 +80,17 @@ class Sublayer(nn.Module):
 
     def __init__(self, block: nn.Module, residual: Residual, *, tokenwise: bool, spec: Block | None = None) -> None:
         super().__init__()
-        self.residual = residual
         self.tokenwise = tokenwise
         self.set_block(block, spec)
+        self.residual = residual
 
     def set_block(self, block: nn.Module, spec: Block | None) -> None:
         """Set the block and its spec."""
         self.block: Any = block
         self.spec = spec
-        self.takes = () if self.tokenwise else tuple(name for name in BlockInputs._fields if takes(block, name))
+        names = [name for name in BlockInputs._fields if not self.tokenwise and takes(block, name)]
+        # an attention mask is over the tokens of the stack, not over a context
+        self.takes = tuple(name for name in names if name != "attn_mask" or "context" not in names)
 
     @property
     def attention(self) -> nn.Module | None:
@@ -177,7 +179,8 @@ class Stack(RecordsArguments, nn.Module):
         norm: a name in NORMS, or a function of dim.
         residual: a name in RESIDUALS: "pre", "post", "sandwich" or "deepnorm".
         heads, dim_head: number and size of the heads of every block that takes them. None: the defaults of each block.
-        causal: whether the blocks are causal. A block with an attribute `causal` that differs is an error.
+        causal: whether the blocks are causal. A block with an attribute `causal` that differs is an error. None: every
+            block is as it says.
         attn_dropout: dropout probability of the attention weights.
         ff_dropout: dropout probability of the hidden features of the feedforwards.
         ff_mult: hidden features of the feedforward as a multiple of dim.
@@ -210,7 +213,7 @@ class Stack(RecordsArguments, nn.Module):
         residual: str = "pre",
         heads: int | None = None,
         dim_head: int | None = None,
-        causal: bool = True,
+        causal: bool | None = True,
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         ff_mult: float = 4,
@@ -454,7 +457,9 @@ class Stack(RecordsArguments, nn.Module):
             value = getattr(inputs, name)
             for sub in self.sublayers() if value is not None else ():
                 # an ignored mask would be a silent error; a feedforward sees one token
-                if not sub.tokenwise and name not in sub.takes and not (sub.attention is None and name == "attn_mask"):
+                if sub.tokenwise or name in sub.takes:
+                    continue
+                if name == "mask" or (sub.attention is not None and "context" not in sub.takes):
                     raise ValueError(
                         f"{name} must be None with {type(sub.block).__name__}, whose forward takes no {name}, "
                         f"got shape {tuple(value.shape)}"

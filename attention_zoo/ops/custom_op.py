@@ -110,7 +110,7 @@ def _check_tensors(name: str, tensors: list[Tensor]) -> None:
         RuntimeError: a tensor has a tangent, which torch would drop; or one is on the meta device while another is not,
             in which case the fake kernel would return uninitialised memory. Scalars, such as seeds, may be anywhere.
     """
-    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):  # type: ignore[no-untyped-call]  # of torch
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):  # type: ignore[no-untyped-call]
         raise RuntimeError(
             f"{name} has no forward-mode derivative on its fast path: compute it inside "
             f"`with attention_zoo.reference():`"

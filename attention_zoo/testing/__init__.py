@@ -1,9 +1,9 @@
-"""Contract checks: the checks that every attention layer of this library passes, for any nn.Module.
+"""Contract checks: what every attention layer and model of this library passes, for any nn.Module.
 
 Example:
-    >>> from attention_zoo.testing import check_block
-    >>> report = check_block(lambda: MyAttention(64), dim=64, causal=True)
-    >>> report.raise_for_failures()
+    >>> from attention_zoo.testing import check_block, check_model
+    >>> check_block(lambda: MyAttention(64), dim=64, causal=True).raise_for_failures()
+    >>> check_model(lambda: MyModel(num_tokens=256), num_tokens=256).raise_for_failures()
 """
 
 from __future__ import annotations
@@ -17,9 +17,19 @@ from attention_zoo._checks import check_choice
 from attention_zoo.testing.agreement import check_compile, check_derivatives, check_fast_path, check_half_precision
 from attention_zoo.testing.basics import check_causality, check_rows, check_shapes
 from attention_zoo.testing.decoding import check_steps
+from attention_zoo.testing.expect import one_line
 from attention_zoo.testing.lifecycle import check_arguments, check_map, check_saving
+from attention_zoo.testing.model import (
+    ModelSubject,
+    check_generation,
+    check_logits,
+    check_loss,
+    check_model_arguments,
+    check_model_saving,
+    make_model_subject,
+)
 from attention_zoo.testing.padding import check_empty_rows, check_padding_ignored
-from attention_zoo.testing.report import FAILED, NOT_APPLICABLE, PASSED, NotApplicable, Outcome, Report
+from attention_zoo.testing.report import FAILED, NOT_APPLICABLE, NOTE, PASSED, NotApplicable, Note, Outcome, Report
 from attention_zoo.testing.subject import MakeInputs, Subject
 
 CHECKS: dict[str, Callable[[Subject], None]] = {
@@ -38,18 +48,34 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "map": check_map,
 }
 
+MODEL_CHECKS: dict[str, Callable[[Any], None]] = {
+    "shapes": check_logits,
+    "causality": check_causality,
+    "rows": check_rows,
+    "padding": check_padding_ignored,
+    "steps": check_steps,
+    "generation": check_generation,
+    "loss": check_loss,
+    "half precision": check_half_precision,
+    "compile": check_compile,
+    "saving": check_model_saving,
+    "arguments": check_model_arguments,
+}
+
 
 def run_check(name: str, subject: Subject) -> Outcome:
-    """Run one check of CHECKS on a block; an exception becomes the outcome."""
+    """Run one check on a block (of CHECKS) or on a model (of MODEL_CHECKS); an exception becomes the outcome."""
+    checks = MODEL_CHECKS if isinstance(subject, ModelSubject) else CHECKS
     try:
-        CHECKS[name](subject)
+        checks[name](subject)
     except NotApplicable as reason:
         return Outcome(name, NOT_APPLICABLE, str(reason))
+    except Note as note:
+        return Outcome(name, NOTE, str(note))
     except AssertionError as failure:
-        return Outcome(name, FAILED, str(failure))
-    except Exception as error:  # a block that raises fails the check that called it
-        first_line = str(error).strip().partition("\n")[0]
-        return Outcome(name, FAILED, f"{type(error).__name__}: {first_line}")
+        return Outcome(name, FAILED, one_line(failure))
+    except Exception as error:  # a module that raises fails the check that called it
+        return Outcome(name, FAILED, f"{type(error).__name__}: {one_line(error)}")
     return Outcome(name, PASSED)
 
 
@@ -87,9 +113,53 @@ def check_block(
     return Report([run_check(name, subject) for name in names])
 
 
+def check_model(
+    make_model: Callable[[], nn.Module],
+    *,
+    num_tokens: int,
+    causal: bool = True,
+    lengths: Sequence[int] = (1, 2, 7, 65),
+    strict: bool | None = None,
+    checks: Sequence[str] | None = None,
+    **options: Any,
+) -> Report:
+    """Run the contract checks on a model.
+
+    A model is any nn.Module whose `forward(tokens, *, mask=None)` returns logits (b, n, num_tokens), or an object with
+    the field `logits`, for token ids (b, n). `mask` is optional. Where they are present, these are checked too:
+    `step(tokens, state=None, *, mask=None)`, `loss(tokens, *, mask=None)`, and `save(folder)` with `load(folder)`.
+
+    Args:
+        make_model: makes a model, on the CPU, in float32. It may return the same model every time: the checks run on
+            copies.
+        num_tokens: size of the vocabulary.
+        causal: whether the logits at a token depend on no later token.
+        lengths: sequence lengths n to test, cut to the model's `max_seq_len` where it has one.
+        strict: see `Subject`.
+        checks: names of MODEL_CHECKS to run. None: all.
+        options: other fields of `Subject`, for properties that a model does not have by design.
+
+    Returns:
+        A report with one outcome per check.
+
+    Raises:
+        ValueError: `checks` has a name that is not in MODEL_CHECKS.
+    """
+    names = MODEL_CHECKS if checks is None else checks
+    for name in names:
+        check_choice("checks", name, MODEL_CHECKS)
+    subject = make_model_subject(
+        make_model, num_tokens=num_tokens, causal=causal, lengths=lengths, strict=strict, **options
+    )
+    return Report([run_check(name, subject) for name in names])
+
+
 __all__ = [
     "CHECKS",
+    "MODEL_CHECKS",
+    "ModelSubject",
     "NotApplicable",
+    "Note",
     "Outcome",
     "Report",
     "Subject",
@@ -102,10 +172,12 @@ __all__ = [
     "check_fast_path",
     "check_half_precision",
     "check_map",
+    "check_model",
     "check_padding_ignored",
     "check_rows",
     "check_saving",
     "check_shapes",
     "check_steps",
+    "make_model_subject",
     "run_check",
 ]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from attention_zoo.testing.expect import expect, expect_equal, expect_zero
 from attention_zoo.testing.report import NotApplicable
-from attention_zoo.testing.subject import BATCH, Padding, Subject
+from attention_zoo.testing.subject import BATCH, Padding, Subject, seeded
 
 
 def check_shapes(subject: Subject) -> None:
     """Shape, dtype and device are kept, inputs are not modified, and eval mode is deterministic."""
     block = subject.block()
     declared = getattr(block, "causal", subject.causal)
-    expect(declared == subject.causal, f"the block says causal={declared}, but causal={subject.causal} was expected")
+    expect(
+        declared == subject.causal,
+        f"the {subject.noun} says causal={declared}, but causal={subject.causal} was expected",
+    )
     for n in subject.lengths:
         x, others = subject.x(n), subject.others(n)
         inputs = {"x": x, **others}
@@ -37,14 +42,20 @@ def check_shapes(subject: Subject) -> None:
 def check_causality(subject: Subject) -> None:
     """No output depends on a later token: its gradient is exactly 0, and changing the token changes no bit."""
     if not subject.causal:
-        raise NotApplicable("the block is not causal")
+        raise NotApplicable(f"the {subject.noun} is not causal")
     block = subject.block()
     for n in subject.lengths:
         if positions := _positions(n):
-            x, other = (subject.x(n, batch=len(positions), seed=seed) for seed in (1, 9))
-            for padding in subject.paddings(n, batch=len(positions)).values():
+            x, other = subject.x(n, batch=len(positions)), subject.other(n, batch=len(positions))
+            paddings = subject.paddings(n, batch=len(positions))
+            for padding in paddings.values():
                 _check_future_gradient(block, x, positions, padding)
-                _check_future_change(block, x, 10 * other, positions, padding)
+                _check_future_change(block, x, other, positions, padding)
+            where = f"n={n}, training mode"
+            block.train()
+            _check_future_gradient(block, x, positions, paddings["no mask"]._replace(where=where))
+            _check_future_change(block, x, other, positions, paddings["no mask"]._replace(where=where))
+            block.eval()
 
 
 def _positions(n: int) -> list[int]:
@@ -55,9 +66,9 @@ def _positions(n: int) -> list[int]:
 
 def _check_future_gradient(block: nn.Module, x: Tensor, positions: list[int], padding: Padding) -> None:
     x = x.clone().requires_grad_()
-    out = block(x, **padding.extra)
+    out = _run_seeded(block, x, padding.extra)
     picked = torch.stack([out[row, ..., t, :] for row, t in enumerate(positions)])
-    gradient = torch.autograd.grad(picked.square().sum() + picked.sum(), x)[0]
+    gradient = torch.autograd.grad(picked.square().sum() + picked.sum(), x, materialize_grads=True)[0]
     for row, t in enumerate(positions):
         late = gradient[row, ..., t + 1 :, :].abs().nan_to_num(nan=float("inf"))
         late = late.movedim(-2, 0).flatten(1).amax(1)  # over streams and features
@@ -70,7 +81,7 @@ def _check_future_change(block: nn.Module, x: Tensor, other: Tensor, positions: 
     for row, t in enumerate(positions):
         changed[row, ..., t + 1 :, :] = other[row, ..., t + 1 :, :]
     with torch.no_grad():
-        before, after = block(x, **padding.extra), block(changed, **padding.extra)
+        before, after = (_run_seeded(block, features, padding.extra) for features in (x, changed))
     for row, t in enumerate(positions):
         what = f"outputs up to token {t} change with later tokens ({padding.where})"
         expect_equal(after[row, ..., : t + 1, :], before[row, ..., : t + 1, :], what)
@@ -78,16 +89,26 @@ def _check_future_change(block: nn.Module, x: Tensor, other: Tensor, positions: 
 
 def check_rows(subject: Subject) -> None:
     """Batch rows are independent: a row has no gradient to, and no effect on, the output of another."""
-    block = subject.block()
-    for n in subject.lengths:
-        others = subject.others(n)
-        x = subject.x(n).requires_grad_()
-        out = block(x, **others)
-        for row in range(BATCH):
-            keep = [other for other in range(BATCH) if other != row]
-            gradient = torch.autograd.grad(out[row].square().sum(), x, retain_graph=True)[0]
-            expect_zero(gradient[keep], f"row {row} of the output has a gradient of {{}} to other batch rows (n={n})")
-            changed = x.detach().clone()
-            changed[row] = 10 * subject.x(n, seed=9)[row]
-            what = f"outputs of other batch rows change with row {row} (n={n})"
-            expect_equal(block(changed, **others)[keep], out[keep], what)
+    for training in (False, True):
+        block = subject.block().train(training)
+        for n in subject.lengths:
+            where = f"n={n}, training mode" if training else f"n={n}"
+            others, x = subject.others(n), subject.x(n)
+            with torch.no_grad():
+                before = _run_seeded(block, x, others)
+            out = _run_seeded(block, x.requires_grad_(), others)
+            for row in range(BATCH):
+                keep = [other for other in range(BATCH) if other != row]
+                gradient = torch.autograd.grad(out[row].square().sum(), x, retain_graph=True, materialize_grads=True)[0]
+                expect_zero(gradient[keep], f"row {row} of the output has a gradient of {{}} to other rows ({where})")
+                changed = x.detach().clone()
+                changed[row] = subject.other(n)[row]
+                with torch.no_grad():
+                    after = _run_seeded(block, changed, others)
+                expect_equal(after[keep], before[keep], f"outputs of other batch rows change with row {row} ({where})")
+
+
+def _run_seeded(block: nn.Module, x: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
+    """The output with a fixed random seed: in training mode every call drops the same elements."""
+    with seeded(6):
+        return block(x, **extra)

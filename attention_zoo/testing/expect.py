@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,11 @@ def expect_equal(got: Tensor, want: Tensor, what: str) -> None:
     if not torch.equal(got, want):
         gap = (got.detach().double() - want.detach().double()).abs()
         raise AssertionError(f"{what}, by up to {float(gap.max()):.2g}, at index {_largest(gap)}")
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """The message of an error in one line, cut between words where it is longer than `limit` characters."""
+    return textwrap.shorten(str(error), limit, placeholder=" ...")
 
 
 def _largest(gap: Tensor) -> tuple[int, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attention_zoo.testing.expect import FLOAT32_ERROR, expect, expect_close, expect_equal, expect_zero
+from attention_zoo.testing.expect import FLOAT32_ERROR, expect, expect_close, expect_equal, expect_zero, one_line
 from attention_zoo.testing.report import NotApplicable
 from attention_zoo.testing.subject import BATCH, Padding, Subject
 
@@ -21,18 +21,23 @@ def check_saving(subject: Subject) -> None:
     block = subject.block()
     n = max(subject.lengths)
     x, others = subject.x(n), subject.others(n)
-    out = block(x, **others)
+    block.train()(x, **others)  # so that statistics differ from those of a new block
+    out = block.eval()(x, **others)
     file = io.BytesIO()
     torch.save(block.state_dict(), file)
     file.seek(0)
     other = subject.block(seed=4)
     other.load_state_dict(torch.load(file, weights_only=True))
-    expect_equal(other(x, **others), out, "a block loaded from state_dict gives other outputs")
+    expect_equal(other(x, **others), out, f"a new {subject.noun} that loads the state_dict gives other outputs")
     expect_equal(copy.deepcopy(block)(x, **others), out, "a deep copy gives other outputs")
     with torch.device("meta"):
-        empty = subject.make_block().to_empty(device=subject.device).eval()
+        empty = copy.deepcopy(subject.make_block())
+    empty = subject.adapt(empty.to_empty(device=subject.device)).eval()
     empty.load_state_dict(block.state_dict())
-    expect_equal(empty(x, **others), out, "a block built on the meta device and loaded gives other outputs")
+    with subject.note_unless_strict(empty):
+        expect_equal(
+            empty(x, **others), out, f"a {subject.noun} built on the meta device and loaded gives other outputs"
+        )
 
 
 def check_arguments(subject: Subject) -> None:
@@ -53,7 +58,13 @@ def check_arguments(subject: Subject) -> None:
         _, state = block.step(x, **others)
         wrong.append(("state", str(BATCH), lambda: block.step(x[:1, ..., :1, :], state)))
         wrong.append(("state", "str", lambda: block.step(x[..., :1, :], "state")))
-    for name, value, call in wrong:
+    with subject.note_unless_strict(block):
+        expect_errors(wrong)
+
+
+def expect_errors(calls: Sequence[tuple[str, str, Callable[[], object]]]) -> None:
+    """Raise AssertionError unless each call raises an error that names the argument and the value beside it."""
+    for name, value, call in calls:
         _expect_error(call, name, value)
 
 
@@ -63,10 +74,10 @@ def _expect_error(call: Callable[[], object], name: str, value: str) -> None:
         call()
     except (ValueError, TypeError) as error:
         named = re.search(rf"\b{name}\b", str(error)) and value in str(error)
-        expect(named, f"the error must name {name} and the value {value}, but reads: {error}")
+        expect(named, f"the error must name {name} and the value {value}, but reads: {one_line(error)}")
         return
     except Exception as error:
-        got = f"{type(error).__name__}: {error}"
+        got = f"{type(error).__name__}: {one_line(error)}"
     raise AssertionError(f"an invalid {name} ({value}) must raise ValueError or TypeError, got {got}")
 
 

@@ -13,8 +13,9 @@ from attention_zoo.testing.subject import BATCH, Padding, Subject
 def check_padding_ignored(subject: Subject) -> None:
     """Outputs at valid tokens do not depend on masked tokens, and padded rows equal unpadded ones."""
     block = subject.block()
+    subject.need_mask(block)
     for n in subject.lengths:
-        x, other = subject.x(n), 10 * subject.x(n, seed=9)
+        x, other = subject.x(n), subject.other(n)
         for name, padding in subject.paddings(n).items():
             if padding.mask is not None:
                 _check_masked_content(block, x, other, padding)
@@ -32,7 +33,8 @@ def _check_masked_content(block: nn.Module, x: Tensor, other: Tensor, padding: P
 
     x = x.clone().requires_grad_()
     out = block(x, **padding.extra)
-    gradient = torch.autograd.grad(padding.replace_masked(out.square(), 0.0).sum(), x)[0]
+    valid = padding.replace_masked(out.square(), 0.0).sum()
+    gradient = torch.autograd.grad(valid, x, materialize_grads=True)[0]
     to_masked = padding.replace_masked(torch.zeros_like(x), gradient)
     expect_zero(to_masked, f"outputs at valid tokens have a gradient of {{}} to masked ones ({padding.where})")
 
@@ -59,6 +61,7 @@ def _check_masked_context(block: nn.Module, x: Tensor, others: dict[str, Tensor]
 def check_empty_rows(subject: Subject) -> None:
     """A row without valid tokens gives no NaN, the same output for any content, and a gradient of exactly 0."""
     block = subject.block()
+    subject.need_mask(block)
     biased = any(name.rpartition(".")[-1] == "bias" for name, _ in block.named_parameters())
     zero = not biased if subject.empty_is_zero is None else subject.empty_is_zero
     for n in subject.lengths:
@@ -79,6 +82,6 @@ def check_empty_rows(subject: Subject) -> None:
         if zero:
             expect_zero(out[1], f"a row without valid tokens gives {{}} where it must give exactly 0 (n={n})")
         changed = x.detach().clone()
-        changed[1] = 10 * subject.x(n, seed=9)[1]
+        changed[1] = subject.other(n)[1]
         what = f"the output of a row without valid tokens changes with its content (n={n})"
         expect_equal(block(changed, mask=mask, **others)[1], out[1], what)

@@ -7,10 +7,15 @@ from dataclasses import dataclass, field
 PASSED = "passed"
 FAILED = "failed"
 NOT_APPLICABLE = "not applicable"
+NOTE = "note"
 
 
 class NotApplicable(Exception):
     """Raised by a check that does not apply to a block; the message is the reason."""
+
+
+class Note(Exception):
+    """Raised by a check whose finding is no failure; the message is the finding."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,8 @@ class Outcome:
 
     Attributes:
         check: name of the check.
-        status: "passed", "failed" or "not applicable".
-        message: what failed, where and by how much; or why the check does not apply.
+        status: "passed", "failed", "not applicable" or "note".
+        message: what failed, where and by how much; why the check does not apply; or what it found that is no failure.
     """
 
     check: str

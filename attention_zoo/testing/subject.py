@@ -1,14 +1,17 @@
-"""The block under test and its random inputs."""
+"""The block or model under test and its random inputs."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from attention_zoo.testing.report import Note
 
 MakeInputs = Callable[[int, int], Mapping[str, Tensor]]
 
@@ -61,8 +64,13 @@ class Subject:
         double_backward: False for a block that is exempt from second derivatives.
         gradient_is_exact: False for a block that scales gradients on purpose, so that finite differences disagree.
         bf16_error, fp16_error: largest relative 2-norm error against float64.
+        strict: whether argument validation and other properties beyond a right result are checks. None: only for the
+            classes of this library; for others a violation is a note in the report.
         device: device to run on.
     """
+
+    noun: ClassVar[str] = "block"  # in messages
+    takes_tokens: ClassVar[bool] = False  # x holds the ids of tokens
 
     make_block: Callable[[], nn.Module]
     dim: int
@@ -77,14 +85,19 @@ class Subject:
     gradient_is_exact: bool = True
     bf16_error: float = 3e-2
     fp16_error: float = 4e-3
+    strict: bool | None = None
     device: str = "cpu"
 
     def block(self, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         """A new block in eval mode, with perturbed weights so that none is 0 or 1 by initialisation."""
         with seeded(seed):
-            block = self.make_block()
+            block = copy.deepcopy(self.make_block())  # it may be the caller's own
             _perturb(block)
-        return block.to(self.device, dtype).eval()
+        return self.adapt(block.to(self.device, dtype)).eval()
+
+    def adapt(self, block: nn.Module) -> nn.Module:
+        """The module that the checks call: the block itself."""
+        return block
 
     def reference_of(self, block: nn.Module) -> nn.Module:
         """The reference with the block's weights, or the block itself if its reference is the reference mode."""
@@ -99,6 +112,14 @@ class Subject:
         shape = (batch, length, self.dim) if self.streams is None else (batch, self.streams, length, self.dim)
         with seeded(seed):
             return torch.randn(shape).to(self.device, dtype)
+
+    def other(self, length: int, *, batch: int = BATCH) -> Tensor:
+        """Other features of the same shape, ten times as large."""
+        return 10 * self.x(length, batch=batch, seed=9)
+
+    def weight(self, length: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Random weights of the outputs, with which the checks of gradients make them a scalar."""
+        return self.x(length, dtype=dtype, seed=5)
 
     def others(self, length: int, *, batch: int = BATCH, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The block's other arguments for this batch and length."""
@@ -126,6 +147,23 @@ class Subject:
             name: Padding(f"n={length}, {name}", None if mask is None else mask.to(self.device), others)
             for name, mask in masks.items()
         }
+
+    def need_mask(self, block: nn.Module) -> None:
+        """Raise NotApplicable if the block takes no mask."""
+
+    def is_strict(self, block: nn.Module) -> bool:
+        """Whether the block must also satisfy what is a note for a user's block; see `strict`."""
+        return type(block).__module__.startswith("attention_zoo.") if self.strict is None else self.strict
+
+    @contextmanager
+    def note_unless_strict(self, block: nn.Module) -> Iterator[None]:
+        """A context in which a failure becomes a note unless the checks of this block are strict."""
+        try:
+            yield
+        except AssertionError as failure:
+            if self.is_strict(block):
+                raise
+            raise Note(str(failure)) from failure
 
 
 @contextmanager

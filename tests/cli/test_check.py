@@ -1,4 +1,4 @@
-"""`attention-zoo check` on built-in layers and on layers of a user's file."""
+"""`attention-zoo check` on built-in layers and models and on those of a user's file."""
 
 from __future__ import annotations
 
@@ -28,6 +28,21 @@ class Past(nn.Module):
         if self.leak:
             total, count = total[:, -1:].expand_as(x), count[:, -1:].expand_as(ones)
         return self.to_out(total / count.clamp(min=1))
+
+
+class Bigram(nn.Module):
+    """Logits from the last two tokens; the batch mean is added if asked for."""
+
+    def __init__(self, num_tokens, mixes=False):
+        super().__init__()
+        self.mixes = mixes
+        self.embedding = nn.Embedding(num_tokens, 8)
+        self.to_logits = nn.Linear(8, num_tokens)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        x = x + nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
+        return self.to_logits(x + x.mean(0) if self.mixes else x)
 
 
 NUMBER = 3
@@ -74,11 +89,28 @@ def test_image_layer_takes_its_layout_as_an_object() -> None:
 
 
 @pytest.mark.usefixtures("own")
+def test_user_defined_model_is_checked_from_token_ids(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--num-tokens", "16", "--lengths", "1", "7"]
+    checks = ["--checks", "shapes", "causality", "rows", "padding", "loss", "arguments"]
+    assert main(["check", "own_blocks:Bigram", *options, *checks]) == 0
+    rows = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[1] for row in rows] == ["passed", "passed", "passed", "not applicable", "not applicable", "note"]
+    assert main(["check", "own_blocks:Bigram", "--arguments", '{"mixes": true}', *options, *checks]) == 1
+    assert "own_blocks:Bigram fails 2 of 6 checks." in capsys.readouterr().out
+    assert main(["check", "own_blocks:Bigram", "--strict", *options, "--checks", "arguments"]) == 1
+
+
+def test_model_of_the_library_is_checked_by_name() -> None:
+    options = ["--num-tokens", "16", "--lengths", "1", "7", "--checks", "shapes", "loss", "generation"]
+    assert main(["check", "LanguageModel", "--arguments", '{"attention": "cosine_sim"}', *options]) == 0
+
+
+@pytest.mark.usefixtures("own")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["ful"], "did you mean 'full'"),
-        (["own_blocks:Pest"], r"its modules are ['Past']"),
+        (["own_blocks:Pest"], r"its modules are ['Past', 'Bigram']"),
         (["own_blocks:NUMBER"], "must be a class or function"),
         (["own_blocks:not_a_module"], "must give an nn.Module, got int"),
         (["no_such_file:Block"], "No module named 'no_such_file'"),
@@ -86,6 +118,9 @@ def test_image_layer_takes_its_layout_as_an_object() -> None:
         (["own_blocks:Past", "--arguments", "leak"], "--arguments must be a JSON object"),
         (["full", "--checks", "causaliti"], "did you mean 'causality'"),
         (["full", "--dim", "0"], "dim must be at least 1"),
+        (["LanguageModel"], "LanguageModel is a model: give --num-tokens"),
+        (["LanguageModl", "--num-tokens", "16"], "did you mean 'LanguageModel'"),
+        (["LanguageModel", "--num-tokens", "16", "--checks", "map"], "check must be one of"),
     ],
 )
 def test_invalid_options_are_reported(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

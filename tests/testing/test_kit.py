@@ -26,7 +26,7 @@ SOUND = {
 
 @pytest.mark.parametrize(("block", "check"), BROKEN, ids=lambda value: getattr(value, "__name__", value))
 def test_each_defect_fails_its_check_with_a_message_of_one_line(block: type[nn.Module], check: str) -> None:
-    outcome = run_check(check, Subject(block, dim=DIM, causal=True, lengths=LENGTHS))
+    outcome = run_check(check, Subject(block, dim=DIM, causal=True, lengths=LENGTHS, strict=True))
     assert outcome.status == FAILED
     assert "\n" not in outcome.message
     assert outcome.message

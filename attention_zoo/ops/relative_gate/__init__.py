@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attention_zoo._checks import check_flag
 from attention_zoo.ops.gate_loop import complex_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
@@ -56,8 +57,7 @@ def relative_gate_attention(
     impl = choose(impl, ("tiled",))
     check_qkv(q, k, v)
     check_options(True, 1.0, dropout)
-    if not isinstance(softmax, bool):
-        raise TypeError(f"softmax must be a bool, got {softmax=}")
+    check_flag(softmax=softmax)
     gate = _check_gate(q, k, gate, mask)
     with no_autocast(q):
         args = at_least_float32(q), at_least_float32(k), at_least_float32(v), gate, mask, softmax, dropout

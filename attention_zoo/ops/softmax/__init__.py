@@ -10,10 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_in
+from attention_zoo._checks import check_flag, check_in
 from attention_zoo.ops.implementation import choose
-from attention_zoo.ops.masks import check_mask
-from attention_zoo.ops.softmax.bias import Bias, DistanceBias, check_bias
+from attention_zoo.ops.softmax.bias import Bias, DistanceBias, check_bias, split_mask
 from attention_zoo.ops.softmax.distance_bias import distance_biased_attention
 from attention_zoo.ops.softmax.sdpa import sdpa_attention
 from attention_zoo.ops.softmax.tiled import repeat_heads, tiled_attention
@@ -27,6 +26,7 @@ __all__ = [
     "repeat_heads",
     "softmax_attention",
     "softmax_attention_weights",
+    "split_mask",
 ]
 
 
@@ -51,7 +51,8 @@ def softmax_attention(
         q: (b, h, i, e).
         k: (b, kv_h, j, e); kv_h divides h, and each key head serves h / kv_h neighbouring query heads.
         v: (b, kv_h, j, e_v).
-        mask: padding (b, j), or four axes that broadcast to (b, h, i, j); boolean, True = allowed.
+        mask: padding (b, j), or four axes that broadcast to (b, h, i, j); boolean, True = allowed, or with four axes
+            additive: added to the scores, -inf = masked; differentiable.
         causal: causal masking, aligned bottom-right: the last query attends to the last key.
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`; differentiable.
         scale: factor of the scores; e^-0.5 if None.
@@ -68,8 +69,7 @@ def softmax_attention(
     """
     impl = choose(impl, ("sdpa", "tiled"))
     check_qkv(q, k, v)
-    check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    check_bias(bias, q, k)
+    mask, bias = split_mask(mask, bias, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_options(causal, scale, dropout)
     if impl == "auto":
@@ -102,6 +102,7 @@ def softmax_attention_weights(
     """
     from attention_zoo.ops.softmax import reference
 
+    mask, bias = split_mask(mask, bias, q, k)
     return reference.attention_weights(q, k, mask, causal, bias, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
@@ -119,8 +120,7 @@ def check_options(causal: bool, scale: float, dropout: float) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool, got {causal=}")
+    check_flag(causal=causal)
     if not isinstance(scale, float) or not math.isfinite(scale):
         check_in("(-inf, inf)", scale=scale)
     if dropout != 0.0:
