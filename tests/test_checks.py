@@ -85,7 +85,7 @@ REJECTED = {
     "nan": (lambda: checks.check_in("(-inf, inf)", p=math.nan), ValueError, r"p must lie in \(-inf, inf\), got p=nan"),
     "a number as a string": (lambda: checks.check_in("[0, 1]", p="1"), TypeError, "p must be a number, got p='1'"),
     "a number as a bool": (lambda: checks.check_in("[0, 1]", p=True), TypeError, "p must be a number, got p=True"),
-    "no number": (lambda: checks.check_in("[0, 1]", p=None), TypeError, "p must be a number, got p=None"),
+    "a number that is None": (lambda: checks.check_in("[0, 1]", p=None), TypeError, "p must be a number, got p=None"),
     "no int": (lambda: checks.check_int(1, n=None), TypeError, "n must be an int, got n=None"),
     "a small int": (lambda: checks.check_int(1, n=0), ValueError, "n must be at least 1, got n=0"),
     "sparse features": (

@@ -54,7 +54,7 @@ def generate(
 
     Raises:
         ValueError, TypeError: an argument is invalid, or the prompt and the new tokens exceed the model's
-            `max_seq_len`; checked before decoding.
+            `max_seq_len`; checked before decoding. While decoding, ValueError if logits are NaN (on the CPU).
         ImportError: progress=True without tqdm.
     """
     stream = generate_stream(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_features, check_int, check_padding
+from attention_zoo._checks import check_features, check_has_data, check_int, check_padding
 from attention_zoo.layers.feedforward import FeedForward
 from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.layers.projections import merge_heads, split_heads
@@ -71,6 +71,7 @@ class MemoryUpdate(nn.Module):
         check_features(memory, self.dim, name="memory")
         check_features(x, self.dim)
         check_padding(mask, x)
+        check_has_data(self, x)
         if memory.shape[0] != x.shape[0]:
             raise ValueError(f"memory must have the batch size of x, got {memory.shape[0]} and {x.shape[0]}")
         new = self.write(memory, x, mask)
