@@ -232,8 +232,12 @@ def _initial_state(
 ) -> Tensor:
     if state is None:
         return torch.zeros(shape, dtype=dtype, device=device)
+    if not isinstance(state, Tensor):
+        raise TypeError(f"state must be a tensor, got {type(state).__name__}")
     if state.shape != shape:
         raise ValueError(f"state must be {axes} = {shape}, got shape {tuple(state.shape)}")
+    if state.device != device:
+        raise ValueError(f"state must be on the device of the inputs, {device}, got {state.device}")
     if state.dtype != dtype:
         raise TypeError(f"state must be of dtype {dtype}, in which the recurrence is computed, got {state.dtype}")
     return state

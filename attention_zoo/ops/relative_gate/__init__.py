@@ -10,12 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from attention_zoo._checks import check_flag
 from attention_zoo.ops.documents import Documents, documents_of
 from attention_zoo.ops.gate_loop import complex_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.relative_gate.tiled import tiled_relative_gate_attention, tiled_relative_gate_weights
-from attention_zoo.ops.softmax import check_qkv
+from attention_zoo.ops.softmax import check_options, check_qkv
 
 __all__ = ["relative_gate_attention", "relative_gate_weights"]
 
@@ -55,8 +56,8 @@ def relative_gate_attention(
         (b, h, i, e_v) in the dtype of v.
 
     Raises:
-        TypeError: `gate` is not complex.
-        ValueError: shapes do not match, or e is odd.
+        TypeError: `gate` is not complex, `softmax` not a bool, or `dropout` not a number.
+        ValueError: shapes do not match, e is odd, or `dropout` is outside [0, 1].
     """
     if document_ids is not None:
         gate = _check_gate(q, k, gate, mask)
@@ -64,6 +65,8 @@ def relative_gate_attention(
         return documents_of(document_ids, q, k).apply(rows, q, k, v, gate, mask=mask, causal=True)
     impl = choose(impl, ("tiled",))
     check_qkv(q, k, v)
+    check_options(True, 1.0, dropout)
+    check_flag(softmax=softmax)
     gate = _check_gate(q, k, gate, mask)
     with no_autocast(q):
         args = at_least_float32(q), at_least_float32(k), at_least_float32(v), gate, mask, softmax, dropout
