@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_zoo import LanguageModel
 from attention_zoo.training import PackedBatch, pack_documents, packed_batches
 
 
@@ -276,3 +277,18 @@ def test_pieces_of_a_stream_do_not_keep_long_documents_in_memory() -> None:
     document = torch.ones(10_000, dtype=torch.uint8)
     for piece in _split_documents([document], 16, True):
         assert piece.tokens.untyped_storage().nbytes() <= 16
+
+
+@pytest.mark.parametrize("longest", [24, 70])
+def test_loss_of_a_packed_batch_is_the_mean_over_separate_documents(longest: int) -> None:
+    torch.manual_seed(0)
+    attention = ["gate_loop", "full", "talking_heads"]
+    model = LanguageModel(num_tokens=100, dim=16, depth=3, heads=2, dim_head=8, attention=attention).double().eval()
+    documents = random_documents(12, longest)
+    batch = pack_documents(documents, 24)
+    assert batch.fill_ratio < 1
+    separate = [torch.tensor([part]) for parts in pieces(batch).values() for part in parts]
+    losses = [model.loss(tokens) * (tokens.shape[1] - 1) for tokens in separate if tokens.shape[1] > 1]
+    targets = sum(len(document) - 1 for document in documents)
+    loss = model.loss(batch.tokens, document_ids=batch.document_ids, mask=batch.mask)
+    torch.testing.assert_close(loss, sum(losses) / targets, rtol=1e-10, atol=0)
