@@ -103,7 +103,7 @@ def test_number_of_rows_is_within_the_bound_of_best_fit_decreasing(seed: int) ->
     documents = random_documents(200, 32, seed)
     batch = pack_documents(documents, 32)
     total = sum(map(len, documents))
-    # at most 11/9 of the optimum, plus 4; no packing has fewer rows than ceil(total / length)
+    # no packing has fewer rows than `least`; best-fit decreasing has at most 11/9 of the optimum, plus 4
     least = max(-(-total // 32), sum(len(document) > 16 for document in documents))
     assert len(batch.tokens) <= 11 / 9 * least + 4
     assert batch.fill_ratio == total / batch.tokens.numel()
