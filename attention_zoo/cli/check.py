@@ -79,7 +79,7 @@ def _block(args: argparse.Namespace) -> Subject:
         build,
         dim=dim,
         causal=not args.bidirectional and bool(getattr(block, "causal", True)),
-        lengths=args.lengths or Subject.lengths,
+        lengths=args.lengths or (),
         inputs=context if reads_context(block) else None,
         streams=streams if streams > 1 else None,
         shift_invariant=getattr(block, "layout", None) is None,
