@@ -16,6 +16,7 @@ from attention_zoo.attention import (
     SimpleGateLoop,
     TalkingHeadsAttention,
     capabilities,
+    register_block,
 )
 from attention_zoo.generation import generate, generate_image_tokens, generate_images, generate_stream, generate_text
 from attention_zoo.layers import (
@@ -33,6 +34,8 @@ from attention_zoo.layers import (
     TextImageRotary,
 )
 from attention_zoo.models import (
+    Encoder,
+    EncoderDecoder,
     GreyTokenizer,
     LanguageModel,
     Memformer,
@@ -42,6 +45,8 @@ from attention_zoo.models import (
     TextToImageTransformer,
     cosine_sim_lm,
     gate_loop_lm,
+    image_to_patches,
+    replace_block,
 )
 from attention_zoo.ops import (
     TextImageLayout,
@@ -68,6 +73,8 @@ __all__ = [
     "ConvAttention",
     "CosineSimAttention",
     "CrossAttention",
+    "Encoder",
+    "EncoderDecoder",
     "FeedForward",
     "FullAttention",
     "GateLoopAttention",
@@ -109,6 +116,9 @@ __all__ = [
     "generate_images",
     "generate_stream",
     "generate_text",
+    "image_to_patches",
     "reference",
+    "register_block",
+    "replace_block",
     "softmax_attention",
 ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_at_least(minimum: int, /, **sizes: int | None) -> None:
@@ -19,7 +23,7 @@ def check_at_least(minimum: int, /, **sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is None:
             continue
-        if not isinstance(size, int) or isinstance(size, bool):
+        if not isinstance(size, (Integral, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {name}={size!r}")
         if size < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {name}={size}")
@@ -71,6 +75,17 @@ def check_boolean(**masks: Tensor) -> None:
             raise TypeError(f"{name} must be a boolean tensor, got {_type_of(mask)}")
 
 
+def check_integers(**tensors: Tensor) -> None:
+    """Check that tensors are of an integer dtype: (u)int8, int16, int32 or int64.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in INTEGERS:
+            raise TypeError(f"{name} must be an integer tensor, got {_type_of(tensor)}")
+
+
 def check_features(x: Tensor, dim: int, *, name: str = "x") -> None:
     """Check that the input of a layer is (b, n, dim) with n >= 1.
 
@@ -106,11 +121,10 @@ def check_tokens(tokens: Tensor, num_tokens: int, *, name: str = "tokens", minim
     The range is not checked on other devices, where the check would synchronise, nor in a compiled function.
 
     Raises:
-        TypeError: `tokens` is not an int64 or int32 tensor.
+        TypeError: `tokens` is not an integer tensor.
         ValueError: `tokens` has another shape, n is below `minimum`, or an id is outside 0 ... num_tokens - 1.
     """
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be an int64 or int32 tensor of ids, got {_type_of(tokens)}")
+    check_integers(**{name: tokens})
     if tokens.ndim != 2 or tokens.shape[1] < minimum:
         raise ValueError(f"{name} must be (b, n) with n >= {minimum}, got shape {tuple(tokens.shape)}")
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -132,3 +146,108 @@ def check_token_range(tokens: Tensor, num_tokens: int, *, name: str = "tokens") 
 
 def _type_of(value: object) -> str:
     return f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_flag(**flags: bool) -> None:
+    """Check that flags are booleans.
+
+    Raises:
+        TypeError: a flag is not a bool.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {name}={flag!r}")
+
+
+def check_number(**numbers: float) -> None:
+    """Check that numbers are real and finite.
+
+    Raises:
+        TypeError: a number is not a real number.
+        ValueError: a number is infinite or NaN.
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, (Real, torch.SymInt, torch.SymFloat)) or isinstance(number, bool):
+            raise TypeError(f"{name} must be a number, got {name}={number!r}")
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {name}={number}")
+
+
+def check_positive_number(**numbers: float | None) -> None:
+    """Check that numbers are finite and positive; None (not given) passes.
+
+    Raises:
+        TypeError: a number is not a real number.
+        ValueError: a number is infinite, NaN, or not above 0.
+    """
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        check_number(**{name: number})
+        if not number > 0:
+            raise ValueError(f"{name} must be positive, got {name}={number}")
+
+
+def check_instance(*kinds: type, **values: object) -> None:
+    """Check that values are instances of one of `kinds`.
+
+    Raises:
+        TypeError: a value is of another class.
+    """
+    for name, value in values.items():
+        if not isinstance(value, kinds):
+            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise TypeError(f"{name} must be of type {names}, got {type(value).__name__}")
+
+
+def check_attn_mask(attn_mask: Tensor | None, x: Tensor, heads: int, keys: int, *, name: str = "attn_mask") -> None:
+    """Check that an attention mask is None, or boolean or floating point, (n, j), (b, n, j) or (b, h, n, j).
+
+    Args:
+        attn_mask: the mask; b and h may be 1.
+        x: (b, n, d), or (b, s, n, d), the input of the layer.
+        heads: number of attention maps h.
+        keys: number of keys j.
+
+    Raises:
+        TypeError: `attn_mask` is neither a boolean nor a floating point tensor.
+        ValueError: `attn_mask` has another shape, or is on another device than `x`.
+    """
+    if attn_mask is None:
+        return
+    if not isinstance(attn_mask, Tensor) or not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+        raise TypeError(f"{name} must be a boolean or floating point tensor, got {_type_of(attn_mask)}")
+    batch, queries = x.shape[0], x.shape[-2]
+    leading = {2: (), 3: (batch,), 4: (batch, heads)}.get(attn_mask.ndim)
+    shape = tuple(attn_mask.shape)
+    if (
+        leading is None
+        or shape[-2:] != (queries, keys)
+        or any(got not in (1, want) for got, want in zip(shape, leading, strict=False))
+    ):
+        raise ValueError(
+            f"{name} must be (i, j) = {(queries, keys)}, (b, i, j) or (b, h, i, j) with b = {batch}, h = {heads}, "
+            f"got shape {shape}"
+        )
+    if attn_mask.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {attn_mask.device}")
+
+
+def check_has_data(module: nn.Module, x: Tensor) -> None:
+    """Check that no parameter or buffer is on the meta device unless the input `x` is; not in a compiled function.
+
+    torch's linear operator, given data and a weight on the meta device, returns uninitialised memory (as of 2.13).
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if not torch.compiler.is_compiling() and not x.is_meta and _has_meta(module):
+        raise RuntimeError(f"{type(module).__name__} must have its parameters loaded, got some on the meta device")
+
+
+def _has_meta(module: nn.Module) -> bool:
+    # not module.parameters(), which takes four times as long
+    for tensors in (module._parameters, module._buffers):
+        if any(tensor is not None and tensor.is_meta for tensor in tensors.values()):
+            return True
+    return any(child is not None and _has_meta(child) for child in module._modules.values())

@@ -203,11 +203,11 @@ CASES = [
     ),
     Case(
         "gate_loop: real gate, no swish",
-        lambda: GateLoopAttention(DIM, heads=8, real_gate=True, swish_gate=False, gradient_fraction=1.0),
+        lambda: GateLoopAttention(DIM, heads=8, gate="real", output_gate=None, gradient_fraction=1.0),
         # under autocast x is rounded, and the gate jumps from -1/2 to 1/2 where z changes its sign
         options={"bf16_error": 0.06},
     ),
-    Case("gate_loop: no transition", lambda: GateLoopAttention(DIM, heads=4, transition=False)),
+    Case("gate_loop: no transition", lambda: GateLoopAttention(DIM, heads=4, gate=None)),
     Case("simple_gate_loop", lambda: SimpleGateLoop(DIM), lengths=LENGTHS),
     Case("simple_gate_loop: no norm, post-norm", lambda: SimpleGateLoop(DIM, norm=False, post_norm=True)),
     Case("simple_gate_loop: reverse", lambda: SimpleGateLoop(DIM, reverse=True), causal=False),
@@ -219,7 +219,7 @@ CASES = [
     Case(
         "relative_gate: raw scores, rotary, biased output",
         lambda: RelativeGateAttention(
-            DIM, softmax=False, rotary=Rotary(), out_bias=True, swish_gate=False, gradient_fraction=1.0, **SMALL
+            DIM, softmax=False, rotary=Rotary(), out_bias=True, output_gate=None, gradient_fraction=1.0, **SMALL
         ),
     ),
 ]

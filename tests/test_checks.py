@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from attention_zoo import _checks as checks
 
 TOKENS, X = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, 4)
 ACCEPTED = {
     "positive sizes": lambda: checks.check_positive(dim=1, heads=8, kv_heads=None),
+    "a size of numpy": lambda: checks.check_positive(heads=torch.tensor(4).numpy()[()]),
     "a size of 0": lambda: checks.check_at_least(0, text_len=0),
     "fractions": lambda: checks.check_fraction(dropout=0.0, other=0.99),
     "a known name": lambda: checks.check_choice("norm", "rms", ["layer", "rms"]),
@@ -20,6 +22,15 @@ ACCEPTED = {
     "no padding": lambda: checks.check_padding(None, X),
     "padding": lambda: checks.check_padding(TOKENS.bool(), X),
     "token ids": lambda: checks.check_tokens(TOKENS.int() + 2, 3),
+    "flags": lambda: checks.check_flag(causal=True, norm=False),
+    "numbers": lambda: checks.check_number(a=1, b=-2.5, d=torch.tensor(2.0).numpy()[()]),
+    "positive numbers": lambda: checks.check_positive_number(scale=0.1, theta=10000, other=None),
+    "an instance": lambda: checks.check_instance(int, type(None), a=1, b=None),
+    "no attention mask": lambda: checks.check_attn_mask(None, X, 3, 7),
+    "an attention mask": lambda: checks.check_attn_mask(torch.zeros(1, 3, 5, 7), X, 3, 7),
+    "token ids of 8 bits": lambda: checks.check_tokens(TOKENS.to(torch.uint8), 3),
+    "data": lambda: checks.check_has_data(nn.Linear(3, 3), X),
+    "no data": lambda: checks.check_has_data(nn.Linear(3, 3, device="meta"), X.to("meta")),
     "no token ids": lambda: checks.check_token_range(TOKENS[:, :0], 3),
 }
 REJECTED = {
@@ -37,6 +48,19 @@ REJECTED = {
     "an unknown name": (lambda: checks.check_choice("norm", 7, ["layer"]), ValueError, r"got norm=7$"),
     "a mask of floats": (lambda: checks.check_boolean(mask=X), TypeError, "mask must be a boolean tensor, .*float32"),
     "a list": (lambda: checks.check_boolean(mask=[True]), TypeError, "mask must be a boolean tensor, got list"),
+    "a flag of 0": (lambda: checks.check_flag(causal=0), TypeError, "causal must be a bool, got causal=0"),
+    "no flag": (lambda: checks.check_flag(causal=None), TypeError, "causal must be a bool, got causal=None"),
+    "an empty flag": (lambda: checks.check_flag(causal=""), TypeError, "causal must be a bool, got causal=''"),
+    "a string": (lambda: checks.check_number(scale="1"), TypeError, "scale must be a number, got scale='1'"),
+    "a bool number": (lambda: checks.check_number(scale=True), TypeError, "scale must be a number, got scale=True"),
+    "an infinity": (lambda: checks.check_number(scale=-torch.inf), ValueError, "scale must be finite, got scale=-inf"),
+    "no number": (lambda: checks.check_positive_number(e=torch.nan), ValueError, "e must be finite, got e=nan"),
+    "a zero": (lambda: checks.check_positive_number(eps=0.0), ValueError, r"eps must be positive, got eps=0\.0"),
+    "an instance": (
+        lambda: checks.check_instance(int, type(None), n=2.0),
+        TypeError,
+        "n must be of type int or None, got float",
+    ),
     "integer features": (lambda: checks.check_features(TOKENS, 4), TypeError, "x must be a floating .*int64"),
     "wrong features": (lambda: checks.check_features(X, 3), ValueError, r"x must be .* dim=3, got shape \(2, 5, 4\)"),
     "no tokens": (lambda: checks.check_features(X[:, :0], 4), ValueError, r"at least one token, got shape \(2, 0, 4\)"),
@@ -49,7 +73,13 @@ REJECTED = {
     "float ids": (
         lambda: checks.check_tokens(X, 3),
         TypeError,
-        "tokens must be an int64 or int32 .*got dtype .*float32",
+        "tokens must be an integer tensor, got dtype .*float32",
+    ),
+    "boolean ids": (lambda: checks.check_tokens(TOKENS.bool(), 3), TypeError, "tokens must be an integer .*torch.bool"),
+    "a weight on the meta device": (
+        lambda: checks.check_has_data(nn.Sequential(nn.Linear(3, 3, device="meta")), X),
+        RuntimeError,
+        "Sequential must have its parameters loaded, got some on the meta device",
     ),
     "flat ids": (lambda: checks.check_tokens(TOKENS[0], 3), ValueError, r"tokens must be \(b, n\) .*got shape \(5,\)"),
     "a large id": (lambda: checks.check_tokens(TOKENS + 3, 3), ValueError, "lie in 0 .* = 2, got ids from 3 to 3"),

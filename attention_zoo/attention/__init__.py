@@ -1,5 +1,7 @@
 """Attention layers, one per file, and BLOCKS, the registry of their names."""
 
+from torch import nn
+
 from attention_zoo.attention.axial import AxialAttention, AxialColumnAttention, AxialRowAttention
 from attention_zoo.attention.base import AttentionBlock, SelfAttention, ValuesAndOutput
 from attention_zoo.attention.block_sparse import BlockSparseAttention
@@ -13,7 +15,7 @@ from attention_zoo.attention.relative_gate import RelativeGateAttention
 from attention_zoo.attention.simple_gate_loop import SimpleGateLoop
 from attention_zoo.attention.talking_heads import TalkingHeadsAttention
 
-BLOCKS: dict[str, type[AttentionBlock]] = {
+BLOCKS: dict[str, type[nn.Module]] = {
     "full": FullAttention,
     "cross": CrossAttention,
     "cosine_sim": CosineSimAttention,
@@ -26,6 +28,31 @@ BLOCKS: dict[str, type[AttentionBlock]] = {
     "relative_gate": RelativeGateAttention,
     "simple_gate_loop": SimpleGateLoop,
 }
+
+
+def register_block(name: str, cls: type[nn.Module]) -> None:
+    """Register a block under a name, for `attention=` of all models and for saving and loading models with it.
+
+    Args:
+        name: the name; it is written in saved models.
+        cls: a subclass of nn.Module whose constructor takes dim first and whose `forward(x)` keeps the shape (b, n, d).
+            For padding, decoding and maps it has the methods and arguments of `AttentionBlock`.
+
+    Raises:
+        TypeError: `name` is not a non-empty string, or `cls` is no subclass of nn.Module.
+        ValueError: another class has the name.
+
+    Example:
+        >>> register_block("mine", MyBlock)
+        >>> model = LanguageModel(num_tokens=256, dim=512, depth=2, attention=["full", ("mine", {"alpha": 0.1})])
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name must be a non-empty string, got {name!r}")
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise TypeError(f"cls must be a subclass of nn.Module, got {cls!r}")
+    if BLOCKS.setdefault(name, cls) is not cls:
+        raise ValueError(f"name must not be that of another block, but {name!r} is {BLOCKS[name].__name__}")
+
 
 __all__ = [
     "BLOCKS",
@@ -46,4 +73,5 @@ __all__ = [
     "TalkingHeadsAttention",
     "ValuesAndOutput",
     "capabilities",
+    "register_block",
 ]

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from attention_zoo._checks import check_instance
 from attention_zoo.attention.base import SelfAttention
-from attention_zoo.layers.positions import RotaryEmbedding
+from attention_zoo.layers.positions import RotaryArgument
 from attention_zoo.ops.sparse import AxialPattern, TextImageLayout
 
 
@@ -47,9 +48,10 @@ class AxialAttention(SelfAttention):
         heads: int = 8,
         dim_head: int = 64,
         dropout: float = 0.0,
-        rotary: RotaryEmbedding | None = None,
+        rotary: RotaryArgument = None,
         out_bias: bool = False,
     ) -> None:
+        check_instance(TextImageLayout, layout=layout)
         super().__init__(
             dim,
             heads=heads,

@@ -6,11 +6,25 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_features, check_fraction, check_padding, check_positive
+from attention_zoo._arguments import RecordsArguments
+from attention_zoo._checks import (
+    check_attn_mask,
+    check_features,
+    check_flag,
+    check_fraction,
+    check_has_data,
+    check_instance,
+    check_number,
+    check_padding,
+    check_positive,
+    check_positive_number,
+)
+from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.patterns import make_pattern
-from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
+from attention_zoo.layers.positions import RelativeBias, RotaryArgument, make_rotary
 from attention_zoo.layers.projections import Projections, map_queries_and_keys, merge_heads, split_heads
-from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape
+from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape, own_mask
+from attention_zoo.ops.masks import combine_masks
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads, softmax_attention, softmax_attention_weights
 from attention_zoo.ops.sparse import Pattern, pattern_attention, pattern_weights
 
@@ -27,7 +41,7 @@ class ValuesAndOutput(NamedTuple):
     output: Tensor
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(RecordsArguments, nn.Module):
     """Base class of attention layers: (b, n, d) in, (b, n, d) out.
 
     In eval mode a causal layer satisfies `forward(x) == cat(step over any split of x)`, with padding too.
@@ -42,19 +56,23 @@ class AttentionBlock(nn.Module):
 
     Attributes:
         compiles: whether torch.compile(fullgraph=True) can trace the layer.
+        no_attn_mask: why the layer takes no `attn_mask`, a relative clause of the error message; None if it takes one.
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: a size is not an int, `causal` is not a bool, or `dropout` is not a number.
         ValueError: a size is below 1, or `dropout` is outside [0, 1).
     """
 
     compiles: ClassVar[bool] = True
+    no_attn_mask: ClassVar[str | None] = None
 
     def __init__(
         self, dim: int, *, heads: int = 8, dim_head: int = 64, causal: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
         check_positive(dim=dim, heads=heads, dim_head=dim_head)
+        check_flag(causal=causal)
+        check_number(dropout=dropout)
         check_fraction(dropout=dropout)
         self.dim = dim
         self.heads = heads
@@ -62,26 +80,37 @@ class AttentionBlock(nn.Module):
         self.causal = causal
         self.dropout = dropout
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         """Attend over a whole sequence.
 
         Args:
             x: (b, n, d).
             mask: (b, n) bool, True = a valid token. Outputs at masked tokens are finite and
                 meaningless.
+            attn_mask: (i, j), (b, i, j) or (b, h, i, j), where b and h may be 1: boolean, True = query i may attend to
+                key j, or floating point, added to the scores, where -inf masks a pair. It is combined with causal
+                masking and `mask`. A query that may attend to no key gets 0 from the operation.
 
         Returns:
             (b, n, d).
+
+        Raises:
+            TypeError: a tensor has the wrong dtype.
+            ValueError: a tensor has the wrong shape or device, or the layer takes no `attn_mask`.
         """
         raise NotImplementedError
 
-    def step(self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+    def step(
+        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Decode: attend from new tokens to themselves and to all tokens of earlier steps.
 
         Args:
             x: (b, t, d), t >= 1 new tokens.
             state: the state returned by the previous step; None for the first. It is not modified.
             mask: (b, t) bool, True = a valid token. The state holds the mask of the earlier tokens.
+            attn_mask: the rows of `attn_mask` of `forward` for the new tokens: (t, j), (b, t, j) or (b, h, t, j) with
+                j = all tokens so far, the new ones included.
 
         Returns:
             (b, t, d) and the new state.
@@ -92,12 +121,14 @@ class AttentionBlock(nn.Module):
         """
         raise NotImplementedError
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Effective weights (b, h, i, j) on the values, before any gate, norm or projection."""
+    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """Effective weights (b, h, i, j) on the values, before any gate, norm or projection. Args: see `forward`."""
         raise NotImplementedError
 
-    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
-        """Values and output of the operation inside the layer, for checks of `attention_map`."""
+    def values_and_output(
+        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> ValuesAndOutput:
+        """Values and output of the operation inside the layer, for checks of `attention_map`. Args: see `forward`."""
         raise NotImplementedError
 
     @property
@@ -105,22 +136,48 @@ class AttentionBlock(nn.Module):
         """The dropout probability in the current mode: 0 in eval mode."""
         return self.dropout if self.training else 0.0
 
-    def check_inputs(self, x: Tensor, mask: Tensor | None) -> None:
-        """Check the arguments of `forward`.
+    @property
+    def num_maps(self) -> int:
+        """Number of attention maps h."""
+        return self.heads
 
-        Raises:
-            TypeError: `x` is not floating point, or `mask` is not boolean.
-            ValueError: `x` or `mask` has the wrong shape.
-        """
+    def check_inputs(
+        self, x: Tensor, mask: Tensor | None, attn_mask: Tensor | None = None, *, earlier: int = 0
+    ) -> None:
+        """Check the arguments of `forward`, or of `step` after `earlier` tokens. Errors as in `forward`."""
         check_features(x, self.dim)
         check_padding(mask, x)
+        check_has_data(self, x)
+        if attn_mask is not None:
+            self.check_attn_mask(attn_mask, x, earlier + x.shape[1])
 
-    def check_step(self, x: Tensor, state: State | None, mask: Tensor | None, kind: type[State]) -> None:
+    def check_attn_mask(self, attn_mask: Tensor | None, x: Tensor, keys: int) -> None:
+        """Check an attention mask over `keys` keys.
+
+        Raises:
+            TypeError: `attn_mask` is neither a boolean nor a floating point tensor.
+            ValueError: it has the wrong shape or device, or the layer takes none.
+        """
+        if attn_mask is not None and self.no_attn_mask is not None:
+            raise ValueError(f"attn_mask must be None for {type(self).__name__}, {self.no_attn_mask}")
+        check_attn_mask(attn_mask, x, self.num_maps, keys)
+
+    def check_step(
+        self,
+        x: Tensor,
+        state: State | None,
+        mask: Tensor | None,
+        kind: type[State],
+        attn_mask: Tensor | None = None,
+    ) -> None:
         """Check the arguments of `step`; `kind` is the class of the layer's states. Errors as in `step`."""
-        self.check_inputs(x, mask)
+        check_state(state, kind)
+        if attn_mask is None:
+            self.check_inputs(x, mask)
+        else:
+            self.check_inputs(x, mask, attn_mask, earlier=0 if state is None else state.length)
         if not self.causal:
             raise ValueError(f"step needs causal=True, got causal={self.causal}")
-        check_state(state, kind)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}, causal={self.causal}"
@@ -136,16 +193,20 @@ class SelfAttention(AttentionBlock):
         dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
         kv_heads: number of key/value heads (grouped-query attention); divides `heads`. Default: `heads`.
         scale: scale of the scores. Default: dim_head^-0.5.
-        rotary: rotary position embedding of queries and keys.
+        rotary: rotary position embedding of queries and keys; True for `Rotary()`. A RotaryEmbedding of
+            rotary-embedding-torch is converted, see `make_rotary`.
         bias: relative position bias, added to the scores.
         pattern: sparse pattern (`attention_zoo.ops.sparse`), or an (N, N) bool tensor, True where query i (row) may
             attend to key j (column), for sequences of up to N tokens.
         qkv_bias, out_bias: whether the QKV projection and the output projection have a bias.
+        output_gate: activation of an output gate, "sigmoid" or "silu": the merged heads are multiplied by
+            activation(W x + b) before the output projection. Default: no gate.
+        output_gate_per: one output gate per "head", or per "feature" and then without b.
 
     Raises:
-        ValueError: `kv_heads` does not divide `heads`, `bias` has another number of heads, `scale` is given with
-            `pattern`, or `pattern` is not square.
-        TypeError: `pattern` is a tensor that is not boolean.
+        ValueError: `kv_heads` does not divide `heads`, `bias` has another number of heads, `scale` is not positive or
+            is given with `pattern`, `pattern` is not square, `output_gate` is unknown, or `rotary` cannot be converted.
+        TypeError: an argument has another type, or `pattern` is a tensor that is not boolean.
     """
 
     def __init__(
@@ -158,47 +219,54 @@ class SelfAttention(AttentionBlock):
         causal: bool = True,
         dropout: float = 0.0,
         scale: float | None = None,
-        rotary: RotaryEmbedding | None = None,
+        rotary: RotaryArgument = None,
         bias: RelativeBias | None = None,
         pattern: Pattern | Tensor | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
+        output_gate: str | None = None,
+        output_gate_per: str = "feature",
     ) -> None:
         super().__init__(dim, heads=heads, dim_head=dim_head, causal=causal, dropout=dropout)
         check_positive(kv_heads=kv_heads)
+        check_positive_number(scale=scale)
+        check_flag(qkv_bias=qkv_bias, out_bias=out_bias)
+        check_instance(RelativeBias, type(None), bias=bias)
+        check_instance(Pattern, Tensor, type(None), pattern=pattern)
         self.kv_heads = heads if kv_heads is None else kv_heads
         if heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads, got {kv_heads=}, {heads=}")
-        if rotary is not None:
-            rotary.prepare(dim_head)
         if bias is not None:
             bias.check_heads(heads)
         if pattern is not None and scale is not None:
             raise ValueError(f"scale must be None with a pattern, got {scale=}")
         self.scale = scale
-        self.rotary = rotary
+        self.rotary = make_rotary(rotary, dim_head)
         self.bias = bias
         self.pattern = None if pattern is None else make_pattern(pattern, causal=causal)
         inner, kv_inner = heads * dim_head, self.kv_heads * dim_head
         self.to_qkv = Projections(dim, q=inner, k=kv_inner, v=kv_inner, bias=qkv_bias)
         self.to_out = nn.Linear(inner, dim, bias=out_bias)
+        self.to_gate = make_output_gate(
+            dim, heads=heads, dim_head=dim_head, activation=output_gate, per=output_gate_per
+        )
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask)
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        self.check_inputs(x, mask, attn_mask)
         q, k, v = self.project(x, start=0)
-        return self.merge(self.attend(q, k, v, mask), x)
+        return self.merge(self.attend(q, k, v, combine_masks(mask, attn_mask)), x)
 
     def step(
-        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None
+        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, KeyValueState]:
-        self.check_step(x, state, mask, KeyValueState)
+        self.check_step(x, state, mask, KeyValueState, attn_mask)
         q, k, v = self.project(x, start=0 if state is None else state.length)
         if isinstance(state, KeyValueState):
             check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
             state = state.append(k, v, mask)
         else:
-            state = KeyValueState(k, v, mask)
-        return self.merge(self.attend(q, state.keys, state.values, state.mask), x), state
+            state = KeyValueState(k, v, own_mask(mask))
+        return self.merge(self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), x), state
 
     def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, n, e), keys and values (b, kv_h, n, e) of tokens at positions start, start + 1, ..."""
@@ -217,7 +285,8 @@ class SelfAttention(AttentionBlock):
         Args:
             q: (b, h, i, e).
             k, v: (b, kv_h, j, e).
-            mask: (b, j) bool, True = a valid token.
+            mask: (b, j) bool, True = a valid token; with an attention mask, both combined in four axes that broadcast
+                to (b, h, i, j), boolean or additive.
 
         Returns:
             (b, h, i, e).
@@ -247,16 +316,20 @@ class SelfAttention(AttentionBlock):
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
         """Merge the heads (b, h, n, e) and project to (b, n, d).
 
-        `x` is the input of the layer, from which subclasses compute output gates.
+        `x` is the input of the layer, from which the output gate is computed.
         """
-        return self.to_out(merge_heads(out))
+        out = merge_heads(out)
+        return self.to_out(out if self.to_gate is None else self.to_gate.multiply(out, self.to_gate(x)))
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask)
+    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        self.check_inputs(x, mask, attn_mask)
         q, k, _ = self.project(x, start=0)
-        return self.weights(q, k, mask)
+        return self.weights(q, k, combine_masks(mask, attn_mask))
 
-    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
-        self.check_inputs(x, mask)
+    def values_and_output(
+        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> ValuesAndOutput:
+        self.check_inputs(x, mask, attn_mask)
         q, k, v = self.project(x, start=0)
-        return ValuesAndOutput(repeat_heads(v, q.shape[1]), self.attend(q, k, v, mask))
+        out = self.attend(q, k, v, combine_masks(mask, attn_mask))
+        return ValuesAndOutput(repeat_heads(v, q.shape[1]), out)

@@ -8,9 +8,9 @@ are saved with the weights; padding masks and cached decoding.
 
 from __future__ import annotations
 
-from attention_zoo._checks import check_positive
+from attention_zoo._checks import check_flag, check_instance, check_positive
 from attention_zoo.attention.base import SelfAttention
-from attention_zoo.layers.positions import RotaryEmbedding
+from attention_zoo.layers.positions import RotaryArgument
 from attention_zoo.ops.sparse import BlockSparsePattern, TextImageLayout, choose_blocks
 
 
@@ -57,9 +57,11 @@ class BlockSparseAttention(SelfAttention):
         dim_head: int = 64,
         causal: bool = True,
         dropout: float = 0.0,
-        rotary: RotaryEmbedding | None = None,
+        rotary: RotaryArgument = None,
         out_bias: bool = False,
     ) -> None:
+        check_instance(TextImageLayout, layout=layout)
+        check_flag(causal=causal)
         check_positive(block_size=block_size)
         blocks = choose_blocks(
             -(-layout.length // block_size),

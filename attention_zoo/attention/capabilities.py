@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from attention_zoo.attention.base import AttentionBlock
 from attention_zoo.ops.sparse import TextImageLayout
@@ -22,7 +23,7 @@ class Capabilities:
     """What an attention layer supports.
 
     Attributes:
-        causal: "always", or "optional" if causal=False is possible.
+        causal: "always"; "optional" if causal=False or reverse=True is possible; "" for a class that does not say.
         mask: padding masks.
         step: incremental decoding.
         state: growth of the decoding state with the number n of tokens: "n", "1" (constant), or "" without `step`.
@@ -53,7 +54,7 @@ class Capabilities:
     dropout: bool
 
 
-def capabilities(blocks: Mapping[str, type[AttentionBlock]] | None = None) -> dict[str, Capabilities]:
+def capabilities(blocks: Mapping[str, type[nn.Module]] | None = None) -> dict[str, Capabilities]:
     """What attention layers support, by name.
 
     Args:
@@ -64,19 +65,20 @@ def capabilities(blocks: Mapping[str, type[AttentionBlock]] | None = None) -> di
     return {name: capabilities_of(cls) for name, cls in (BLOCKS if blocks is None else blocks).items()}
 
 
-def capabilities_of(cls: type[AttentionBlock]) -> Capabilities:
+def capabilities_of(cls: type[nn.Module]) -> Capabilities:
     """What one attention layer supports."""
     takes = inspect.signature(cls).parameters
     reads = inspect.signature(cls.forward).parameters
     block = _tiny(cls)
-    step = cls.step is not AttentionBlock.step
+    step = _has(cls, "step")
+    causal = "always" if getattr(block, "causal", None) else ""
     return Capabilities(
-        causal="optional" if "causal" in takes else "always",
+        causal="optional" if takes.keys() & {"causal", "reverse"} else causal,
         mask="mask" in reads,
         step=step,
         state=_state_growth(block) if step else "",
-        map=cls.attention_map is not AttentionBlock.attention_map,
-        compile=cls.compiles,
+        map=_has(cls, "attention_map"),
+        compile=getattr(cls, "compiles", True),
         double_backward=_has_second_derivative(block),
         context="context" in reads,
         image="layout" in takes,
@@ -88,7 +90,12 @@ def capabilities_of(cls: type[AttentionBlock]) -> Capabilities:
     )
 
 
-def _tiny(cls: type[AttentionBlock]) -> AttentionBlock:
+def _has(cls: type[nn.Module], method: str) -> bool:
+    """Whether a class has a method of its own, not only that of `AttentionBlock`."""
+    return getattr(cls, method, None) not in (None, getattr(AttentionBlock, method))
+
+
+def _tiny(cls: type[nn.Module]) -> nn.Module:
     takes = inspect.signature(cls).parameters
     sizes: dict[str, Any] = {"heads": 2, "dim_head": 8, "layout": LAYOUT}
     if "dim_head" not in takes:
@@ -102,13 +109,14 @@ def _others(block: nn.Module) -> dict[str, Any]:
     return {"context": torch.ones(1, 3, DIM)} if "context" in inspect.signature(block.forward).parameters else {}
 
 
-def _state_growth(block: AttentionBlock) -> str:
+def _state_growth(block: Any) -> str:
     with torch.no_grad():
-        sizes = [block.step(torch.zeros(1, n, DIM), **_others(block))[1].nbytes for n in (4, 8)]
+        states = [block.step(torch.zeros(1, n, DIM), **_others(block))[1] for n in (4, 8)]
+        sizes = [sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor)) for state in states]
     return "1" if sizes[0] == sizes[1] else "n"
 
 
-def _has_second_derivative(block: AttentionBlock) -> bool:
+def _has_second_derivative(block: nn.Module) -> bool:
     x = torch.linspace(-1, 1, 8 * DIM).view(1, 8, DIM).requires_grad_()
     (first,) = torch.autograd.grad(block(x, **_others(block)).square().sum(), x, create_graph=True)
     try:

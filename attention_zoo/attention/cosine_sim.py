@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from attention_zoo._checks import check_number, check_positive
 from attention_zoo.attention.base import SelfAttention
-from attention_zoo.layers.positions import RelativeBias, RotaryEmbedding
+from attention_zoo.layers.positions import RelativeBias, RotaryArgument
 from attention_zoo.ops.cosine_sim import l2_normalize
 
 
@@ -22,8 +23,8 @@ class CosineSimAttention(SelfAttention):
     row.
 
     Args:
-        dim, heads, kv_heads, dim_head, causal, dropout, rotary, bias: see `SelfAttention`. `rotary` is applied before
-            the normalisation.
+        dim, heads, kv_heads, dim_head, causal, dropout, rotary, bias, output_gate, output_gate_per: see
+            `SelfAttention`. `rotary` is applied before the normalisation.
         scale: scale of the cosines, the largest possible score with one group.
         groups: number of groups of features of a head, each normalised separately; scores then lie in
             scale * [-groups, groups].
@@ -43,8 +44,10 @@ class CosineSimAttention(SelfAttention):
         groups: int = 1,
         causal: bool = True,
         dropout: float = 0.0,
-        rotary: RotaryEmbedding | None = None,
+        rotary: RotaryArgument = None,
         bias: RelativeBias | None = None,
+        output_gate: str | None = None,
+        output_gate_per: str = "feature",
     ) -> None:
         super().__init__(
             dim,
@@ -56,14 +59,16 @@ class CosineSimAttention(SelfAttention):
             scale=scale,
             rotary=rotary,
             bias=bias,
+            output_gate=output_gate,
+            output_gate_per=output_gate_per,
         )
-        if groups < 1 or dim_head % groups:
+        check_positive(groups=groups)
+        check_number(scale=scale)  # None, e^-0.5 in `SelfAttention`, is no scale of cosines
+        if dim_head % groups:
             raise ValueError(f"groups must divide dim_head, got {groups=}, {dim_head=}")
-        if rotary is not None and groups > 1 and dim_head // groups % 2:
+        if self.rotary is not None and groups > 1 and dim_head // groups % 2:
             # The norm of a group that holds half of a rotated pair depends on the absolute position.
             raise ValueError(f"groups must not split rotary pairs, got {groups=}, {dim_head=}")
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale=}")
         self.groups = groups
 
     def prepare(self, qk: Tensor, start: int) -> Tensor:

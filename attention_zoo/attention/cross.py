@@ -10,10 +10,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_features, check_padding, check_positive
+from attention_zoo._checks import check_features, check_flag, check_padding, check_positive
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.projections import merge_heads, split_heads
-from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
+from attention_zoo.layers.state import (
+    State,
+    check_state_dtype,
+    check_state_shape,
+    count_tokens,
+    own_mask,
+    register_state,
+)
+from attention_zoo.ops.masks import combine_masks
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
 
@@ -61,6 +69,7 @@ class CrossAttention(AttentionBlock):
     ) -> None:
         super().__init__(dim, heads=heads, dim_head=dim_head, dropout=dropout)
         check_positive(context_dim=context_dim)
+        check_flag(qkv_bias=qkv_bias, out_bias=out_bias)
         self.context_dim = dim if context_dim is None else context_dim
         self.to_q = nn.Linear(dim, heads * dim_head, bias=qkv_bias)
         self.to_k = nn.Linear(self.context_dim, heads * dim_head, bias=qkv_bias)
@@ -68,7 +77,13 @@ class CrossAttention(AttentionBlock):
         self.to_out = nn.Linear(heads * dim_head, dim, bias=out_bias)
 
     def forward(  # type: ignore[override]  # a context in addition to the arguments of every layer
-        self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, context_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        *,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend to a context.
 
@@ -77,13 +92,15 @@ class CrossAttention(AttentionBlock):
             context: (b, j, context_dim).
             mask: (b, n) bool, True = a valid token. Outputs at masked tokens are finite and meaningless.
             context_mask: (b, j) bool, True = a valid token of the context. A row without any gives 0.
+            attn_mask: (n, j), (b, n, j) or (b, h, n, j), over queries of x and keys of the context; see
+                `AttentionBlock.forward`.
 
         Returns:
             (b, n, d).
         """
         self.check_inputs(x, mask)
         k, v = self.project_context(context, context_mask, x)
-        return self.merge(self.attend(self.project_queries(x), k, v, context_mask))
+        return self.merge(self.attend(self.project_queries(x), k, v, self.masked(x, k, context_mask, attn_mask)))
 
     def step(
         self,
@@ -93,25 +110,28 @@ class CrossAttention(AttentionBlock):
         mask: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, CrossAttentionState]:
         """Attend from new tokens (b, t, d) to the context, which is given to the first step only.
 
         Args:
             x, state, mask: see `AttentionBlock.step`.
             context, context_mask: see `forward`; only in the first step.
+            attn_mask: (t, j), (b, t, j) or (b, h, t, j), over the new tokens and the keys of the context.
 
         Returns:
             (b, t, d) and the new state.
 
         Raises:
-            TypeError: `state` is of another kind of layer.
-            ValueError: `context` is missing in the first step or given in a later one, or `state` comes from another
-                layer or batch size.
+            TypeError: `state` is of another kind of layer or of another dtype.
+            ValueError: `context` is missing in the first step, `context` or `context_mask` is given in a later one, or
+                `state` comes from another layer or batch size.
         """
         self.check_step(x, state, mask, CrossAttentionState)
         if isinstance(state, CrossAttentionState):
-            if context is not None:
-                raise ValueError("context must be given with the first step only, got a context and a state")
+            if context is not None or context_mask is not None:
+                name = "context_mask" if context is None else "context"
+                raise ValueError(f"{name} must be given with the first step only, got a {name} and a state")
             shape = (x.shape[0], self.heads, state.keys.shape[2], self.dim_head)
             check_state_shape(state.keys, "(b, heads, j, dim_head)", shape)
             k, v, context_mask, count = state.keys, state.values, state.mask, state.token_count
@@ -119,8 +139,10 @@ class CrossAttention(AttentionBlock):
             if context is None:
                 raise ValueError("context must be given with the first step, got None")
             k, v = self.project_context(context, context_mask, x)
-            count = None
-        out = self.merge(self.attend(self.project_queries(x), k, v, context_mask))
+            count, context_mask = None, own_mask(context_mask)
+        q = self.project_queries(x)
+        check_state_dtype(k, q)
+        out = self.merge(self.attend(q, k, v, self.masked(x, k, context_mask, attn_mask)))
         return out, CrossAttentionState(k, v, count_tokens(count, x.shape[1]), context_mask)
 
     def project_queries(self, x: Tensor) -> Tensor:
@@ -135,25 +157,43 @@ class CrossAttention(AttentionBlock):
             raise ValueError(f"context must have the batch size of x, got {context.shape[0]} and {x.shape[0]}")
         return split_heads(self.to_k(context), self.dim_head), split_heads(self.to_v(context), self.dim_head)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context_mask: Tensor | None) -> Tensor:
-        """The attention operation: q (b, h, n, e), k and v (b, h, j, e) -> (b, h, n, e)."""
-        return softmax_attention(q, k, v, mask=context_mask, dropout=self.dropout_now)
+    def masked(self, x: Tensor, k: Tensor, context_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+        """The mask of the operation: `context_mask`, or both masks combined in four axes."""
+        self.check_attn_mask(attn_mask, x, k.shape[2])
+        return combine_masks(context_mask, attn_mask)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The attention operation: q (b, h, n, e), k and v (b, h, j, e), mask over the context -> (b, h, n, e)."""
+        return softmax_attention(q, k, v, mask=mask, dropout=self.dropout_now)
 
     def merge(self, out: Tensor) -> Tensor:
         """Merge the heads (b, h, n, e) and project to (b, n, d)."""
         return self.to_out(merge_heads(out))
 
     def attention_map(  # type: ignore[override]
-        self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, context_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        *,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
     ) -> Tensor:
         """The weights (b, h, n, j) on the values of the context."""
         self.check_inputs(x, mask)
         k, _ = self.project_context(context, context_mask, x)
-        return softmax_attention_weights(self.project_queries(x), k, mask=context_mask)
+        return softmax_attention_weights(self.project_queries(x), k, mask=self.masked(x, k, context_mask, attn_mask))
 
     def values_and_output(  # type: ignore[override]
-        self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, context_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        *,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
     ) -> ValuesAndOutput:
         self.check_inputs(x, mask)
         k, v = self.project_context(context, context_mask, x)
-        return ValuesAndOutput(v, self.attend(self.project_queries(x), k, v, context_mask))
+        mask = self.masked(x, k, context_mask, attn_mask)
+        return ValuesAndOutput(v, self.attend(self.project_queries(x), k, v, mask))

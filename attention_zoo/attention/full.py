@@ -19,4 +19,10 @@ class FullAttention(SelfAttention):
     Example:
         >>> layer = FullAttention(512, heads=8, kv_heads=2, rotary=Rotary())
         >>> y = layer(torch.randn(2, 100, 512))
+
+        A prefix language model, whose first 20 tokens attend to each other in both directions:
+
+        >>> index = torch.arange(100)
+        >>> prefix = (index < 20) | (index <= index[:, None])
+        >>> y = FullAttention(512, causal=False)(torch.randn(2, 100, 512), attn_mask=prefix)
     """

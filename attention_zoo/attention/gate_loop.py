@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention_zoo._checks import check_positive
+from attention_zoo._checks import check_flag, check_positive
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
+from attention_zoo.layers.gates import check_gate, gate_input
 from attention_zoo.layers.norms import LayerNorm
+from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.projections import merge_heads, split_heads
 from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.gate_loop import (
@@ -25,7 +26,6 @@ from attention_zoo.ops.gate_loop import (
     complex_of,
     gate_loop,
     gate_loop_weights,
-    scale_gradient,
     unit_gate,
 )
 
@@ -51,7 +51,8 @@ register_state(GateLoopState)
 class GateLoopAttention(AttentionBlock):
     """h_t = a_t h_{t-1} + k_t v_t^T, y_t = q_t^T Re(h_t), a_t = sigmoid(|z_t|) e^{i arg z_t} per head, z = W_a x + b_a.
 
-    Optionally followed by LayerNorm(y), y * SiLU(W_g x) and an output projection. A masked token leaves h unchanged.
+    Optionally followed by LayerNorm(y), an output gate, y * SiLU(W_g x), and an output projection. A masked token
+    leaves h unchanged.
 
     Time O(n d (64 + e)) for heads of e features and O(n d) for e = 1, memory O(n d). State: 2 d e elements per row.
 
@@ -59,15 +60,20 @@ class GateLoopAttention(AttentionBlock):
         dim: input and output features d.
         heads: number of heads h, each with one gate. Default: one per inner feature.
         dim_inner: features of queries, keys and values. Default: dim.
-        swish_gate: whether the output is multiplied by SiLU(W_g x).
+        gate: "complex"; "real" for the ablation in which only the real part of z is used, so that a is real, of either
+            sign; None for the ablation without gates, a = 1.
+        output_gate, output_gate_per: see `SelfAttention`. A layer without an output gate has an output projection only
+            if `dim_inner` is not `dim`.
         sub_norm: whether a LayerNorm follows the recurrence, whose output has no fixed scale.
         gradient_fraction: fraction of the gradient that is passed on to z.
-        real_gate: ablation: only the real part of z is used, so that a is real, of either sign.
-        transition: False for the ablation without gates, a = 1.
 
     Raises:
-        ValueError: `heads` does not divide `dim_inner`, or `gradient_fraction` is outside [0, 1].
+        TypeError: an argument has the wrong type.
+        ValueError: `heads` does not divide `dim_inner`, `gate`, `output_gate` or `output_gate_per` is unknown, or
+            `gradient_fraction` is outside [0, 1].
     """
+
+    no_attn_mask = "whose recurrence has no attention scores"
 
     def __init__(
         self,
@@ -75,35 +81,39 @@ class GateLoopAttention(AttentionBlock):
         *,
         heads: int | None = None,
         dim_inner: int | None = None,
-        swish_gate: bool = True,
+        gate: str | None = "complex",
+        output_gate: str | None = "silu",
+        output_gate_per: str = "feature",
         sub_norm: bool = False,
         gradient_fraction: float = 0.9,
-        real_gate: bool = False,
-        transition: bool = True,
     ) -> None:
         check_positive(dim=dim, heads=heads, dim_inner=dim_inner)
         inner = dim if dim_inner is None else dim_inner
         heads = inner if heads is None else heads
         if inner % heads:
             raise ValueError(f"heads must divide dim_inner, got {heads=}, dim_inner={inner}")
-        if not 0.0 <= gradient_fraction <= 1.0:
-            raise ValueError(f"gradient_fraction must lie in [0, 1], got {gradient_fraction=}")
+        check_gate(gate, gradient_fraction)
+        check_flag(sub_norm=sub_norm)
         super().__init__(dim, heads=heads, dim_head=inner // heads)
+        self.gate = gate
         self.gradient_fraction = gradient_fraction
-        self.real_gate = real_gate
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
-        self.to_a = nn.Linear(dim, 2 * heads) if transition else None  # features (h c), c = (re, im)
+        self.to_a = nn.Linear(dim, 2 * heads) if gate is not None else None  # features (h c), c = (re, im)
         self.norm = LayerNorm(inner) if sub_norm else None
-        self.to_gate = nn.Linear(dim, inner, bias=False) if swish_gate else None
-        self.to_out = nn.Linear(inner, dim, bias=False) if swish_gate or inner != dim else None
+        self.to_gate = make_output_gate(
+            dim, heads=heads, dim_head=inner // heads, activation=output_gate, per=output_gate_per
+        )
+        self.to_out = nn.Linear(inner, dim, bias=False) if self.to_gate is not None or inner != dim else None
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask)
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        self.check_inputs(x, mask, attn_mask)
         out, _ = self.recur(*self.project(x), mask)
         return self.merge(out, x, None if mask is None else mask.cumsum(1) > 0)
 
-    def step(self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        self.check_step(x, state, mask, GateLoopState)
+    def step(
+        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        self.check_step(x, state, mask, GateLoopState, attn_mask)
         has_valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.cumsum(1) > 0
         hidden, count = None, None
         if isinstance(state, GateLoopState):
@@ -122,10 +132,8 @@ class GateLoopAttention(AttentionBlock):
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         if self.to_a is None:
             return q, k, v, None
-        z = scale_gradient(self.to_a(x).view(*x.shape[:2], self.heads, 2), self.gradient_fraction)
-        if self.real_gate:
-            z = torch.stack((z[..., 0], torch.zeros_like(z[..., 0])), dim=-1)
-        return q, k, v, z
+        z = self.to_a(x).view(*x.shape[:2], self.heads, 2)
+        return q, k, v, gate_input(z, self.gate, self.gradient_fraction)
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, z: Tensor | None, mask: Tensor | None, state: Tensor | None = None
@@ -157,7 +165,7 @@ class GateLoopAttention(AttentionBlock):
         """
         gate = None if self.to_gate is None else self.to_gate(x)
         if torch.is_grad_enabled() and (self.norm is not None or gate is not None):
-            # Norm, SiLU and product are recomputed in backward: they cost little and would triple what is saved.
+            # Norm, activation and product are recomputed in backward: they cost little and would triple what is saved.
             return checkpoint(self._merge, out, gate, has_valid, use_reentrant=False, preserve_rng_state=False)
         return self._merge(out, gate, has_valid)
 
@@ -166,17 +174,19 @@ class GateLoopAttention(AttentionBlock):
             out = self.norm(out)
             if has_valid is not None:  # before the first valid token the output is 0, not the bias of the norm
                 out = out.masked_fill(~has_valid[..., None], 0.0)
-        if gate is not None:
-            out = out * F.silu(gate)
+        if self.to_gate is not None and gate is not None:
+            out = self.to_gate.multiply(out, gate)
         return out if self.to_out is None else self.to_out(out)
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask)
+    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        self.check_inputs(x, mask, attn_mask)
         q, k, _, gate = self.split(*self.project(x), mask)
         return gate_loop_weights(q, k, gate)
 
-    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
-        self.check_inputs(x, mask)
+    def values_and_output(
+        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> ValuesAndOutput:
+        self.check_inputs(x, mask, attn_mask)
         q, k, v, z = self.project(x)
         out, _ = self.recur(q, k, v, z, mask)
         return ValuesAndOutput(split_heads(v, self.dim_head), split_heads(out, self.dim_head))

@@ -3,7 +3,8 @@
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 Upstream: gateloop-transformer, CausalFullAttention.
 Differs: gates are multiplied along the sequence, as in the paper; upstream multiplies them over the features, which
-encodes no positions and reaches 1e10. Padding masks and step-by-step decoding.
+encodes no positions and reaches 1e10. The default is softmax attention; upstream's default with data-dependent relative
+positions is without softmax, softmax=False here. Padding masks and step-by-step decoding.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from attention_zoo._checks import check_flag
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
-from attention_zoo.layers.positions import Rotary
+from attention_zoo.layers.gates import check_gate, gate_input
+from attention_zoo.layers.output_gate import make_output_gate
+from attention_zoo.layers.positions import RotaryArgument, make_rotary
 from attention_zoo.layers.projections import merge_heads, split_heads
-from attention_zoo.layers.state import KeyValueState, State, check_state_shape, register_state
-from attention_zoo.ops.gate_loop import complex_of, scale_gradient, unit_gate
+from attention_zoo.layers.state import KeyValueState, State, check_state_shape, own_mask, register_state
+from attention_zoo.ops.gate_loop import complex_of, unit_gate
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
 
 
@@ -43,7 +46,7 @@ register_state(RelativeGateState)
 
 
 class RelativeGateAttention(AttentionBlock):
-    """out_i = sum_j softmax_j(sim_ij) v_j over j <= i, optionally times SiLU(W_g x), and an output projection.
+    """out_i = sum_j softmax_j(sim_ij) v_j over j <= i, times an output gate, SiLU(W_g x), and an output projection.
 
     sim_ij = e^-0.5 sum_p (q_{i,2p} k_{j,2p} + q_{i,2p+1} k_{j,2p+1}) Re(a_{j+1,p} ... a_{i,p}), with one gate
     a = sigmoid(|z|) e^{i arg z}, z = W_a x, for each head, token and pair of features. Masked tokens have gate 1.
@@ -55,16 +58,21 @@ class RelativeGateAttention(AttentionBlock):
         heads: number of heads h.
         dim_head: features e of each head, even.
         dropout: dropout probability of the attention weights.
-        rotary: rotary position embedding of queries and keys, in addition to the gates.
+        rotary: rotary position embedding of queries and keys, in addition to the gates, see `SelfAttention`.
         softmax: False for the scores themselves as weights, whose sum is not bounded.
-        swish_gate: whether the output is multiplied by SiLU(W_g x).
+        gate: "complex"; "real" for the ablation in which only the real part of z is used, so that a is real, of either
+            sign; None for no gates, a = 1, where positions come from `rotary` alone.
+        output_gate, output_gate_per: see `SelfAttention`.
         gradient_fraction: fraction of the gradient that is passed on to z.
-        transition: False for no gates, a = 1; positions then come from `rotary` alone.
         out_bias: whether the output projection has a bias.
 
     Raises:
-        ValueError: `dim_head` is odd, or `gradient_fraction` is outside [0, 1].
+        TypeError: an argument has the wrong type.
+        ValueError: `dim_head` is odd, `gate`, `output_gate` or `output_gate_per` is unknown, `rotary` cannot be
+            converted, or `gradient_fraction` is outside [0, 1].
     """
+
+    no_attn_mask = "whose operation takes no masks of pairs"
 
     def __init__(
         self,
@@ -73,35 +81,39 @@ class RelativeGateAttention(AttentionBlock):
         heads: int = 8,
         dim_head: int = 64,
         dropout: float = 0.0,
-        rotary: Rotary | None = None,
+        rotary: RotaryArgument = None,
         softmax: bool = True,
-        swish_gate: bool = True,
+        gate: str | None = "complex",
+        output_gate: str | None = "silu",
+        output_gate_per: str = "feature",
         gradient_fraction: float = 0.9,
-        transition: bool = True,
         out_bias: bool = False,
     ) -> None:
         super().__init__(dim, heads=heads, dim_head=dim_head, dropout=dropout)
         if dim_head % 2:
             raise ValueError(f"dim_head must be even, features are gated in pairs, got {dim_head=}")
-        if not 0.0 <= gradient_fraction <= 1.0:
-            raise ValueError(f"gradient_fraction must lie in [0, 1], got {gradient_fraction=}")
-        if rotary is not None:
-            rotary.prepare(dim_head)
-        self.rotary = rotary
+        check_gate(gate, gradient_fraction)
+        check_flag(softmax=softmax, out_bias=out_bias)
+        self.rotary = make_rotary(rotary, dim_head)
         self.softmax = softmax
+        self.gate = gate
         self.gradient_fraction = gradient_fraction
         inner = heads * dim_head
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
-        self.to_a = nn.Linear(dim, inner, bias=False) if transition else None  # features (h p c), c = (re, im)
-        self.to_gate = nn.Linear(dim, inner, bias=False) if swish_gate else None
+        self.to_a = nn.Linear(dim, inner, bias=False) if gate is not None else None  # features (h p c), c = (re, im)
+        self.to_gate = make_output_gate(
+            dim, heads=heads, dim_head=dim_head, activation=output_gate, per=output_gate_per
+        )
         self.to_out = nn.Linear(inner, dim, bias=out_bias)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask)
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        self.check_inputs(x, mask, attn_mask)
         return self.merge(self.attend(*self.project(x, mask), mask), x)
 
-    def step(self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        self.check_step(x, state, mask, RelativeGateState)
+    def step(
+        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        self.check_step(x, state, mask, RelativeGateState, attn_mask)
         if isinstance(state, RelativeGateState):
             shape = (x.shape[0], self.heads, state.length, self.dim_head)
             check_state_shape(state.cache.keys, "(b, heads, n, dim_head)", shape)
@@ -110,10 +122,8 @@ class RelativeGateAttention(AttentionBlock):
             gates = torch.cat((state.gates, torch.view_as_real(gate)), dim=2)
         else:
             q, k, v, gate = self.project(x, mask)
-            cache, gates = KeyValueState(k, v, mask), torch.view_as_real(gate).clone()
-        out = relative_gate_attention(
-            q, cache.keys, cache.values, torch.view_as_complex(gates), mask=cache.mask, softmax=self.softmax
-        )
+            cache, gates = KeyValueState(k, v, own_mask(mask)), torch.view_as_real(gate).clone()
+        out = self.attend(q, cache.keys, cache.values, torch.view_as_complex(gates), cache.mask)
         return self.merge(out, x), RelativeGateState(cache, gates)
 
     def project(self, x: Tensor, mask: Tensor | None, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,7 +135,7 @@ class RelativeGateAttention(AttentionBlock):
         if self.to_a is None:
             gate = torch.ones(shape, dtype=complex_of(x.dtype), device=x.device)
         else:
-            gate = unit_gate(scale_gradient(self.to_a(x).view(*shape, 2), self.gradient_fraction))
+            gate = unit_gate(gate_input(self.to_a(x).view(*shape, 2), self.gate, self.gradient_fraction))
         if mask is not None:
             gate = torch.where(mask[:, :, None, None], gate, torch.ones_like(gate))
         return q, k, v, gate.transpose(1, 2)
@@ -137,14 +147,16 @@ class RelativeGateAttention(AttentionBlock):
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
         """Merge the heads, apply the output gate and project to (b, n, d)."""
         out = merge_heads(out)
-        return self.to_out(out if self.to_gate is None else out * F.silu(self.to_gate(x)))
+        return self.to_out(out if self.to_gate is None else self.to_gate.multiply(out, self.to_gate(x)))
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask)
+    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        self.check_inputs(x, mask, attn_mask)
         q, k, _, gate = self.project(x, mask)
         return relative_gate_weights(q, k, gate, mask=mask, softmax=self.softmax)
 
-    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
-        self.check_inputs(x, mask)
+    def values_and_output(
+        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> ValuesAndOutput:
+        self.check_inputs(x, mask, attn_mask)
         q, k, v, gate = self.project(x, mask)
         return ValuesAndOutput(v, self.attend(q, k, v, gate, mask))

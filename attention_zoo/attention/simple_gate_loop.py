@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from attention_zoo._checks import check_flag
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.norms import LayerNorm, RMSNorm
 from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
@@ -45,24 +46,32 @@ class SimpleGateLoop(AttentionBlock):
         post_norm: whether a LayerNorm follows the recurrence.
         reverse: whether the recurrence runs from the last token to the first. Such a layer is not causal and has no
             `step`.
+
+    Raises:
+        TypeError: a flag is not a bool.
     """
 
+    no_attn_mask = "whose recurrence has no attention scores"
+
     def __init__(self, dim: int, *, norm: bool = True, post_norm: bool = False, reverse: bool = False) -> None:
+        check_flag(norm=norm, post_norm=post_norm, reverse=reverse)
         super().__init__(dim, heads=dim, dim_head=1, causal=not reverse)
         self.reverse = reverse
         self.norm = RMSNorm(dim) if norm else None
         self.to_qkva = nn.Linear(dim, 3 * dim, bias=False)
         self.post_norm = LayerNorm(dim) if post_norm else None
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask)
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        self.check_inputs(x, mask, attn_mask)
         out = self.recur(*self.project(x, mask))
         return out if self.post_norm is None else self.post_norm(out)
 
-    def step(self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+    def step(
+        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         if self.reverse:
             raise ValueError("step needs reverse=False, got reverse=True, which reads later tokens first")
-        self.check_step(x, state, mask, SimpleGateLoopState)
+        self.check_step(x, state, mask, SimpleGateLoopState, attn_mask)
         q, kv, gate = self.project(x, mask)
         hidden, count = None, None
         if isinstance(state, SimpleGateLoopState):
@@ -89,8 +98,8 @@ class SimpleGateLoop(AttentionBlock):
         h = linear_recurrence(gate, kv).out
         return (q * (h.flip(1) if self.reverse else h)).to(q.dtype)
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask)
+    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        self.check_inputs(x, mask, attn_mask)
         q, _, gate = self.project(x, mask)
         with no_autocast(x):
             if self.reverse:
@@ -102,8 +111,10 @@ class SimpleGateLoop(AttentionBlock):
             weights = weights.masked_fill(~(mask.flip(1) if self.reverse else mask)[:, None, None], 0.0)
         return weights.flip(-1, -2) if self.reverse else weights
 
-    def values_and_output(self, x: Tensor, *, mask: Tensor | None = None) -> ValuesAndOutput:
-        self.check_inputs(x, mask)
+    def values_and_output(
+        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> ValuesAndOutput:
+        self.check_inputs(x, mask, attn_mask)
         q, kv, gate = self.project(x, mask)
         out = self.recur(q, kv, gate)
         return ValuesAndOutput(kv.transpose(1, 2)[..., None], out.transpose(1, 2)[..., None])

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice, check_positive
 from attention_zoo.attention.base import SelfAttention
-from attention_zoo.layers.positions import RotaryEmbedding
+from attention_zoo.layers.positions import RotaryArgument
+from attention_zoo.ops.masks import combine_masks
 from attention_zoo.ops.talking_heads import (
     HeadMix,
     HeadMLP,
@@ -51,15 +52,16 @@ class HeadMixer(nn.Module):
 
 
 class TalkingHeadsAttention(SelfAttention):
-    """out = post_softmax(softmax(pre_softmax(q k^T / sqrt(e)))) v, times sigmoid(x Wg + bg) per head and token.
+    """out = post_softmax(softmax(pre_softmax(q k^T / sqrt(e)))) v, times an output gate, by default per head and token.
 
     `pre_softmax` and `post_softmax` mix the maps of all s h heads of one batch row at every pair of query and key. An
-    output projection follows. Time O(n^2 (d + (s h)^2)), memory O(n d). State: keys and values of all tokens of all
-    streams.
+    output projection follows. An additive `attn_mask` is added after `pre_softmax`; its heads are all s h.
+
+    Time O(n^2 (d + (s h)^2)), memory O(n d). State: keys and values of all tokens of all streams.
 
     Args:
-        dim, heads, dim_head, scale, rotary, causal, dropout: see `SelfAttention`; `heads` is the number of heads h of
-            each stream. Dropout is applied before `post_softmax`.
+        dim, heads, dim_head, scale, rotary, causal, dropout, output_gate, output_gate_per: see `SelfAttention`; `heads`
+            is the number of heads h of each stream. Dropout is applied before `post_softmax`.
         streams: number of streams s whose heads are mixed. The input is (b, n, d), or (b, s, n, d) with s streams.
         pre_softmax, post_softmax: head mixing before and after the softmax: "linear", "mlp" or None.
 
@@ -77,19 +79,28 @@ class TalkingHeadsAttention(SelfAttention):
         pre_softmax: str | None = "linear",
         post_softmax: str | None = "linear",
         scale: float | None = None,
-        rotary: RotaryEmbedding | None = None,
+        rotary: RotaryArgument = None,
         causal: bool = True,
         dropout: float = 0.0,
+        output_gate: str | None = "sigmoid",
+        output_gate_per: str = "head",
     ) -> None:
         super().__init__(
-            dim, heads=heads, dim_head=dim_head, causal=causal, dropout=dropout, scale=scale, rotary=rotary
+            dim,
+            heads=heads,
+            dim_head=dim_head,
+            causal=causal,
+            dropout=dropout,
+            scale=scale,
+            rotary=rotary,
+            output_gate=output_gate,
+            output_gate_per=output_gate_per,
         )
         check_positive(streams=streams)
         for name, kind in (("pre_softmax", pre_softmax), ("post_softmax", post_softmax)):
             if kind is not None:
                 check_choice(name, kind, MIXES)
         self.streams = streams
-        self.to_gate = nn.Linear(dim, heads)
         self.pre_softmax = None if pre_softmax is None else HeadMixer(streams * heads, pre_softmax)
         self.post_softmax = None if post_softmax is None else HeadMixer(streams * heads, post_softmax)
 
@@ -119,14 +130,17 @@ class TalkingHeadsAttention(SelfAttention):
         return mix_heads(self.softmax_weights(q, k, mask), _mix(self.post_softmax))
 
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
-        gate = self.to_gate(x).sigmoid()  # (b, n, h), or (b, s, n, h)
-        heads = out.view(x.shape[0], self.streams, self.heads, *out.shape[2:]).transpose(2, 3)  # (b, s, n, h, e)
-        return self.to_out((heads.reshape(*gate.shape, self.dim_head) * gate[..., None]).flatten(-2))
+        return super().merge(
+            out if x.ndim == 3 else out.view(out.shape[0], self.streams, self.heads, *out.shape[2:]), x
+        )
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, mixed: bool = True) -> Tensor:
+    def attention_map(
+        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None, mixed: bool = True
+    ) -> Tensor:
         """The weights (b, s h, i, j) on the values; with `mixed=False` the softmax, before `post_softmax`."""
-        self.check_inputs(x, mask)
+        self.check_inputs(x, mask, attn_mask)
         q, k, _ = self.project(x, start=0)
+        mask = combine_masks(mask, attn_mask)
         return self.weights(q, k, mask) if mixed else self.softmax_weights(q, k, mask)
 
     def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, HeadMix]:
@@ -134,13 +148,19 @@ class TalkingHeadsAttention(SelfAttention):
         q, k, _ = self.project(x, start=0)
         return q, k, _mix(self.pre_softmax)
 
-    def check_inputs(self, x: Tensor, mask: Tensor | None) -> None:
+    @property
+    def num_maps(self) -> int:
+        return self.streams * self.heads
+
+    def check_inputs(
+        self, x: Tensor, mask: Tensor | None, attn_mask: Tensor | None = None, *, earlier: int = 0
+    ) -> None:
         if isinstance(x, Tensor) and (self.streams > 1 or x.ndim == 4):
             if x.ndim != 4 or x.shape[1] != self.streams:
                 want = f"(b, streams, n, dim) with streams={self.streams}, dim={self.dim}"
                 raise ValueError(f"x must be {want}, got shape {tuple(x.shape)}")
             x = x[:, 0]
-        super().check_inputs(x, mask)
+        super().check_inputs(x, mask, attn_mask, earlier=earlier)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, streams={self.streams}"

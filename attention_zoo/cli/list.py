@@ -7,7 +7,9 @@ import inspect
 import sys
 from dataclasses import fields
 
-from attention_zoo.attention import BLOCKS, AttentionBlock
+from torch import nn
+
+from attention_zoo.attention import BLOCKS
 from attention_zoo.attention.capabilities import Capabilities, capabilities
 from attention_zoo.cli._table import print_table
 
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(cls: type[AttentionBlock]) -> str:
+def describe(cls: type[nn.Module]) -> str:
     """First line of the docstring of the layer's file, or of its class if the file has several layers."""
     several = sum(other.__module__ == cls.__module__ for other in BLOCKS.values()) > 1
     doc = inspect.getdoc(cls if several else sys.modules[cls.__module__]) or ""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_at_least, check_padding, check_token_range, check_tokens
+from attention_zoo.generation.eval_copy import eval_copy
 from attention_zoo.generation.sampling import Sampler
 
 
@@ -40,7 +40,8 @@ def generate(
     """Sample new tokens after each prompt.
 
     Args:
-        model: a module or object with `step`. It decodes in eval mode; its training mode is restored afterwards.
+        model: a module or object with `step`. A module in training mode is decoded through a copy in eval mode that
+            shares its parameters and buffers (see `eval_copy`), so that other threads may train it meanwhile.
         prompt: (b, n) int, n >= 1.
         max_new_tokens: number of new tokens per row.
         temperature, top_k, top_p, min_p, generator: see `Sampler`.
@@ -91,8 +92,7 @@ def generate_stream(
 ) -> Iterator[Tensor]:
     """Sample one token per row at a time.
 
-    Arguments and errors as in `generate`; the arguments are checked in the call, before the first token. The model is
-    in eval mode during its steps only.
+    Arguments and errors as in `generate`; the arguments are checked in the call, before the first token.
 
     Returns:
         An iterator of at most `max_new_tokens` tensors (b,). It stops when every row has ended with `eos_token_id`.
@@ -102,13 +102,16 @@ def generate_stream(
     make_bar = _bar_class(progress)
 
     def decode() -> Iterator[Tensor]:
-        tokens, tokens_mask, state = prompt, mask, None
+        tokens, tokens_mask, state, copy = prompt, mask, None, None
         ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
         with make_bar(total=max_new_tokens, unit="token") as bar:
             for _ in range(max_new_tokens):
-                # Both modes end before each yield, so that the caller's code does not run inside them.
-                with _evaluating(model), torch.inference_mode():
-                    logits, state = model.step(tokens, state, mask=tokens_mask)
+                decoder: Any = model
+                if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
+                    copy = decoder = eval_copy(model) if copy is None else copy
+                # The mode ends before each yield, so that the caller's code does not run inside it.
+                with torch.inference_mode():
+                    logits, state = decoder.step(tokens, state, mask=tokens_mask)
                     token = sampler(logits[:, -1])
                 token = token.clone()  # outside inference mode: an ordinary tensor, usable in training
                 if eos_token_id is not None:
@@ -121,19 +124,6 @@ def generate_stream(
                     return
 
     return decode()
-
-
-@contextmanager
-def _evaluating(model: object) -> Iterator[None]:
-    """Put a module and its submodules into eval mode, and restore the mode of each afterwards."""
-    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _bar_class(show: bool) -> Any:

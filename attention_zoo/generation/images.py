@@ -5,13 +5,15 @@ Paper: classifier-free guidance, https://arxiv.org/abs/2207.12598
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from attention_zoo.generation.decoding import generate
-from attention_zoo.models import ImageTokenizer, TextToImageTransformer
+
+if TYPE_CHECKING:  # the models import this package
+    from attention_zoo.models import ImageTokenizer, TextToImageTransformer
 
 
 def generate_image_tokens(
@@ -30,7 +32,7 @@ def generate_image_tokens(
     """Sample the tokens of one image per row of text.
 
     Args:
-        model: decodes in eval mode; its training mode is restored afterwards.
+        model: decodes in eval mode; see `generate`.
         text: (b, text_len) int, 0 = padding.
         prime: (b, m) int, the first tokens of each image, fewer than height * width.
         guidance: scale of classifier-free guidance: logits are null + guidance * (with text - null), where null are the
@@ -130,6 +132,7 @@ class _OneModality(nn.Module):
         self, model: TextToImageTransformer, ids: slice, guidance: float = 1.0, null_prompt: Tensor | None = None
     ) -> None:
         super().__init__()
+        self.training = False  # the mode of the model decides
         self.model = model
         self.ids = ids
         self.guidance = guidance

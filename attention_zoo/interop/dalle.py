@@ -74,7 +74,6 @@ class OldTextToImage(TextToImageTransformer):
 
     def __init__(self, *, attention: Sequence[str], stable: bool, **arguments: Any) -> None:
         super().__init__(attention=[ATTENTION[name] for name in attention], **arguments)
-        self.arguments |= {"attention": list(attention), "stable": stable}
         self.stable = stable
         if stable:
             self.stack.norm = nn.Sequential(DivideMax(), self.stack.norm)
@@ -225,6 +224,7 @@ class TransformerLoader(AnyModelLoader):
         blocks: dict[str, Callable[..., nn.Module]] = {**ATTENTION, "full": full, "sparse": full}
         stack = Stack(
             self.dim,
+            causal=True if self.causal else None,  # only full attention can be bidirectional upstream
             attention=[blocks[kind] for kind in kinds],
             feedforward=("geglu", {"bias": True}),
             ff_mult=self.ff_mult,
@@ -236,6 +236,10 @@ class TransformerLoader(AnyModelLoader):
             **self.options(),
         )
         stack.norm = nn.Identity()
+        if sparse and not self.causal:  # upstream, layers over an image stay causal
+            for module in stack.modules():
+                if isinstance(module, RotatedFullAttention):
+                    module.causal = False
         return stack
 
     def transfer(self, move: Transfer) -> None:
@@ -294,7 +298,7 @@ def _layout(seq_len: int, side: int, name: str) -> TextImageLayout:
 def _move_stack(move: Transfer) -> None:
     move.weights.leave(f"{move.source}pos_emb", "a table that is recomputed")
     stack: Stack = move.target()
-    shift = "fn.fn." if stack.shifts else ""
+    shift = "fn.fn." if stack.token_shift is not None else ""
     first: dict[nn.Module, str] = {}  # upstream prefixes of the layers, which may be shared
     for layer in range(len(stack.layers)):
         for place, (inner, move_block) in enumerate((("fn.fn.fn.", _move_attention), ("fn.fn.", _move_feedforward))):
@@ -304,7 +308,7 @@ def _move_stack(move: Transfer) -> None:
             here.fill({"residual.norm": "fn.norm"})
             if hasattr(here.target("residual"), "norm_out"):
                 here.fill({"residual.norm_out": "fn.norm_out"})
-            block = here.at("block.block." if stack.shifts else "block.", f"{inner}{shift}")
+            block = here.at("block.block." if stack.token_shift is not None else "block.", f"{inner}{shift}")
             source = first.setdefault(block.target(), block.source)
             if source == block.source:
                 move_block(block)

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 
 from attention_zoo.interop.packages import find_loader, from_upstream
 from attention_zoo.interop.weights import Weights
-from attention_zoo.saving.saved_model import (
-    CONFIG,
-    WEIGHTS,
-    check_plain,
-    package_version,
-    read_json,
-    read_tensors,
-    write_model,
-)
+from attention_zoo.saving.encoding import encode
+from attention_zoo.saving.model_file import package_version, read_model, write_model
 
 
 def convert(
@@ -51,13 +44,12 @@ def convert(
     find_loader(package, cls)
     tensors, saved = read_weights(weights)
     values = {**saved, **(arguments or {})}
-    for name, value in values.items():
-        check_plain(name, value)
+    encode(values)  # an argument that JSON cannot hold is an error before anything is loaded
     checked = Weights(tensors)
     from_upstream(package, cls, checked, **values)
     unused = ("left out", "repeats")
     used = {name: tensor for name, tensor in tensors.items() if not checked.account[name].startswith(unused)}
-    config = {"package": package, "class": cls, "arguments": values, "version": package_version()}
+    config = {"package": package, "class": cls, "arguments": encode(values), "version": package_version()}
     write_model(Path(directory), used, config)
     return checked.account
 
@@ -66,16 +58,13 @@ def load(directory: str | os.PathLike[str]) -> nn.Module:
     """Build the module that `convert` wrote.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or does not fit.
+        ValueError: the file is missing (also a FileNotFoundError), damaged, or does not fit.
     """
-    folder = Path(directory)
-    path = folder / CONFIG
-    config = read_json(path)
+    path, config, tensors = read_model(Path(directory))
     for field, kind in (("package", str), ("class", str), ("arguments", dict)):
         if not isinstance(config, dict) or not isinstance(config.get(field), kind):
-            raise ValueError(f"{path} must hold an object with the field {field!r} as written by convert")
-    return from_upstream(config["package"], config["class"], read_tensors(folder / WEIGHTS), **config["arguments"])
+            raise ValueError(f"{path} must have a configuration with {field!r}, as written by convert")
+    return from_upstream(config["package"], config["class"], tensors, **config["arguments"])
 
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from attention_zoo.attention import FullAttention, GateLoopAttention, SimpleGateLoop
 from attention_zoo.interop.loader import Loader
@@ -26,26 +24,10 @@ from attention_zoo.ops.precision import at_least_float32, no_autocast
 EPS = 1e-12  # of RMSNorm
 
 
-class SwishAttention(FullAttention):
-    """Causal attention with an optional gate SiLU(x W_g) on the output.
+class RawScoreAttention(FullAttention):
+    """Causal attention with the scaled scores as weights, without softmax. Args: see `FullAttention`."""
 
-    Args:
-        dim, heads, dim_head: see `FullAttention`.
-        swish_gate: whether the output is multiplied by SiLU(x W_g).
-    """
-
-    def __init__(self, dim: int, *, heads: int, dim_head: int, swish_gate: bool) -> None:
-        super().__init__(dim, heads=heads, dim_head=dim_head, out_bias=True)
-        self.to_gate = nn.Linear(dim, heads * dim_head, bias=False) if swish_gate else None
-
-    def merge(self, out: Tensor, x: Tensor) -> Tensor:
-        if self.to_gate is not None:
-            out = out * rearrange(F.silu(self.to_gate(x)), "b n (h e) -> b h n e", h=self.heads)
-        return super().merge(out, x)
-
-
-class RawScoreAttention(SwishAttention):
-    """`SwishAttention` with the scaled scores as weights, without softmax. Args: see `SwishAttention`."""
+    no_attn_mask = "which has no softmax"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         with no_autocast(q):
@@ -84,11 +66,10 @@ class GateLoopLoader(Loader):
         """The name and the options of the attention layer."""
         return "gate_loop", {
             **self.same("heads", "dim_inner"),
-            "swish_gate": self.add_swish_gating,
+            "gate": None if self.ablate_state_transition else "real" if self.ablate_complex else "complex",
+            "output_gate": "silu" if self.add_swish_gating else None,
             "sub_norm": self.sub_ln,
             "gradient_fraction": self.frac_gradient_state_transition,
-            "real_gate": self.ablate_complex,
-            "transition": not self.ablate_state_transition,
         }
 
     def build(self, weights: Weights) -> GateLoopAttention:
@@ -117,7 +98,7 @@ class FullAttentionLoader(Loader):
     ablate_complex: bool = False
     ablate_state_transition: bool = False
 
-    def spec(self) -> partial[SwishAttention]:
+    def spec(self) -> partial[FullAttention]:
         """The attention layer as a function of `dim`."""
         if self.data_dependent_rel_pos:
             raise ValueError(
@@ -125,10 +106,11 @@ class FullAttentionLoader(Loader):
                 "features, not over the sequence, so that these weights hold no positions. To train with the relative "
                 "positions of the paper, use RelativeGateAttention"
             )
-        layer = RawScoreAttention if self.softmax_normalize is False else SwishAttention
-        return partial(layer, heads=self.heads, dim_head=self.dim_head, swish_gate=self.add_swish_gating)
+        layer = RawScoreAttention if self.softmax_normalize is False else FullAttention
+        output_gate = "silu" if self.add_swish_gating else None
+        return partial(layer, out_bias=True, output_gate=output_gate, **self.same("heads", "dim_head"))
 
-    def build(self, weights: Weights) -> SwishAttention:
+    def build(self, weights: Weights) -> FullAttention:
         return self.spec()(self.dim)
 
     def transfer(self, move: Transfer) -> None:

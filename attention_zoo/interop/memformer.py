@@ -26,6 +26,8 @@ from attention_zoo.ops.softmax import softmax_attention
 class AveragingAttention(FullAttention):
     """Full attention in which a masked query reads the mean of all values. Args: see `FullAttention`."""
 
+    no_attn_mask = "whose masked queries read the mean of all values"
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = super().attend(q, k, v, mask)
         if mask is None:
@@ -39,10 +41,18 @@ class AveragingCrossAttention(CrossAttention):
     Args: see `CrossAttention`.
     """
 
+    no_attn_mask = "whose masked queries read the mean of the context"
+
     def forward(  # type: ignore[override]
-        self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, context_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        *,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
     ) -> Tensor:
-        out = super().forward(x, context, mask=mask, context_mask=context_mask)
+        out = super().forward(x, context, mask=mask, context_mask=context_mask, attn_mask=attn_mask)
         mean = self.to_out(self.to_v(context).mean(1, keepdim=True))
         out = out if mask is None else torch.where(mask[..., None], out, mean)
         return out if context_mask is None else torch.where(context_mask.any(1)[:, None, None], out, mean)
@@ -112,11 +122,11 @@ class MemformerAttention(nn.Module):
 class OldMemformer(Memformer):
     """`Memformer` with upstream's distance buckets and treatment of masks and padding. Args: see `Memformer`."""
 
-    encoder_blocks = (AveragingAttention, CrossAttention)
-    decoder_blocks = (AveragingAttention, AveragingCrossAttention)
+    encoder_cross = CrossAttention
+    decoder_cross = AveragingCrossAttention
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+        super().__init__(attention=AveragingAttention, **arguments)
         self.update = AlwaysWriting(self.update.dim, heads=self.update.heads, updates=self.update.updates)
         for stack in (self.encoder, self.decoder) if self.takes_target else (self.encoder,):
             attention = [sublayer.block for sublayer in stack.sublayers() if isinstance(sublayer.block, FullAttention)]

@@ -20,13 +20,15 @@ class Normed(nn.Module):
         self.norm = norm
         self.block: Any = block
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         """Same shape as x."""
-        return self.block(self.norm(x), mask=mask)
+        return self.block(self.norm(x), mask=mask, attn_mask=attn_mask)
 
-    def step(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    def step(
+        self, x: Tensor, state: Any = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         """See `AttentionBlock.step`."""
-        return self.block.step(self.norm(x), state, mask=mask)
+        return self.block.step(self.norm(x), state, mask=mask, attn_mask=attn_mask)
 
     def attention_map(self, x: Tensor, **options: Any) -> Tensor:
         """See `attention_map` of the layer, which takes the options."""

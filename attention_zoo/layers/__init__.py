@@ -4,6 +4,7 @@ from attention_zoo.layers.feedforward import FEEDFORWARDS, GEGLU, FeedForward, S
 from attention_zoo.layers.layer_scale import LayerScale
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.norms import NORMS, LayerNorm, RMSNorm
+from attention_zoo.layers.output_gate import OutputGate
 from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary, RotaryEmbedding, TextImageRotary
 from attention_zoo.layers.projections import Projections, merge_heads, split_heads
 from attention_zoo.layers.residual import RESIDUALS, DeepNorm, PostNorm, PreNorm, Residual, SandwichNorm
@@ -24,6 +25,7 @@ __all__ = [
     "LayerScale",
     "LearnedPositions",
     "MemoryUpdate",
+    "OutputGate",
     "PostNorm",
     "PreNorm",
     "Projections",

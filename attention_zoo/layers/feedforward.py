@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo._checks import check_fraction, check_positive
+from attention_zoo._checks import check_flag, check_fraction, check_number, check_positive
 
 
 class FeedForward(nn.Module):
@@ -23,6 +23,7 @@ class FeedForward(nn.Module):
         bias: whether W1 and W2 have a bias.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: `dim` is below 1, `mult` gives no hidden feature, or `dropout` is outside [0, 1).
     """
 
@@ -32,7 +33,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, *, mult: float = 4, dropout: float = 0.0, bias: bool = False) -> None:
         super().__init__()
         check_positive(dim=dim)
+        check_number(mult=mult, dropout=dropout)
         check_fraction(dropout=dropout)
+        check_flag(bias=bias)
         hidden = int(dim * mult)
         if hidden < 1:
             raise ValueError(f"mult must give at least one hidden feature, got {mult=} with {dim=}")

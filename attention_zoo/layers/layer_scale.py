@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_positive
+from attention_zoo._checks import check_number, check_positive
 
 
 class LayerScale(nn.Module):
@@ -22,6 +22,7 @@ class LayerScale(nn.Module):
     def __init__(self, dim: int, *, start: float = 0.1) -> None:
         super().__init__()
         check_positive(dim=dim)
+        check_number(start=start)
         self.weight = nn.Parameter(torch.full((dim,), float(start)))
 
     def forward(self, x: Tensor) -> Tensor:

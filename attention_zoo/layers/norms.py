@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo._checks import check_choice, check_positive
+from attention_zoo._checks import check_choice, check_positive, check_positive_number
 from attention_zoo.ops.precision import at_least_float32
 
 
@@ -26,6 +26,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
         super().__init__()
         check_positive(dim=dim)
+        check_positive_number(eps=eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
@@ -49,6 +50,7 @@ class LayerNorm(nn.Module):
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
         super().__init__()
         check_positive(dim=dim)
+        check_positive_number(eps=eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))

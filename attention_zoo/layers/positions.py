@@ -6,11 +6,15 @@ Papers: RoFormer, https://arxiv.org/abs/2104.09864; T5, https://arxiv.org/abs/19
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_positive
+from attention_zoo._arguments import RecordsArguments
+from attention_zoo._checks import check_flag, check_instance, check_number, check_positive, check_positive_number
 from attention_zoo.ops.precision import at_least_float32
 from attention_zoo.ops.rotary import rotate
 from attention_zoo.ops.softmax import DistanceBias
@@ -43,7 +47,7 @@ class LearnedPositions(nn.Module):
         return nn.functional.embedding((count - 1).clamp(min=0), self.weight)
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(RecordsArguments, nn.Module):
     """Base class of rotary position embeddings. A subclass defines the angles.
 
     The table of cosines and sines is neither parameter nor buffer, so that casting a model does not cast it and meta
@@ -97,19 +101,26 @@ class Rotary(RotaryEmbedding):
         freqs: r / 2 frequencies in radians per token, in place of those of theta.
 
     Raises:
-        ValueError: `dim` is odd, or the length of `freqs` is not dim / 2.
+        TypeError: `dim` is not an int, or `theta` or a frequency is not a number.
+        ValueError: `dim` is odd, `theta` is not positive, a frequency is not finite, or the length of `freqs` is not
+            dim / 2.
     """
 
-    def __init__(self, dim: int | None = None, *, theta: float = 10000.0, freqs: list[float] | None = None) -> None:
+    def __init__(self, dim: int | None = None, *, theta: float = 10000.0, freqs: Sequence[float] | None = None) -> None:
         super().__init__()
         check_positive(dim=dim)
+        check_positive_number(theta=theta)
         if dim is not None and dim % 2:
             raise ValueError(f"dim must be even, features are rotated in pairs, got {dim=}")
-        if freqs is not None and dim != 2 * len(freqs):
-            raise ValueError(f"freqs must hold dim / 2 numbers, got {dim=} and {len(freqs)} freqs")
+        if freqs is not None:
+            freqs = list(freqs)
+            for freq in freqs:
+                check_number(freqs=freq)
+            if dim != 2 * len(freqs):
+                raise ValueError(f"freqs must hold dim / 2 numbers, got {dim=} and {len(freqs)} freqs")
         self.dim = dim
         self.theta = theta
-        self._freqs = {} if dim is None or freqs is None else {dim: freqs}
+        self._freqs: dict[int, list[float]] = {} if dim is None or freqs is None else {dim: list(freqs)}
 
     def prepare(self, dim_head: int) -> None:
         dim = self._rotated(dim_head)
@@ -134,6 +145,54 @@ class Rotary(RotaryEmbedding):
         return f"dim={self.dim}, theta={self.theta}"
 
 
+# What layers take as `rotary`: a RotaryEmbedding, True, None, or an object of rotary-embedding-torch.
+RotaryArgument = RotaryEmbedding | bool | Any | None
+
+
+def make_rotary(rotary: RotaryArgument, dim_head: int) -> RotaryEmbedding | None:
+    """The rotary position embedding of a layer with heads of `dim_head` features.
+
+    Args:
+        rotary: a `RotaryEmbedding`; True for `Rotary()`; None or False for no rotation; or a RotaryEmbedding of
+            rotary-embedding-torch, whose frequencies and interpolation factor are taken over by a `Rotary`, so that
+            queries and keys (b, h, n, e) are rotated as by its `rotate_queries_or_keys`.
+        dim_head: features e of each head.
+
+    Raises:
+        TypeError: `rotary` is something else.
+        ValueError: an object of rotary-embedding-torch has learned frequencies, xpos, or a table of frequencies, or
+            heads of this size cannot be rotated.
+    """
+    if rotary is None or rotary is False:
+        return None
+    if rotary is True:
+        rotary = Rotary()
+    upstream = sys.modules.get("rotary_embedding_torch")  # imported already if `rotary` is one of its objects
+    if upstream is not None and type(rotary) is upstream.RotaryEmbedding:
+        rotary = _convert_rotary(rotary)
+    if not isinstance(rotary, RotaryEmbedding):
+        raise TypeError(
+            "rotary must be a RotaryEmbedding of attention_zoo or of rotary_embedding_torch, True or None, got "
+            f"{type(rotary).__module__}.{type(rotary).__qualname__}"
+        )
+    rotary.prepare(dim_head)
+    return rotary
+
+
+def _convert_rotary(rotary: Any) -> Rotary:
+    """A `Rotary` with the angles of a RotaryEmbedding of rotary-embedding-torch."""
+    for name in ("learned_freq", "use_xpos"):
+        if getattr(rotary, name):
+            raise ValueError(f"rotary must have {name}=False to be converted to attention_zoo.Rotary, got {name}=True")
+    if rotary.freqs.requires_grad:
+        raise ValueError("rotary.freqs must not require gradients to be converted to attention_zoo.Rotary")
+    if rotary.freqs.ndim != 1:
+        shape = tuple(rotary.freqs.shape)
+        raise ValueError(f"rotary.freqs must be (pairs,), the same for all heads, got custom_freqs of shape {shape}")
+    freqs = rotary.freqs.detach().double() / rotary.interpolate_factor
+    return Rotary(2 * freqs.numel(), freqs=freqs.tolist())
+
+
 class TextImageRotary(RotaryEmbedding):
     """Rotary position embedding for text followed by an image: a third of the features each for text, row and column.
 
@@ -151,6 +210,8 @@ class TextImageRotary(RotaryEmbedding):
 
     def __init__(self, layout: TextImageLayout, *, theta: float = 10000.0) -> None:
         super().__init__()
+        check_instance(TextImageLayout, layout=layout)
+        check_positive_number(theta=theta)
         self.layout = layout
         self.theta = theta
 
@@ -182,7 +243,7 @@ def _evenly(index: Tensor, count: int) -> Tensor:
     return 2 * index.float() / max(count - 1, 1) - 1
 
 
-class RelativeBias(nn.Module):
+class RelativeBias(RecordsArguments, nn.Module):
     """T5's relative position bias: one learned number per head and bucket of distances, in logarithmic buckets.
 
     Args:
@@ -192,12 +253,14 @@ class RelativeBias(nn.Module):
         causal: whether all buckets are for keys up to the query. False: half of them are for keys after it.
 
     Raises:
+        TypeError: a size is not an int, or `causal` is not a bool.
         ValueError: a size is below 1, or `max_distance` is not above the number of distances that have a bucket each.
     """
 
     def __init__(self, heads: int, *, buckets: int = 32, max_distance: int = 128, causal: bool = True) -> None:
         super().__init__()
         check_positive(heads=heads, buckets=buckets, max_distance=max_distance)
+        check_flag(causal=causal)
         exact = buckets // 2 if causal else buckets // 4
         if exact < 1 or max_distance <= exact:
             raise ValueError(

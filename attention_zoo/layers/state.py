@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from attention_zoo._checks import check_integers
+
 MIN_BUFFER = 64  # tokens in the smallest buffer; buffers grow by doubling
 
 
@@ -39,8 +41,21 @@ class State:
         return pytree.tree_map_only(Tensor, torch.Tensor.detach, self)
 
     def reorder(self, index: Tensor) -> Self:
-        """The state of the rows `index`, (b',) int, as beam search selects, drops or repeats them."""
-        return pytree.tree_map_only(Tensor, lambda t: t.index_select(0, index) if t.ndim else t, self)
+        """The state of the rows `index`, (b',) int, as beam search selects, drops or repeats them.
+
+        Raises:
+            TypeError: `index` is not an integer tensor.
+            ValueError: `index` is not (b',), or names a row that does not exist; the latter is checked on the CPU only.
+        """
+        check_integers(index=index)
+        if index.ndim != 1:
+            raise ValueError(f"index must be (b',), got shape {tuple(index.shape)}")
+        if index.numel() and index.device.type == "cpu" and not torch.compiler.is_compiling():
+            rows = next(leaf.shape[0] for leaf in pytree.tree_leaves(self) if isinstance(leaf, Tensor) and leaf.ndim)
+            low, high = (int(end) for end in index.aminmax())
+            if low < 0 or high >= rows:
+                raise ValueError(f"index must lie in 0 ... {rows - 1}, the rows of the state, got {low} ... {high}")
+        return pytree.tree_map_only(Tensor, lambda t: t.index_select(0, index.long()) if t.ndim else t, self)
 
 
 def register_state(cls: type[State]) -> None:
@@ -74,6 +89,24 @@ def check_state_shape(tensor: Tensor, axes: str, shape: tuple[int, ...]) -> None
     """
     if tensor.shape != shape:
         raise ValueError(f"state must come from this layer and batch: {axes} = {shape}, got {tuple(tensor.shape)}")
+
+
+def check_state_dtype(tensor: Tensor, new: Tensor) -> None:
+    """Check that a tensor of a state has the dtype that new tokens have.
+
+    Raises:
+        TypeError: it has another dtype.
+    """
+    if tensor.dtype != new.dtype:
+        raise TypeError(
+            f"state must be of the dtype of the new tokens, {new.dtype}, got {tensor.dtype}: run all steps with or all "
+            "without autocast, in one dtype"
+        )
+
+
+def own_mask(mask: Tensor | None) -> Tensor | None:
+    """A copy of a caller's mask for a state, which must not change when the caller changes the mask."""
+    return None if mask is None else mask.clone()
 
 
 @dataclass
@@ -119,7 +152,11 @@ class KeyValueState(State):
         Args:
             keys, values: (b, kv_h, t, e) of the new tokens.
             mask: (b, t) bool, True = a valid token. None: all are valid.
+
+        Raises:
+            TypeError: `keys` are of another dtype than those of this state.
         """
+        check_state_dtype(self.keys, keys)
         mask = concat_masks(self.mask, mask, keys.shape[0], self.length, keys.shape[2], keys.device)
         # Concatenation is always correct. Appending in place saves copying the cache, but tensors of a recorded graph,
         # of a trace or of another inference mode must not be written to.

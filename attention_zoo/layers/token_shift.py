@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.layers.state import State, check_state, check_state_shape, count_tokens, register_state
+from attention_zoo._checks import check_instance, check_positive
+from attention_zoo.layers.state import (
+    State,
+    check_state,
+    check_state_dtype,
+    check_state_shape,
+    count_tokens,
+    register_state,
+)
 from attention_zoo.ops.sparse import TextImageLayout
 
 
@@ -56,6 +64,8 @@ class TokenShift(nn.Module):
 
     def __init__(self, block: nn.Module, dim: int, *, layout: TextImageLayout) -> None:
         super().__init__()
+        check_positive(dim=dim)
+        check_instance(TextImageLayout, layout=layout)
         if dim % 4:
             raise ValueError(f"dim must be divisible by 4 for token shift, got {dim=}")
         parameters = inspect.signature(block.forward).parameters
@@ -76,12 +86,19 @@ class TokenShift(nn.Module):
         shifted, _ = self._shift(x, mask, self._no_tokens(x), torch.tensor(0))
         return self.block(shifted, **self._extra(mask))
 
+    def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The attention map of the layer. Arguments as in `forward`."""
+        self.layout.check(x.shape[1])
+        shifted, _ = self._shift(x, mask, self._no_tokens(x), torch.tensor(0))
+        return self.block.attention_map(shifted, **self._extra(mask))
+
     def step(
         self, x: Tensor, state: TokenShiftState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, TokenShiftState]:
-        """Decode new tokens: (b, t, d) -> (b, t, d) and the new state. Arguments as in `AttentionBlock.step`."""
+        """Decode new tokens: (b, t, d) -> (b, t, d) and the new state. See `AttentionBlock.step`."""
         check_state(state, TokenShiftState)
         recent = self._no_tokens(x) if state is None else state.recent
+        check_state_dtype(recent, x)
         check_state_shape(recent, "(b, width, dim / 2)", (x.shape[0], self.layout.width, self.dim // 2))
         count = torch.tensor(0) if state is None else state.token_count
         shifted, recent = self._shift(x, mask, recent, count)

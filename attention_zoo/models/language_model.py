@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,11 +14,11 @@ from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.positions import LearnedPositions
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, check_state, register_state
+from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec
-from attention_zoo.models.positions import check_length, count_valid_tokens, position_parts
+from attention_zoo.models.positions import check_length, count_valid_tokens, embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
-from attention_zoo.saving import SavedModel
 
 
 @dataclass
@@ -38,7 +41,7 @@ class LanguageModelState(State):
 register_state(LanguageModelState)
 
 
-class LanguageModel(SavedModel):
+class LanguageModel(GenerateMixin, ComposedModel):
     """p(token | all tokens before it), with any causal blocks.
 
     Args:
@@ -47,6 +50,8 @@ class LanguageModel(SavedModel):
         depth: number of layers.
         attention, heads, dim_head, feedforward, ff_mult, norm, residual: see `Stack`.
         attn_dropout, ff_dropout, checkpoint_layers: see `Stack`.
+        stack: a causal stack, in place of `dim`, `depth` and all arguments of `Stack`. It has its own positions, so
+            that `positions` is then "auto", which adds none, "learned" or None.
         max_seq_len: the longest sequence that the model accepts, in tokens. None: no limit; learned positions need one.
         positions: "rotary", "t5" (relative position bias) or "learned" (a table). "auto": rotary for the blocks that
             take it, nothing for the others. None: no positions.
@@ -64,8 +69,8 @@ class LanguageModel(SavedModel):
         self,
         *,
         num_tokens: int,
-        dim: int,
-        depth: int,
+        dim: int | None = None,
+        depth: int | None = None,
         attention: AttentionSpec = "full",
         heads: int | None = None,
         dim_head: int | None = None,
@@ -79,10 +84,33 @@ class LanguageModel(SavedModel):
         ff_dropout: float = 0.0,
         tie_embeddings: bool = False,
         checkpoint_layers: bool = False,
+        stack: Stack | None = None,
     ) -> None:
         super().__init__()
-        self.remember(locals())
         check_positive(num_tokens=num_tokens, dim=dim, depth=depth, max_seq_len=max_seq_len)
+        if stack is None:
+            if dim is None or depth is None:
+                raise ValueError(f"dim and depth must be given without a stack, got {dim=}, {depth=}")
+            stack = Stack(
+                dim,
+                depth,
+                attention=attention,
+                feedforward=feedforward,
+                norm=norm,
+                residual=residual,
+                heads=heads,
+                dim_head=dim_head,
+                attn_dropout=attn_dropout,
+                ff_dropout=ff_dropout,
+                ff_mult=ff_mult,
+                checkpoint_layers=checkpoint_layers,
+                **position_parts(positions, heads, known=("auto", "rotary", "learned", "t5")),
+            )
+        else:
+            _check_stack(stack, self.arguments)
+        if stack.takes_context:
+            raise ValueError(f"attention must not read a context in a LanguageModel, which has none, got {attention!r}")
+        dim = stack.dim
         self.num_tokens = num_tokens
         self.max_seq_len = max_seq_len
         self.token_embedding = nn.Embedding(num_tokens, dim)
@@ -92,40 +120,44 @@ class LanguageModel(SavedModel):
             if max_seq_len is None:
                 raise ValueError("max_seq_len must be given with positions='learned', got max_seq_len=None")
             self.positions = LearnedPositions(max_seq_len, dim)
-        self.stack = Stack(
-            dim,
-            depth,
-            attention=attention,
-            feedforward=feedforward,
-            norm=norm,
-            residual=residual,
-            heads=heads,
-            dim_head=dim_head,
-            attn_dropout=attn_dropout,
-            ff_dropout=ff_dropout,
-            ff_mult=ff_mult,
-            checkpoint_layers=checkpoint_layers,
-            **position_parts(positions, attention, heads, known=("auto", "rotary", "learned", "t5")),
-        )
+        self.stack = stack
         self.to_logits = None if tie_embeddings else nn.Linear(dim, num_tokens, bias=False)
 
-    def forward(self, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the token after each token.
 
         Args:
             tokens: (b, n) int.
             mask: (b, n) bool, True = a valid token. Logits at masked tokens are meaningless.
+            attn_mask: which tokens each token may attend to, besides causality and padding; see `SelfAttention`.
+            inputs_embeds: (b, n, d), embeddings of the tokens, in place of `tokens`.
 
         Returns:
             (b, n, num_tokens).
 
         Raises:
             TypeError: `tokens` is not an integer tensor, or `mask` is not boolean.
-            ValueError: an id is out of range, there are more than max_seq_len tokens, or `mask` has another shape.
+            ValueError: an id is out of range, there are more than max_seq_len tokens, `mask` has another shape, or
+                not exactly one of `tokens` and `inputs_embeds` is given.
         """
-        self._check(tokens, None, mask)
-        x, _ = self._embed(tokens, None, mask)
-        return self._logits(self.stack(x, mask=mask))
+        x, _ = self._embed(tokens, inputs_embeds, None, mask)
+        return self._logits(self.stack(x, mask=mask, attn_mask=attn_mask))
+
+    def attention_maps(self, tokens: Tensor, *, mask: Tensor | None = None) -> list[Tensor]:
+        """The attention map (b, h, i, j) of every layer. Arguments as in `forward`.
+
+        Raises:
+            TypeError: a block has no `attention_map`.
+        """
+        x, _ = self._embed(tokens, None, None, mask)
+        return self.stack.attention_maps(x, mask=mask)
 
     def loss(self, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Mean cross entropy, in nats, of every valid token given the valid tokens before it.
@@ -144,7 +176,13 @@ class LanguageModel(SavedModel):
         return [LossTerm(next_token_loss(logits, tokens, mask), count_next_tokens(tokens, mask))]
 
     def step(
-        self, tokens: Tensor, state: LanguageModelState | None = None, *, mask: Tensor | None = None
+        self,
+        tokens: Tensor | None = None,
+        state: LanguageModelState | None = None,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, LanguageModelState]:
         """Logits after each new token, given all tokens before it.
 
@@ -152,6 +190,8 @@ class LanguageModel(SavedModel):
             tokens: (b, t) int, any t >= 1.
             state: the state returned by the previous step; None for the first. It is not modified.
             mask: (b, t) bool, True = a valid token.
+            attn_mask: the rows of the new tokens, with a column for every token so far.
+            inputs_embeds: (b, t, d), embeddings of the new tokens, in place of `tokens`.
 
         Returns:
             (b, t, num_tokens) and the new state.
@@ -161,32 +201,48 @@ class LanguageModel(SavedModel):
             ValueError: there are more than max_seq_len tokens, or `state` comes from another model or batch.
         """
         check_state(state, LanguageModelState)
-        self._check(tokens, state, mask)
-        x, valid_count = self._embed(tokens, state, mask)
-        x, stack = self.stack.step(x, None if state is None else state.stack, mask=mask)
+        x, valid_count = self._embed(tokens, inputs_embeds, state, mask)
+        x, stack = self.stack.step(x, None if state is None else state.stack, mask=mask, attn_mask=attn_mask)
         return self._logits(x), LanguageModelState(stack, valid_count)
 
-    def _check(self, tokens: Tensor, state: LanguageModelState | None, mask: Tensor | None) -> None:
-        check_tokens(tokens, self.num_tokens)
-        check_padding(mask, tokens)
-        check_length(tokens, state, self.max_seq_len)
-
     def _embed(
-        self, tokens: Tensor, state: LanguageModelState | None, mask: Tensor | None
+        self, tokens: Tensor | None, inputs_embeds: Tensor | None, state: LanguageModelState | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Features (b, n, d), and with learned positions the valid tokens so far (b,)."""
-        x = self.token_embedding(tokens)
+        x = embed_tokens(self.token_embedding, tokens, inputs_embeds, dim=self.stack.dim)
+        check_padding(mask, x)
+        check_length(x, state, self.max_seq_len)
         if self.positions is None:
             return x, None
         before = None if state is None else state.valid_count
-        if state is not None and (before is None or before.shape != tokens.shape[:1]):
+        if state is not None and (before is None or before.shape != x.shape[:1]):
             got = "none" if before is None else f"counts of shape {tuple(before.shape)}"
             raise ValueError(
                 f"state must come from this model and batch: counts of valid tokens of shape "
-                f"{tuple(tokens.shape[:1])}, got {got}"
+                f"{tuple(x.shape[:1])}, got {got}"
             )
-        count = count_valid_tokens(tokens, mask, before)
+        count = count_valid_tokens(x, mask, before)
         return x + self.positions(count), count[:, -1]
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.token_embedding.weight) if self.to_logits is None else self.to_logits(x)
+
+
+def _check_stack(stack: Any, arguments: Mapping[str, Any]) -> None:
+    """Check the arguments of a model with its own stack.
+
+    Raises:
+        TypeError: `stack` is no Stack.
+        ValueError: the stack is not causal, or an argument that the stack replaces is given.
+    """
+    if not isinstance(stack, Stack):
+        raise TypeError(f"stack must be a Stack, got {type(stack).__name__}")
+    if stack.causal is not True:
+        raise ValueError(f"stack must be causal in a LanguageModel, got causal={stack.causal}")
+    parameters = inspect.signature(LanguageModel).parameters
+    of_model = ("num_tokens", "max_seq_len", "positions", "tie_embeddings", "stack")
+    for name, parameter in parameters.items():
+        if name not in of_model and arguments[name] != parameter.default:
+            raise ValueError(f"{name} must be given to the stack, not beside it, got {name}={arguments[name]!r}")
+    if arguments["positions"] in ("rotary", "t5"):
+        raise ValueError(f"positions must be given to the stack, not beside it, got {arguments['positions']!r}")

@@ -1,29 +1,68 @@
-"""Layer specs: how a user names the blocks and feedforwards of a stack, and how they are built."""
+"""Layer specs: how a user names the blocks and feedforwards of a stack, how they are built, and how they are saved."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
+from attention_zoo._arguments import RecordsArguments
 from attention_zoo._checks import check_choice
 from attention_zoo.attention import BLOCKS
 from attention_zoo.layers.feedforward import FEEDFORWARDS
 
-# One sub-layer: a name in BLOCKS, (name, options), or a function of dim that returns a block.
-BlockSpec = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
-# One layer: a sub-layer, or a list of sub-layers.
+Make = Callable[..., nn.Module]
+# One block: a name in BLOCKS, a class, a function of dim that returns a module, either with options, or a module.
+BlockSpec = str | Make | nn.Module | tuple[str | Make, Mapping[str, Any]]
+# One layer: a block, or a list of blocks.
 LayerSpec = BlockSpec | Sequence[BlockSpec]
 # The attention of a whole stack: one layer, or a list of layers cycled over the depth.
 AttentionSpec = LayerSpec | Sequence[LayerSpec]
-FeedForwardSpec = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module] | None
+FeedForwardSpec = str | tuple[str, Mapping[str, Any]] | Make | None
 
 
-def is_named(spec: object) -> bool:
-    """Whether `spec` is (name, options), as a tuple or, read from JSON, a list."""
+@dataclass(frozen=True)
+class Block:
+    """A resolved `BlockSpec`.
+
+    Attributes:
+        spec: what the user wrote.
+        name: of the block, for error messages.
+        make: the constructor, or None for a module.
+        options: arguments for the constructor.
+        takes: names of the constructor's arguments besides `dim` and those that functools.partial has set.
+        required: those of them without a default.
+    """
+
+    spec: Any
+    name: str
+    make: Make | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    takes: frozenset[str] = frozenset()
+    required: frozenset[str] = frozenset()
+
+    @property
+    def is_module(self) -> bool:
+        return self.make is None
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the spec is a name, or a name with options."""
+        return isinstance(self.spec, str) or (not self.is_module and has_options(self.spec) and self.spec[0] in BLOCKS)
+
+
+def has_options(spec: object) -> bool:
+    """Whether `spec` is (name or constructor, options), as a tuple or, read from JSON, a list."""
     return isinstance(spec, (tuple, list)) and len(spec) == 2 and isinstance(spec[1], Mapping)
+
+
+def is_block(spec: object) -> bool:
+    """Whether `spec` is one block rather than a list."""
+    return isinstance(spec, str) or callable(spec) or has_options(spec)
 
 
 def parse_layers(attention: AttentionSpec) -> list[list[Any]]:
@@ -33,59 +72,175 @@ def parse_layers(attention: AttentionSpec) -> list[list[Any]]:
         TypeError: `attention` or an entry of it is not a spec.
         ValueError: a list is empty.
     """
-    if isinstance(attention, str) or callable(attention) or is_named(attention):
+    if is_block(attention):
         return [[attention]]
-    if not isinstance(attention, (list, tuple)):
-        raise TypeError(f"attention must be a name, (name, options), a callable or a list, got {attention!r}")
-    layers = [
-        list(layer) if isinstance(layer, (list, tuple)) and not is_named(layer) else [layer] for layer in attention
-    ]
+    if not isinstance(attention, Sequence):
+        raise TypeError(f"attention must be a block or a list, {KINDS}, got {attention!r}")
+    layers = [list(layer) if isinstance(layer, Sequence) and not is_block(layer) else [layer] for layer in attention]
     if not layers or not all(layers):
         raise ValueError(f"attention must name at least one block per layer, got {attention!r}")
     for spec in (spec for layer in layers for spec in layer):
-        if not (isinstance(spec, str) or callable(spec) or is_named(spec)):
-            raise TypeError(f"attention must be made of names, (name, options) and callables, got {spec!r}")
+        if not is_block(spec):
+            raise TypeError(f"attention must be made of blocks, {KINDS}, got {spec!r}")
     return layers
 
 
-def cycle_layers(attention: AttentionSpec, depth: int) -> list[list[Any]]:
-    """The block specs of each of `depth` layers. Errors as in `parse_layers`."""
-    cycle = parse_layers(attention)
+KINDS = "each a name, a class, a function of dim, (one of these, options) or a module"
+
+
+def resolve_layers(attention: AttentionSpec, depth: int) -> list[list[Block]]:
+    """The resolved blocks of each of `depth` layers. A list without modules is cycled over the depth.
+
+    Raises:
+        TypeError, ValueError: see `parse_layers` and `resolve_block`; or a module occurs twice or a list with modules
+            has another number of layers than `depth`, because a module is one layer and is not copied.
+    """
+    cycle = [[resolve_block(spec) for spec in layer] for layer in parse_layers(attention)]
+    modules = [block.spec for layer in cycle for block in layer if block.is_module]
+    if modules and len(cycle) != depth:
+        raise ValueError(
+            f"attention must have one layer per layer of the stack if it holds modules, which are not copied, got "
+            f"{len(cycle)} for {depth=}"
+        )
+    for module in modules:
+        if sum(module is other for other in modules) > 1:
+            raise ValueError(f"attention must hold a module once, got the same {type(module).__name__} twice")
     return [cycle[layer % len(cycle)] for layer in range(depth)]
 
 
-def check_shared(shared: Mapping[str, Any], attention: AttentionSpec, depth: int) -> None:
+def resolve_block(spec: Any) -> Block:
+    """The constructor and the options of a block spec.
+
+    Raises:
+        ValueError: a name or an option is unknown, or an argument without a default is missing.
+        TypeError: a class is no module, or a module has no `forward`.
+    """
+    source, options = spec if has_options(spec) else (spec, {})
+    if isinstance(source, nn.Module):
+        if has_options(spec):
+            raise TypeError(f"attention must have options for a class or a name only, got {spec!r}")
+        if type(source).forward is nn.Module.forward:
+            raise TypeError(f"attention must be made of modules with forward(x), got {type(source).__name__}")
+        return Block(spec, type(source).__name__)
+    if isinstance(source, str):
+        check_choice("attention", source, BLOCKS)
+        name, make = source, BLOCKS[source]
+    elif callable(source):
+        name, make = getattr(source, "__name__", type(source).__name__), source
+        if isinstance(source, type) and not issubclass(source, nn.Module):
+            raise TypeError(f"attention must be made of subclasses of nn.Module, got the class {name}")
+    else:
+        raise TypeError(f"attention must be made of blocks, {KINDS}, got {spec!r}")
+    parameters = _parameters(make)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for option in options:
+            check_choice(f"option of {name!r}", option, sorted(parameters))
+    return Block(spec, name, make, options, frozenset(parameters), frozenset(_required(parameters) - options.keys()))
+
+
+def check_shared(shared: Mapping[str, Any], layers: Sequence[Sequence[Block]], attention: AttentionSpec) -> None:
     """Check that every shared argument is taken by a block of the stack.
 
     Raises:
         ValueError: no block takes an argument.
     """
-    layers = cycle_layers(attention, depth)
     for name in sorted(shared):
-        if not takes_part(layers, name):
+        if not any(name in block.takes for layer in layers for block in layer):
             name = "attn_dropout" if name == "dropout" else name
             raise ValueError(f"{name} must be taken by at least one block, but none of {attention!r} has it")
 
 
-def make_block(spec: Any, dim: int, *, causal: bool, shared: Mapping[str, Any]) -> nn.Module:
-    """Build one block. Its own options take precedence over shared parts.
+def takes_part(attention: AttentionSpec, part: str) -> bool:
+    """Whether the constructor of a block has an argument called `part`."""
+    return any(part in resolve_block(spec).takes for layer in parse_layers(attention) for spec in layer)
+
+
+def make_block(block: Block, dim: int, *, causal: bool | None, shared: Mapping[str, Any]) -> nn.Module:
+    """Build one block, or check a module. Its own options take precedence over shared arguments.
 
     Args:
-        spec: a `BlockSpec`.
+        block: the resolved spec.
         dim: features d.
-        causal: passed to a block that has the argument.
+        causal: passed to a block that has the argument. A block with an attribute `causal` must agree with it. None:
+            neither.
         shared: parts and sizes; the block gets those that its constructor has an argument for.
 
     Raises:
-        ValueError: a name or an option is unknown, or the block is always causal with causal=False.
+        ValueError: an argument without a default is missing, the block has another `dim` or another output shape, it
+            sees the future with causal=True, or it is always causal with causal=False.
+        TypeError: a function returns no module.
     """
-    name, make, options = _resolve("attention", spec, BLOCKS)
-    known = _arguments(make)
-    given = {key: value for key, value in {**shared, "causal": causal}.items() if key in known}
-    block = make(dim, **{**given, **options})
-    if not causal and getattr(block, "causal", False) and "context" not in inspect.signature(block.forward).parameters:
-        raise ValueError(f"causal=False must be possible for every block, but {name!r} is causal")
-    return block
+    if block.make is None:
+        module = block.spec
+    else:
+        given = _given(block, shared, causal)
+        if missing := sorted(block.required - given.keys()):
+            example = f"({block.name!r}, {{{missing[0]!r}: ...}})"
+            raise ValueError(f"attention {block.name!r} must be given {missing[0]}, such as {example}")
+        module = block.make(dim, **{**given, **block.options})
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"attention {block.name!r} must return an nn.Module, got {type(module).__name__}")
+    if (own := getattr(module, "dim", dim)) != dim:
+        raise ValueError(f"attention {block.name!r} must have the dim of the stack, {dim}, got dim={own}")
+    if causal is not None and not takes(module, "context"):  # attention to a context is no attention to later tokens
+        sees_future = not getattr(module, "causal", causal)
+        if causal and sees_future:
+            raise ValueError(
+                f"attention {block.name!r} must be causal in a causal model, got causal={module.causal!r}, which sees "
+                "later tokens"
+            )
+        if not causal and not sees_future:
+            raise ValueError(f"causal=False must be possible for every block, but {block.name!r} is causal")
+    if not type(module).__module__.startswith("attention_zoo."):
+        _check_output(module, block.name, dim)
+    return module
+
+
+def saved_spec(block: Block, module: nn.Module, *, causal: bool | None, shared: Mapping[str, Any]) -> Any:
+    """The spec under which a block is saved: its name in BLOCKS, with options that build the same block.
+
+    Args:
+        block, causal, shared: as in `make_block`.
+        module: the block that was built.
+
+    Raises:
+        TypeError: the class of the block is not in BLOCKS, or an argument of its constructor is not known.
+    """
+    if block.is_named:
+        options = {name: _live_part(module, name, value) for name, value in block.options.items()}
+        return (block.name, options) if options else block.name
+    cls = type(module)
+    name = next((name for name, known in BLOCKS.items() if known is cls), None)
+    if name is None:
+        raise TypeError(
+            f"attention must be made of registered blocks to be saved, got {cls.__name__}: call "
+            f"attention_zoo.register_block({cls.__name__.lower()!r}, {cls.__name__}) before saving and loading"
+        )
+    options = {}
+    given = _given(resolve_block(name), shared, causal)
+    for argument, parameter in _parameters(cls).items():
+        value = constructor_argument(module, argument, parameter.default)
+        default = given.get(argument, parameter.default)
+        if value is not default and (isinstance(value, nn.Module) or value != default):
+            options[argument] = _live_part(module, argument, value)
+    return (name, options) if options else name
+
+
+def constructor_argument(module: nn.Module, name: str, default: Any) -> Any:
+    """The value of a constructor's argument: recorded, or the attribute of that name, or the default.
+
+    Raises:
+        TypeError: the argument has no default, and the module no such attribute.
+    """
+    if isinstance(module, RecordsArguments):
+        return module.arguments[name]
+    value = getattr(module, name, default)
+    if value is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(module).__name__} must keep its argument {name} as an attribute to be saved, or be given as "
+            f"(name, {{{name!r}: ...}})"
+        )
+    return value
 
 
 def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Module:
@@ -97,15 +252,13 @@ def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Mod
     """
     if callable(spec):
         return spec(dim)
-    if not isinstance(spec, str) and not is_named(spec):
+    if not isinstance(spec, str) and not has_options(spec):
         raise TypeError(f"feedforward must be a name, (name, options), a callable or None, got {spec!r}")
-    _, make, options = _resolve("feedforward", spec, FEEDFORWARDS)
-    return make(dim, **{**defaults, **options})
-
-
-def takes_part(layers: Sequence[Sequence[Any]], part: str) -> bool:
-    """Whether the constructor of a block in these layers has an argument called `part`."""
-    return any(part in _arguments(_resolve("attention", spec, BLOCKS)[1]) for layer in layers for spec in layer)
+    name, options = (spec, {}) if isinstance(spec, str) else spec  # type: ignore[misc]
+    check_choice("feedforward", name, FEEDFORWARDS)
+    for option in options:
+        check_choice(f"option of {name!r}", option, sorted(_parameters(FEEDFORWARDS[name])))
+    return FEEDFORWARDS[name](dim, **{**defaults, **options})
 
 
 def first_with_same_id(name: str, ids: Sequence[int] | None, specs: Sequence[Any]) -> list[int]:
@@ -136,19 +289,64 @@ def first_with_same_id(name: str, ids: Sequence[int] | None, specs: Sequence[Any
     return first
 
 
-def _resolve(
-    kind: str, spec: Any, registry: Mapping[str, Callable[..., nn.Module]]
-) -> tuple[str, Callable[..., nn.Module], Mapping[str, Any]]:
-    """The name, the constructor and the options of a spec, the options' names checked."""
-    if callable(spec):
-        return getattr(spec, "__name__", type(spec).__name__), spec, {}
-    name, options = (spec, {}) if isinstance(spec, str) else spec
-    check_choice(kind, name, registry)
-    for option in options:
-        check_choice(f"option of {name!r}", option, sorted(_arguments(registry[name])))
-    return name, registry[name], options
+def takes(block: nn.Module, name: str) -> bool:
+    """Whether `forward` of a block has a parameter called `name`."""
+    return name in inspect.signature(block.forward).parameters
 
 
-def _arguments(make: Callable[..., nn.Module]) -> set[str]:
-    """The arguments of a constructor besides `dim` that no functools.partial has set."""
-    return set(inspect.signature(make).parameters) - {"dim"} - set(getattr(make, "keywords", {}))
+def _given(block: Block, shared: Mapping[str, Any], causal: bool | None) -> dict[str, Any]:
+    given = dict(shared) if causal is None else {**shared, "causal": causal}
+    return {name: value for name, value in given.items() if name in block.takes}
+
+
+def _live_part(module: nn.Module, name: str, value: Any) -> Any:
+    """An option, or the part that the block made of it, such as a `Rotary` of another library's embedding."""
+    part = getattr(module, name, None)
+    return part if isinstance(value, nn.Module) and isinstance(part, RecordsArguments) else value
+
+
+def _parameters(make: Make) -> dict[str, inspect.Parameter]:
+    """The parameters of a constructor besides the first, `dim`, that no functools.partial has set."""
+    parameters = inspect.signature(make).parameters
+    fixed = getattr(make, "keywords", {})
+    first = "dim" if "dim" in parameters else next(iter(parameters), None)
+    return {name: parameter for name, parameter in parameters.items() if name != first and name not in fixed}
+
+
+def _required(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name for name, one in parameters.items() if one.default is one.empty and one.kind not in variadic}
+
+
+def _check_output(module: nn.Module, name: str, dim: int) -> None:
+    """Run a block of another package on two tokens and check the shape of its output.
+
+    Raises:
+        TypeError: the output is no tensor.
+        ValueError: the output has another shape.
+    """
+    if any(parameter.default is parameter.empty for parameter in _arguments_after_x(module)):
+        return  # it needs a context
+    parameter = next(module.parameters(), torch.empty(0))
+    modes = {part: part.training for part in module.modules()}
+    x = torch.zeros(1, 2, dim, device=parameter.device, dtype=parameter.dtype)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            out = module.eval()(x)
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"attention {name!r} must return a tensor, got {type(out).__name__}")
+    if out.shape != x.shape:
+        raise ValueError(
+            f"attention {name!r} must keep the shape of its input, (b, n, dim), got {tuple(out.shape)} for "
+            f"{tuple(x.shape)}"
+        )
+
+
+def _arguments_after_x(module: nn.Module) -> Iterator[inspect.Parameter]:
+    parameters = iter(inspect.signature(module.forward).parameters.values())
+    next(parameters, None)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return (parameter for parameter in parameters if parameter.kind not in variadic)

@@ -9,19 +9,19 @@ errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
-from attention_zoo.layers.positions import RelativeBias
-from attention_zoo.models.layer_specs import BlockSpec
+from attention_zoo.layers.positions import RelativeBias, Rotary
+from attention_zoo.models.composed_model import ComposedModel
+from attention_zoo.models.layer_specs import AttentionSpec, BlockSpec, parse_layers, takes_part
 from attention_zoo.models.positions import check_length
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
-from attention_zoo.saving import SavedModel
 
 
 class MemformerOutput(NamedTuple):
@@ -38,7 +38,7 @@ class MemformerOutput(NamedTuple):
     logits: Tensor | None = None
 
 
-class Memformer(SavedModel):
+class Memformer(ComposedModel):
     """Encoder and optional decoder, with a memory that is passed from one segment to the next.
 
     An encoder layer is self-attention, cross-attention to the memory and a feedforward; a decoder layer attends to the
@@ -54,6 +54,9 @@ class Memformer(SavedModel):
         enc_max_seq_len: the longest source segment, in tokens. None: no limit.
         dec_num_tokens, dec_depth, dec_heads, dec_max_seq_len: the same of the decoder. None for the first two: no
             decoder.
+        attention: self-attention of the encoder, bidirectional; see `Stack`. Blocks with neither an argument `bias` nor
+            `rotary` get no positions; those without `bias` get rotary positions.
+        dec_attention: self-attention of the decoder, causal. None: as `attention`.
         memory_updates: number of memory updates per segment.
         memory_heads: number of heads of the memory update.
         ff_mult, attn_dropout, ff_dropout: see `Stack`.
@@ -68,8 +71,9 @@ class Memformer(SavedModel):
         ...     encoded, memory, _ = model(segment, memory=memory)
     """
 
-    encoder_blocks: ClassVar[Sequence[BlockSpec]] = ("full", "cross")
-    decoder_blocks: ClassVar[Sequence[BlockSpec]] = ("full", "cross")
+    stacks: ClassVar[Mapping[str, str]] = {"attention": "encoder", "dec_attention": "decoder"}
+    encoder_cross: ClassVar[BlockSpec] = "cross"
+    decoder_cross: ClassVar[BlockSpec] = "cross"
 
     def __init__(
         self,
@@ -84,6 +88,8 @@ class Memformer(SavedModel):
         dec_depth: int | None = None,
         dec_heads: int = 8,
         dec_max_seq_len: int | None = None,
+        attention: AttentionSpec = "full",
+        dec_attention: AttentionSpec | None = None,
         memory_updates: int = 1,
         memory_heads: int = 8,
         ff_mult: float = 4,
@@ -91,7 +97,6 @@ class Memformer(SavedModel):
         ff_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.remember(locals())
         if (dec_num_tokens is None) != (dec_depth is None):
             raise ValueError(f"dec_depth must be given with dec_num_tokens, got {dec_depth=}, {dec_num_tokens=}")
         if dec_num_tokens is None and dec_max_seq_len is not None:
@@ -106,12 +111,23 @@ class Memformer(SavedModel):
         self.takes_target = dec_num_tokens is not None  # whether there is a decoder
         self.memory = InitialMemory(memory_slots, dim)
         self.source_embedding = _embedding(enc_num_tokens, dim)
-        self.encoder = _make_stack(self.encoder_blocks, dim, enc_depth, enc_heads, "enc_heads", causal=False, **options)
+        if dec_attention is not None and dec_depth is None:
+            raise ValueError(f"dec_attention must come with a decoder, got {dec_attention=}, {dec_depth=}")
+        self.encoder = _make_stack(
+            attention, self.encoder_cross, dim, enc_depth, enc_heads, "enc_heads", causal=False, **options
+        )
         self.update = MemoryUpdate(dim, heads=memory_heads, updates=memory_updates, ff_mult=ff_mult)
         if dec_num_tokens is not None and dec_depth is not None:
             self.target_embedding = _embedding(dec_num_tokens, dim)
             self.decoder = _make_stack(
-                self.decoder_blocks, dim, dec_depth, dec_heads, "dec_heads", causal=True, **options
+                attention if dec_attention is None else dec_attention,
+                self.decoder_cross,
+                dim,
+                dec_depth,
+                dec_heads,
+                "dec_heads",
+                causal=True,
+                **options,
             )
             self.to_logits = nn.Linear(dim, dec_num_tokens)
 
@@ -253,18 +269,18 @@ class Memformer(SavedModel):
 
 
 class TargetDecoder(nn.Module):
-    """The decoder of a `Memformer` over one encoded source. It has `step`, so `generate` samples from it.
+    """The decoder of a model over one encoded source. It has `step`, so `generate` samples from it.
 
     Attributes:
         encoded: (b, n, d), the encoder's features.
-        memory: (b, m, d), for the next segment.
+        memory: (b, m, d), for the next segment of a `Memformer`; None for other models.
     """
 
-    def __init__(self, model: Memformer, encoded: Tensor, memory: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, encoded: Tensor, memory: Tensor | None, mask: Tensor | None) -> None:
         super().__init__()
-        self.model = model
-        self.num_tokens = model.num_tokens
-        self.max_seq_len = model.max_seq_len
+        self.model: Any = model
+        self.num_tokens = self.model.num_tokens
+        self.max_seq_len = self.model.max_seq_len
         self.encoded = encoded
         self.memory = memory
         self.mask = mask
@@ -285,21 +301,32 @@ def _embedding(num_tokens: int, dim: int) -> nn.Embedding:
 
 
 def _make_stack(
-    blocks: Sequence[BlockSpec], dim: int, depth: int, heads: int, name: str, *, causal: bool, **options: Any
+    attention: AttentionSpec,
+    cross: BlockSpec,
+    dim: int,
+    depth: int,
+    heads: int,
+    name: str,
+    *,
+    causal: bool,
+    **options: Any,
 ) -> Stack:
     check_positive(dim=dim, **{name: heads})
     if dim % heads:
         raise ValueError(f"{name} must divide dim, got {name}={heads}, {dim=}")
-    return Stack(
+    positions: dict[str, Any] = {"bias": RelativeBias(heads, causal=causal)}
+    if not takes_part(attention, "bias"):
+        positions = {"rotary": Rotary()}
+    stack = Stack(
         dim,
         depth,
-        attention=[list(blocks)],
+        attention=[[*layer, cross] for layer in parse_layers(attention)],
         feedforward=("gelu", {"bias": True}),
         heads=heads,
         dim_head=dim // heads,
         causal=causal,
-        bias=RelativeBias(heads, causal=causal),
-        qkv_bias=True,
-        out_bias=True,
+        defaults={**positions, "qkv_bias": True, "out_bias": True},
         **options,
     )
+    stack.fixed_blocks = 1  # the cross-attention
+    return stack

@@ -17,11 +17,11 @@ from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, check_state, concat_masks, count_tokens, register_state
+from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
 from attention_zoo.models.positions import position_parts
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
-from attention_zoo.saving import SavedModel
 
 
 class MemoryOutput(NamedTuple):
@@ -58,7 +58,7 @@ class MemoryState(State):
 register_state(MemoryState)
 
 
-class MemoryLanguageModel(SavedModel):
+class MemoryLanguageModel(GenerateMixin, ComposedModel):
     """p(token | its segment so far, the memory). Every layer also cross-attends to the memory.
 
     `step` over any split of a text equals `forward` over its consecutive segments of `segment_len` tokens. Time per
@@ -99,9 +99,8 @@ class MemoryLanguageModel(SavedModel):
         ff_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.remember(locals())
         check_positive(num_tokens=num_tokens, segment_len=segment_len)
-        parts = position_parts(positions, attention, heads, known=("auto", "rotary", "t5"))
+        layers = parse_layers(attention)
         self.num_tokens = num_tokens
         self.segment_len = segment_len
         self.memory = InitialMemory(memory_slots, dim)
@@ -110,7 +109,7 @@ class MemoryLanguageModel(SavedModel):
         self.stack = Stack(
             dim,
             depth,
-            attention=[[*layer, "cross"] for layer in parse_layers(attention)],
+            attention=[[*layer, "cross"] for layer in layers],
             feedforward=feedforward,
             norm=norm,
             residual=residual,
@@ -119,8 +118,9 @@ class MemoryLanguageModel(SavedModel):
             attn_dropout=attn_dropout,
             ff_dropout=ff_dropout,
             ff_mult=ff_mult,
-            **parts,
+            **position_parts(positions, heads, known=("auto", "rotary", "t5")),
         )
+        self.stack.fixed_blocks = 1  # the cross-attention to the memory
         self.update = MemoryUpdate(dim, heads=memory_heads, updates=memory_updates, ff_mult=ff_mult)
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
 

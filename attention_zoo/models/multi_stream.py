@@ -16,15 +16,15 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from attention_zoo._checks import check_padding, check_positive, check_tokens
-from attention_zoo.attention import TalkingHeadsAttention
 from attention_zoo.layers.norms import RMSNorm
 from attention_zoo.layers.state import State, check_state, register_state
-from attention_zoo.models.layer_specs import AttentionSpec
+from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
+from attention_zoo.models.layer_specs import AttentionSpec, takes_part
+from attention_zoo.models.over_streams import OverStreams
 from attention_zoo.models.positions import check_length, count_valid_tokens
 from attention_zoo.models.stack import BlockInputs, Stack, StackState
 from attention_zoo.ops import stream_diversity_loss
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
-from attention_zoo.saving import SavedModel
 
 
 @dataclass
@@ -58,43 +58,14 @@ class MultiStreamState(State):
 register_state(MultiStreamState)
 
 
-class OverStreams(nn.Module):
-    """Talking heads across streams as a block of folded streams: (b s, n, d) -> (b s, n, d).
-
-    Args:
-        block: talking-heads attention over s streams.
-    """
-
-    def __init__(self, block: TalkingHeadsAttention) -> None:
-        super().__init__()
-        self.block = block
-        self.causal = block.causal
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """(b s, n, d) -> (b s, n, d), mask (b s, n)."""
-        return self.block(self.unfold(x), mask=self._row_mask(mask)).flatten(0, 1)
-
-    def step(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        """New tokens (b s, t, d), and a state with b rows."""
-        out, state = self.block.step(self.unfold(x), state, mask=self._row_mask(mask))
-        return out.flatten(0, 1), state
-
-    def unfold(self, x: Tensor) -> Tensor:
-        """(b s, n, d) -> (b, s, n, d)."""
-        return x.view(-1, self.block.streams, *x.shape[1:])
-
-    def _row_mask(self, mask: Tensor | None) -> Tensor | None:
-        """(b s, n), the same for all streams of a row -> (b, n)."""
-        return None if mask is None else mask[:: self.block.streams]
-
-
-class MultiStreamTransformer(SavedModel):
+class MultiStreamTransformer(GenerateMixin, ComposedModel):
     """Streams of features over the same tokens, each with its own embedding, summed for the logits.
 
     Args:
         num_tokens, dim, depth: see `LanguageModel`.
         streams: number of streams s.
-        attention: "talking_heads", or any other `attention` of `Stack`, which runs on each stream separately.
+        attention: see `Stack`. Blocks with an argument `streams`, such as "talking_heads", mix the heads of all
+            streams; others run on each stream separately.
         heads, dim_head: of each stream; see `Stack`.
         max_seq_len: length of the position table, and the longest sequence accepted.
         causal: True for a language model with `loss` and `step`; False for a bidirectional model.
@@ -134,7 +105,6 @@ class MultiStreamTransformer(SavedModel):
         ff_mult: float = 4,
     ) -> None:
         super().__init__()
-        self.remember(locals())
         check_positive(num_tokens=num_tokens, dim=dim, depth=depth, streams=streams, max_seq_len=max_seq_len)
         if tie_embeddings and separate_embeddings:
             raise ValueError("tie_embeddings needs separate_embeddings=False, got separate_embeddings=True")
@@ -143,26 +113,24 @@ class MultiStreamTransformer(SavedModel):
         self.max_seq_len = max_seq_len
         self.causal = causal
 
-        def talking_heads(
-            dim: int, *, heads: int = 8, dim_head: int = 64, causal: bool = True, dropout: float = 0.0
-        ) -> nn.Module:
-            block = TalkingHeadsAttention(
-                dim,
-                heads=heads,
-                dim_head=dim_head,
-                streams=streams if cross_stream else 1,
-                pre_softmax=pre_softmax,
-                post_softmax=post_softmax,
-                scale=scale,
-                causal=causal,
-                dropout=dropout,
-            )
-            return OverStreams(block) if block.streams > 1 else block
-
+        mixing: dict[str, Any] = {"pre_softmax": pre_softmax, "post_softmax": post_softmax, "scale": scale}
+        if not takes_part(attention, "streams"):
+            unused = {
+                name: value for name, value in mixing.items() if value != ("linear" if "softmax" in name else None)
+            }
+            if not cross_stream:
+                unused["cross_stream"] = cross_stream
+            for name, value in unused.items():
+                raise ValueError(
+                    f"{name} must be taken by a block, but none of {attention!r} mixes heads, got {value!r}"
+                )
+            mixing = {}
+        elif cross_stream:
+            mixing["streams"] = streams
         self.stack = Stack(
             dim,
             depth,
-            attention=talking_heads if attention == "talking_heads" else attention,
+            attention=attention,
             norm="rms",
             heads=heads,
             dim_head=dim_head,
@@ -170,7 +138,10 @@ class MultiStreamTransformer(SavedModel):
             attn_dropout=attn_dropout,
             ff_dropout=ff_dropout,
             ff_mult=ff_mult,
+            defaults=mixing,
         )
+        if self.stack.takes_context:
+            raise ValueError(f"attention must not read a context in this model, which has none, got {attention!r}")
         self.stack.norm = nn.Identity()  # the norm follows the sum of the streams
         tables = (streams,) if separate_embeddings else ()
         self.token_embedding = nn.Parameter(torch.empty(*tables, num_tokens, dim))
@@ -194,6 +165,11 @@ class MultiStreamTransformer(SavedModel):
         """
         x, _ = self._embed(tokens, mask, None)
         return self._logits(self.stack(x, mask=self._fold(mask)))
+
+    def attention_maps(self, tokens: Tensor, *, mask: Tensor | None = None) -> list[Tensor]:
+        """The attention map of every layer: (b, s h, i, j) of a block over all streams, (b s, h, i, j) of another."""
+        x, _ = self._embed(tokens, mask, None)
+        return self.stack.attention_maps(x, mask=self._fold(mask))
 
     def loss(self, tokens: Tensor, *, mask: Tensor | None = None, diversity_weight: float = 0.0) -> Tensor:
         """Mean cross entropy, in nats, of every valid token given the valid tokens before it, plus the diversity loss.

@@ -5,47 +5,65 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attention_zoo._checks import check_choice
+from attention_zoo._checks import check_choice, check_features, check_tokens
 from attention_zoo.layers.positions import RelativeBias, Rotary
 from attention_zoo.layers.state import State
-from attention_zoo.models.layer_specs import AttentionSpec, parse_layers, takes_part
 
 
 def position_parts(
-    positions: str | None, attention: AttentionSpec, heads: int | None, *, known: tuple[str, ...]
+    positions: str | None, heads: int | None, *, known: tuple[str, ...], causal: bool = True
 ) -> dict[str, Any]:
-    """The shared argument of `Stack` that gives its blocks their positions.
+    """The arguments of `Stack` that give its blocks their positions.
 
     Args:
-        positions: "rotary"; "t5" for a relative position bias; "auto" for rotary if a block takes it. Any other value:
-            no argument.
-        attention: the blocks; see `Stack`.
+        positions: "rotary"; "t5" for a relative position bias; "auto" for rotary in the blocks that take it. Any other
+            value: no positions.
         heads: heads of the relative bias. None: 8, the blocks' default.
         known: the values of `positions` that the model accepts besides None.
+        causal: whether the blocks are causal.
 
     Raises:
         ValueError: `positions` is not accepted.
     """
     if positions is not None:
         check_choice("positions", positions, known)
-    if positions == "rotary" or (positions == "auto" and takes_part(parse_layers(attention), "rotary")):
+    if positions == "rotary":
         return {"rotary": Rotary()}
     if positions == "t5":
-        return {"bias": RelativeBias(8 if heads is None else heads)}
-    return {}
+        return {"bias": RelativeBias(8 if heads is None else heads, causal=causal)}
+    return {"defaults": {"rotary": Rotary()}} if positions == "auto" else {}
+
+
+def embed_tokens(
+    embedding: nn.Module, tokens: Tensor | None, inputs_embeds: Tensor | None, *, dim: int, name: str = "tokens"
+) -> Tensor:
+    """Embeddings (b, n, d) of tokens (b, n), or the given ones.
+
+    Raises:
+        TypeError: `tokens` are not integers, or `inputs_embeds` is not floating point.
+        ValueError: not exactly one of the two is given, a shape is wrong, or an id is out of range.
+    """
+    if (tokens is None) == (inputs_embeds is None):
+        got = "neither" if tokens is None else "both"
+        raise ValueError(f"{name} must be given if and only if inputs_embeds is not, got {got}")
+    if tokens is None:
+        check_features(inputs_embeds, dim, name="inputs_embeds")  # type: ignore[arg-type]
+        return inputs_embeds  # type: ignore[return-value]
+    check_tokens(tokens, embedding.num_embeddings, name=name)  # type: ignore[arg-type]
+    return embedding(tokens.int() if tokens.dtype not in (torch.int64, torch.int32) else tokens)
 
 
 def count_valid_tokens(tokens: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
     """The number of valid tokens up to and including each token, (b, n) int64.
 
     Args:
-        tokens: (b, n).
+        tokens: (b, n, ...).
         mask: (b, n) bool, True = a valid token.
         before: (b,) int, number of valid tokens of earlier steps. None: 0.
     """
-    valid = torch.ones_like(tokens, dtype=torch.int64) if mask is None else mask.long()
+    valid = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device) if mask is None else mask.long()
     return valid.cumsum(dim=1) + (0 if before is None else before[:, None])
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attention_zoo._arguments import RecordsArguments
 from attention_zoo._checks import check_choice, check_features, check_fraction, check_padding, check_positive
 from attention_zoo.layers.layer_scale import layer_scale_start
 from attention_zoo.layers.norms import make_norm
@@ -21,14 +21,19 @@ from attention_zoo.layers.state import State, count_tokens, register_state
 from attention_zoo.layers.token_shift import TokenShift
 from attention_zoo.models.layer_specs import (
     AttentionSpec,
+    Block,
     FeedForwardSpec,
     check_shared,
-    cycle_layers,
     first_with_same_id,
     make_block,
     make_feedforward,
+    resolve_layers,
+    saved_spec,
+    takes,
 )
+from attention_zoo.models.over_streams import OverStreams
 from attention_zoo.ops import TextImageLayout
+from attention_zoo.saving.encoding import PARTS, is_plain
 
 
 class BlockInputs(NamedTuple):
@@ -36,11 +41,13 @@ class BlockInputs(NamedTuple):
 
     Attributes:
         mask: (b, n) bool, True = a valid token.
+        attn_mask: (n, n), (b, n, n) or (b, h, n, n), boolean (True = may attend) or additive; see `SelfAttention`.
         context: (b, j, context_dim), the sequence that cross-attention attends to.
         context_mask: (b, j) bool, True = a valid token of the context.
     """
 
     mask: Tensor | None = None
+    attn_mask: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
 
@@ -68,15 +75,32 @@ class Sublayer(nn.Module):
         block: an attention block or a feedforward.
         residual: the residual connection.
         tokenwise: whether the block treats every token by itself, so that decoding needs no state for it.
+        spec: the spec of an attention block; None for a feedforward.
     """
 
-    def __init__(self, block: nn.Module, residual: Residual, *, tokenwise: bool) -> None:
+    def __init__(self, block: nn.Module, residual: Residual, *, tokenwise: bool, spec: Block | None = None) -> None:
         super().__init__()
-        self.block: Any = block
-        self.residual = residual
         self.tokenwise = tokenwise
-        parameters = () if tokenwise else inspect.signature(block.forward).parameters
-        self.takes = tuple(name for name in BlockInputs._fields if name in parameters)
+        self.set_block(block, spec)
+        self.residual = residual
+
+    def set_block(self, block: nn.Module, spec: Block | None) -> None:
+        """Set the block and its spec."""
+        self.block: Any = block
+        self.spec = spec
+        names = [name for name in BlockInputs._fields if not self.tokenwise and takes(block, name)]
+        # an attention mask is over the tokens of the stack, not over a context
+        self.takes = tuple(name for name in names if name != "attn_mask" or "context" not in names)
+
+    @property
+    def attention(self) -> nn.Module | None:
+        """The attention block without wrappers; None for a feedforward."""
+        if self.spec is None:
+            return None
+        block = self.block
+        while isinstance(block, (TokenShift, OverStreams)):
+            block = block.block
+        return block
 
     def forward(self, x: Tensor, inputs: BlockInputs, into: Tensor | None = None) -> Tensor:
         """Run the sub-layer.
@@ -103,6 +127,12 @@ class Sublayer(nn.Module):
             raise TypeError(f"every block must have step to decode, but {type(self.block).__name__} has none")
         return self.residual.merge(x if into is None else into, y), state
 
+    def attention_map(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """The attention map (b, h, i, j) of the block."""
+        if not callable(getattr(self.attention, "attention_map", None)):
+            raise TypeError(f"every block must have attention_map, but {type(self.attention).__name__} has none")
+        return self.block.attention_map(self.residual.branch(x), **self._keywords(inputs))
+
     def delta(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         """What the sub-layer adds to a stream, for `layers.reversible`, which does the addition itself."""
         return self.residual.delta(self.block(self.residual.branch(x), **self._keywords(inputs)))
@@ -125,8 +155,14 @@ class Layer(nn.Module):
         return x
 
 
-class Stack(nn.Module):
+class Stack(RecordsArguments, nn.Module):
     """`depth` layers, each one or several attention blocks followed by a feedforward, and a final norm where needed.
+
+    A block is one of
+
+    - a name in BLOCKS, a class, or a function of dim that returns a module with `forward(x)`;
+    - `(one of these, options)`, with arguments for the constructor;
+    - a module, which is used as it is. Modules are not copied: a list that holds one has an entry for every layer.
 
     Shared arguments. `heads`, `dim_head`, `attn_dropout` (as `dropout`), `causal` and every keyword argument in
     `shared` (such as `rotary=`, `bias=`, `qkv_bias=`, `layout=`) are given to each block whose constructor has an
@@ -137,14 +173,14 @@ class Stack(nn.Module):
     Args:
         dim: features d.
         depth: number of layers.
-        attention: the block of every layer, or a list cycled over the depth. A block is a name in BLOCKS,
-            `(name, options)`, or a function of dim that returns a module with `forward(x)`. A layer with several blocks
-            is a list of them within the list: `[["full", "cross"]]`.
+        attention: the block of every layer, or a list cycled over the depth. A layer with several blocks is a list of
+            them within the list: `[["full", "cross"]]`.
         feedforward: a name in FEEDFORWARDS, `(name, options)`, a function of dim, or None for no feedforward.
         norm: a name in NORMS, or a function of dim.
         residual: a name in RESIDUALS: "pre", "post", "sandwich" or "deepnorm".
         heads, dim_head: number and size of the heads of every block that takes them. None: the defaults of each block.
-        causal: whether the blocks are causal. False is an error for a block that is always causal.
+        causal: whether the blocks are causal. A block with an attribute `causal` that differs is an error. None: every
+            block is as it says.
         attn_dropout: dropout probability of the attention weights.
         ff_dropout: dropout probability of the hidden features of the feedforwards.
         ff_mult: hidden features of the feedforward as a multiple of dim.
@@ -157,11 +193,12 @@ class Stack(nn.Module):
             sub-layer. No second derivative and no torch.compile.
         checkpoint_layers: activation checkpointing: only the input of every layer is kept, and the layer is
             recomputed in backward with the same dropout. Costs about a third more time.
+        defaults: like `shared`, but it is no error if no block takes an argument.
         shared: see above.
 
     Raises:
         ValueError: an unknown name or option, a size below 1, options that exclude each other, an argument that no
-            block takes.
+            block takes, a block that sees the future with causal=True, of another dim or with another output shape.
         TypeError: an argument has the wrong type.
     """
 
@@ -176,7 +213,7 @@ class Stack(nn.Module):
         residual: str = "pre",
         heads: int | None = None,
         dim_head: int | None = None,
-        causal: bool = True,
+        causal: bool | None = True,
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         ff_mult: float = 4,
@@ -186,6 +223,7 @@ class Stack(nn.Module):
         shared_ff_ids: Sequence[int] | None = None,
         reversible: bool = False,
         checkpoint_layers: bool = False,
+        defaults: Mapping[str, Any] | None = None,
         **shared: Any,
     ) -> None:
         super().__init__()
@@ -202,45 +240,99 @@ class Stack(nn.Module):
         self.causal = causal
         self.reversible = reversible
         self.checkpoint_layers = checkpoint_layers
-        self.shifts = token_shift is not None
+        self.token_shift = token_shift
         shared = {"heads": heads, "dim_head": dim_head, "dropout": attn_dropout or None, **shared}
         shared = {name: part for name, part in shared.items() if part is not None}
-        specs = cycle_layers(attention, depth)
-        check_shared(shared, attention, depth)
-        attn_from = first_with_same_id("shared_attn_ids", shared_attn_ids, specs)
+        specs = resolve_layers(attention, depth)
+        check_shared(shared, specs, attention)
+        self._shared = {**(defaults or {}), **shared}
+        self.fixed_blocks = 0  # blocks at the end of every layer that a model adds, for itself
+        self._replaced = False  # whether a block was replaced after construction
+        attn_from = first_with_same_id(
+            "shared_attn_ids", shared_attn_ids, [[block.spec for block in layer] for layer in specs]
+        )
         ff_from = first_with_same_id("shared_ff_ids", shared_ff_ids, [feedforward] * depth)
 
         self.layers = nn.ModuleList()
         blocks: dict[tuple[str, int, int], nn.Module] = {}  # by the layer and place where the weights first occur
         for layer in range(depth):
-            makers: dict[tuple[str, int, int], Callable[[], nn.Module]] = {
-                ("attention", attn_from[layer], place): partial(make_block, spec, dim, causal=causal, shared=shared)
-                for place, spec in enumerate(specs[layer])
+            entries: dict[tuple[str, int, int], Block | None] = {
+                ("attention", attn_from[layer], place): spec for place, spec in enumerate(specs[layer])
             }
             if feedforward is not None:
-                make_ff = partial(make_feedforward, feedforward, dim, mult=ff_mult, dropout=ff_dropout)
-                makers["feedforward", ff_from[layer], 0] = make_ff
+                entries["feedforward", ff_from[layer], 0] = None
             scale = layer_scale_start(layer) if layer_scale else None
             sublayers = []
-            for key, make in makers.items():
+            for key, spec in entries.items():
                 connection = RESIDUALS[residual](dim, norm=norm, depth=depth, scale=scale)
-                if key not in blocks:
-                    block = make()
+                if key not in blocks and spec is not None:
+                    blocks[key] = self.make_block(spec, connection)
+                elif key not in blocks:
+                    block = make_feedforward(feedforward, dim, mult=ff_mult, dropout=ff_dropout)
                     connection.initialize(block)
                     blocks[key] = block if token_shift is None else TokenShift(block, dim, layout=token_shift)
-                tokenwise = key[0] == "feedforward" and token_shift is None
-                sublayers.append(Sublayer(blocks[key], connection, tokenwise=tokenwise))
+                tokenwise = spec is None and token_shift is None
+                sublayers.append(Sublayer(blocks[key], connection, tokenwise=tokenwise, spec=spec))
             self.layers.append(Layer(sublayers))
         self.norm = make_norm(norm, dim) if RESIDUALS[residual].final_norm else nn.Identity()
         self.takes_context = any("context" in sublayer.takes for sublayer in self.sublayers())
         if reversible and self.takes_context:
             raise ValueError("reversible must be False with blocks that read a context, got reversible=True")
 
+    def make_block(self, spec: Block, connection: Residual) -> nn.Module:
+        """A block of this stack: built, initialised for its residual connection, and wrapped where needed."""
+        block = make_block(spec, self.dim, causal=self.causal, shared=self._shared)
+        if not spec.is_module:
+            connection.initialize(block)
+        streams, own = self._shared.get("streams", 1), getattr(block, "streams", 1)
+        if own not in (1, streams):
+            raise ValueError(
+                f"attention {spec.name!r} must have the streams of the model, {streams}, got streams={own}"
+            )
+        block = block if own == 1 else OverStreams(block)
+        return block if self.token_shift is None else TokenShift(block, self.dim, layout=self.token_shift)
+
+    def replace(self, sublayer: Sublayer, block: nn.Module, spec: Block) -> None:
+        """Set the block of a sub-layer; `arguments` have its spec from then on. See `replace_block`."""
+        sublayer.set_block(block, spec)
+        self._replaced = True
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a block was replaced after construction."""
+        return self._replaced
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        arguments = super().arguments
+        if self._replaced:
+            arguments["attention"] = self._per_layer(lambda sub: sub.spec.spec)
+        return arguments
+
+    def saved_arguments(self) -> dict[str, Any]:
+        arguments = self.arguments
+        return arguments if is_plain(arguments["attention"]) else {**arguments, "attention": self.saved_attention()}
+
+    def saved_attention(self) -> list[Any]:
+        """The argument `attention` that builds the present blocks, made of names and options, an entry per layer.
+
+        Raises:
+            TypeError: a block cannot be saved; see `saved_spec`.
+        """
+        options: dict[str, Any] = {"causal": self.causal, "shared": self._shared}
+        return self._per_layer(lambda sub: saved_spec(sub.spec, sub.attention, **options))
+
+    def _per_layer(self, of: Callable[[Any], Any]) -> list[Any]:
+        """A list with `of(sublayer)` for the attention of every layer, or a list of them if there are several."""
+        layers = [[of(sub) for sub in layer.sublayers if sub.spec is not None] for layer in self.layers]  # type: ignore
+        return [layer[0] if len(layer) == 1 else layer for layer in layers]
+
     def forward(
         self,
         x: Tensor,
         *,
         mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
@@ -249,6 +341,7 @@ class Stack(nn.Module):
         Args:
             x: (b, n, d).
             mask: (b, n) bool, True = a valid token.
+            attn_mask: which keys each query may attend to, besides causality and padding; see `SelfAttention`.
             context: (b, j, context_dim), for the blocks that read one.
             context_mask: (b, j) bool, True = a valid token of the context.
 
@@ -259,7 +352,7 @@ class Stack(nn.Module):
             ValueError: a mask that a block does not take, a context that no block takes, a missing context, or a wrong
                 shape.
         """
-        inputs = BlockInputs(mask, context, context_mask)
+        inputs = BlockInputs(mask, attn_mask, context, context_mask)
         self._check_inputs(x, inputs)
         if self.takes_context and context is None:
             raise ValueError("context must be given to a stack with blocks that read one, got None")
@@ -278,6 +371,7 @@ class Stack(nn.Module):
         state: StackState | None = None,
         *,
         mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
@@ -287,6 +381,7 @@ class Stack(nn.Module):
             x: (b, t, d), t >= 1 new tokens.
             state: the state returned by the previous step; None for the first. It is not modified.
             mask: (b, t) bool, True = a valid token.
+            attn_mask: the rows of the new tokens, with a column for every token so far.
             context, context_mask: see `forward`; only in the first step.
 
         Returns:
@@ -296,7 +391,7 @@ class Stack(nn.Module):
             TypeError: `state` is of another stack, or a block has no `step`.
             ValueError: see `forward`.
         """
-        inputs = BlockInputs(mask, context, context_mask)
+        inputs = BlockInputs(mask, attn_mask, context, context_mask)
         self._check_inputs(x, inputs)
         sublayers = self.sublayers()
         count = sum(not sub.tokenwise for sub in sublayers)
@@ -317,6 +412,32 @@ class Stack(nn.Module):
         token_count = count_tokens(None if state is None else state.token_count, x.shape[1])
         return self.norm(x), StackState(new, token_count)
 
+    def attention_maps(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The attention map (b, h, i, j) of the first block of every layer. Arguments as in `forward`.
+
+        Raises:
+            TypeError: a block has no `attention_map`.
+        """
+        inputs = BlockInputs(mask, attn_mask, context, context_mask)
+        self._check_inputs(x, inputs)
+        maps = []
+        other = x  # the second stream of reversible layers
+        for layer in self.layers:
+            for place, sub in enumerate(layer.sublayers):  # type: ignore[arg-type]
+                if place == 0:
+                    maps.append(sub.attention_map(x, inputs))
+                y = sub(x, inputs, into=other if self.reversible else x)
+                other, x = x, y
+        return maps
+
     def sublayers(self) -> list[Sublayer]:
         """All sub-layers, in the order in which they run."""
         return [sub for layer in self.layers for sub in layer.sublayers]  # type: ignore[union-attr]
@@ -332,14 +453,21 @@ class Stack(nn.Module):
     def _check_inputs(self, x: Tensor, inputs: BlockInputs) -> None:
         check_features(x, self.dim)
         check_padding(inputs.mask, x)
-        if inputs.mask is not None:
-            for sub in self.sublayers():
-                if not sub.tokenwise and "mask" not in sub.takes:  # ignored padding would be a silent error
+        for name in ("mask", "attn_mask"):
+            value = getattr(inputs, name)
+            for sub in self.sublayers() if value is not None else ():
+                # an ignored mask would be a silent error; a feedforward sees one token
+                if sub.tokenwise or name in sub.takes:
+                    continue
+                if name == "mask" or (sub.attention is not None and "context" not in sub.takes):
                     raise ValueError(
-                        f"mask must be None with {type(sub.block).__name__}, whose forward takes no mask, "
-                        f"got shape {tuple(inputs.mask.shape)}"
+                        f"{name} must be None with {type(sub.block).__name__}, whose forward takes no {name}, "
+                        f"got shape {tuple(value.shape)}"
                     )
         if inputs.context is not None and not self.takes_context:
             raise ValueError("context must be None for a stack without blocks that read one")
         if inputs.context is None and inputs.context_mask is not None:
             raise ValueError("context_mask must come with a context, got context=None")
+
+
+PARTS["Stack"] = Stack

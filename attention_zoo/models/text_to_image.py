@@ -19,16 +19,16 @@ from attention_zoo._checks import check_choice, check_fraction, check_padding, c
 from attention_zoo.layers.positions import TextImageRotary
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import check_state
-from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers, takes_part
+from attention_zoo.models.composed_model import ComposedModel
+from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops import TextImageLayout
 from attention_zoo.ops.losses import LossTerm, masked_cross_entropy, total_loss
-from attention_zoo.saving import SavedModel
 
 BOS = 0
 
 
-class TextToImageTransformer(SavedModel):
+class TextToImageTransformer(ComposedModel):
     """p(text, image) over the sequence: a start token, text_len text tokens, height x width image tokens.
 
     Text id 0 is padding. At position i it becomes the id num_text_tokens + i, so that every position has its own
@@ -43,7 +43,8 @@ class TextToImageTransformer(SavedModel):
         depth: number of layers.
         attention, heads, dim_head: see `Stack`. Blocks with an argument `layout` ("conv", "axial_row", "axial_col",
             "block_sparse") get the layout of text and image.
-        positions: "rotary", for text and image, or "learned": tables of text positions, rows and columns.
+        positions: "rotary", for text and image, in the blocks that take it, or "learned": tables of text positions,
+            rows and columns.
         bias: whether output projections and feedforwards have a bias.
         feedforward, ff_mult, norm, residual, layer_scale, shared_attn_ids, shared_ff_ids, reversible: see `Stack`.
         token_shift: whether every sub-layer reads shifted tokens; see `TokenShift`.
@@ -91,7 +92,6 @@ class TextToImageTransformer(SavedModel):
         tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
-        self.remember(locals())
         check_positive(num_text_tokens=num_text_tokens, text_len=text_len, num_image_tokens=num_image_tokens)
         check_choice("positions", positions, ("rotary", "learned"))
         if not image_loss_weight >= 0:
@@ -102,11 +102,11 @@ class TextToImageTransformer(SavedModel):
         self.num_tokens = self.num_text_ids + num_image_tokens
         self.layout = TextImageLayout(text_len + 1, height, width)
         self.image_loss_weight = image_loss_weight
-        shared: dict[str, Any] = {
-            "rotary": TextImageRotary(self.layout) if positions == "rotary" else None,
-            "out_bias": bias or None,
-            "layout": self.layout if takes_part(parse_layers(attention), "layout") else None,
-        }
+        defaults: dict[str, Any] = {"layout": self.layout}
+        if positions == "rotary":
+            defaults["rotary"] = TextImageRotary(self.layout)
+        if bias:
+            defaults["out_bias"] = True
         self.stack = Stack(
             dim,
             depth,
@@ -124,8 +124,10 @@ class TextToImageTransformer(SavedModel):
             shared_attn_ids=shared_attn_ids,
             shared_ff_ids=shared_ff_ids,
             reversible=reversible,
-            **shared,
+            defaults=defaults,
         )
+        if self.stack.takes_context:
+            raise ValueError(f"attention must not read a context in this model, which has none, got {attention!r}")
         self.to_logits = nn.Linear(dim, self.num_tokens)
         self.embedding = None if tie_embeddings else nn.Embedding(self.num_tokens, dim)
         if positions == "learned":
@@ -188,6 +190,11 @@ class TextToImageTransformer(SavedModel):
         """
         tokens = self.tokens(text, image)[:, : self.layout.length - 1]
         return self._logits(self.stack(self._embed(tokens, 0), mask=self._sequence_mask(mask, text, tokens)), 0)
+
+    def attention_maps(self, text: Tensor, image: Tensor | None = None, *, mask: Tensor | None = None) -> list[Tensor]:
+        """The attention map (b, h, n, n) of every layer. Arguments as in `forward`."""
+        tokens = self.tokens(text, image)[:, : self.layout.length - 1]
+        return self.stack.attention_maps(self._embed(tokens, 0), mask=self._sequence_mask(mask, text, tokens))
 
     def loss(self, text: Tensor, image: Tensor, *, mask: Tensor | None = None, null_prob: float = 0.0) -> Tensor:
         """(cross entropy of text + w cross entropy of image) / (1 + w), in nats per token.

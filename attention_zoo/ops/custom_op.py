@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from attention_zoo.ops.precision import no_autocast
 
@@ -45,8 +46,8 @@ def register_operator(
         save_outputs: whether the outputs are saved for backward as the inputs are; if not, `backward` gets none.
 
     Returns:
-        A function from `inputs` to the list of outputs. Its second derivative raises RuntimeError, naming
-        `attention_zoo.reference()`.
+        A function from `inputs` to the list of outputs. Its second derivative and its forward-mode derivative raise
+        RuntimeError, naming `attention_zoo.reference()`; tensors partly on the meta device raise RuntimeError too.
     """
     hints = get_type_hints(inputs)
     arguments = ", ".join(f"{_schema_type(hint)} {field}" for field, hint in hints.items())
@@ -81,6 +82,11 @@ def register_operator(
             f"{name} has no second derivative on its fast path: compute it inside `with attention_zoo.reference():`"
         )
 
+    def call(given: Any) -> list[Tensor]:
+        if not torch.compiler.is_compiling():
+            _check_tensors(name, list(_tensors(given)))
+        return operator(*given)
+
     operator = torch.library.custom_op(
         f"attention_zoo::{name}", run_forward, mutates_args=(), schema=f"({arguments}) -> Tensor[]"
     )
@@ -94,7 +100,23 @@ def register_operator(
     operator_backward.register_fake(fake_backward)
     operator.register_autograd(differentiate, setup_context=setup_context)
     operator_backward.register_autograd(raise_second_derivative)
-    return lambda given: operator(*given)
+    return call
+
+
+def _check_tensors(name: str, tensors: list[Tensor]) -> None:
+    """Check for inputs for which an operator would return wrong values without an error.
+
+    Raises:
+        RuntimeError: a tensor has a tangent, which torch would drop; or one is on the meta device while another is not,
+            in which case the fake kernel would return uninitialised memory. Scalars, such as seeds, may be anywhere.
+    """
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            f"{name} has no forward-mode derivative on its fast path: compute it inside "
+            f"`with attention_zoo.reference():`"
+        )
+    if len({tensor.is_meta for tensor in tensors if tensor.ndim}) > 1:
+        raise RuntimeError(f"{name} must be given tensors with data, got some on the meta device")
 
 
 def _schema_type(hint: Any) -> str:

@@ -21,12 +21,12 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = 
         mask: (b, n) bool, True = a valid target. None: all are valid.
 
     Returns:
-        A scalar in nats, in at least float32; 0 with zero gradient without a valid position.
+        A scalar in nats, in at least float32; 0 with zero gradient without a valid position, also in an empty batch.
     """
     with no_autocast(logits):
         losses = F.cross_entropy(at_least_float32(logits).transpose(1, 2), targets.long(), reduction="none")
         if mask is None:
-            return losses.mean()
+            return losses.sum() / max(losses.numel(), 1)
         # not a product: the loss of a masked position may be infinite or NaN
         losses = torch.where(mask, losses, losses.new_zeros(()))
         return losses.sum() / mask.sum().clamp(min=1)

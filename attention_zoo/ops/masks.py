@@ -1,6 +1,8 @@
-"""Boolean masks, True = allowed. Alignment is bottom-right: the last query is at the position of the last key."""
+"""Masks: boolean, True = allowed, or additive. Alignment is bottom-right: the last query is at the last key."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -44,16 +46,43 @@ def visible(queries: int, keys: int, *, mask: Tensor | None, causal: bool, devic
     return triangle[None, None] if mask is None else mask & triangle
 
 
-def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: int) -> None:
+def combine_masks(mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+    """A padding mask and an attention mask as one mask of an attention operation.
+
+    Args:
+        mask: (b, j) bool, True = a valid token, or None.
+        attn_mask: (i, j), (b, i, j) or (b, h, i, j), where b and h may be 1; boolean, True = allowed, or additive; or
+            None.
+
+    Returns:
+        `mask`, or four axes that broadcast to (b, h, i, j), of the dtype of `attn_mask`.
+    """
+    if attn_mask is None:
+        return mask
+    if attn_mask.ndim < 4:
+        attn_mask = attn_mask[None, None] if attn_mask.ndim == 2 else attn_mask[:, None]
+    if mask is None:
+        return attn_mask
+    allowed = key_mask(mask)
+    return attn_mask & allowed if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~allowed, -math.inf)
+
+
+def check_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: int, *, additive: bool = False) -> None:
     """Check that a mask fits the scores (b, h, i, j).
 
+    Args:
+        mask: the mask, or None.
+        batch, heads, queries, keys: b, h, i, j.
+        additive: whether a mask of four axes may be floating point.
+
     Raises:
-        TypeError: `mask` is not a boolean tensor.
+        TypeError: `mask` has the wrong dtype.
         ValueError: `mask` is neither (b, j) nor four axes that broadcast to (b, h, i, j).
     """
     if mask is None:
         return
-    check_boolean(mask=mask)
+    if not (additive and isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point()):
+        check_boolean(mask=mask)
     want = (batch, heads, queries, keys)
     if mask.ndim == 2 and mask.shape == (batch, keys):
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from attention_zoo.saving.encoding import encode
+
 FACTS = ("data", "score", "command")  # the sections of a card beside the configuration
 
 
@@ -39,6 +41,6 @@ model = {name}.from_pretrained("...")  # this repository, or a folder with its f
 ## Configuration
 
 ```json
-{json.dumps(model.arguments, indent=2)}
+{json.dumps(encode(model.saved_arguments()), indent=2)}
 ```
 """

@@ -1,74 +1,96 @@
-"""Save and load: weights in `model.safetensors`, the constructor's arguments in `config.json`."""
+"""Save and load: one file with weights and configuration, from which the same function is built, or an error."""
 
 from __future__ import annotations
 
-import json
+import inspect
 import os
-from collections.abc import Mapping
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from attention_zoo._files import write_all_aside, write_aside
+from attention_zoo._arguments import RecordsArguments
+from attention_zoo._files import write_aside
+from attention_zoo.saving.compare import first_difference
+from attention_zoo.saving.encoding import decode, encode
 from attention_zoo.saving.hub import import_hub, push
 from attention_zoo.saving.model_card import write_card
+from attention_zoo.saving.model_file import CONFIG, WEIGHTS, ModelFile, package_version, read_model, write_model
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 CARD = "README.md"
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class SavedModel(nn.Module):
+# Arguments of which each unit takes at least a byte of the file, so that a small file cannot ask for a large model.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIZES = {"dim", "dim_head", "dim_inner", "heads", "kv_heads", "streams", "memory_slots", "num_tokens"}
+
+
+class SavedModel(RecordsArguments, nn.Module):
     """A model that `save` writes to a folder and `load` rebuilds; the `_pretrained` methods use the hub as well.
 
-    The constructor of a subclass calls `self.remember(locals())` directly after `super().__init__()`.
+    A subclass needs no code for it: the arguments of its constructor are recorded.
     """
 
-    arguments: dict[str, Any]
-
-    def remember(self, scope: Mapping[str, Any]) -> None:
-        """Store the constructor's arguments, `locals()` of the constructor, for `save`."""
-        self.arguments = {k: own_copy(v) for k, v in scope.items() if k != "self" and not k.startswith("__")}
-
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the weights and the arguments. Existing files are replaced only after both were written completely.
+        """Write `model.safetensors`: the weights, the configuration, and a CRC32 of both, in one atomic replacement.
+
+        The configuration is the arguments of the constructor. The model is compared with the one that these arguments
+        build, so that an edited model is never loaded as another function. `config.json` is a copy of the
+        configuration for readers; `load` does not read it.
 
         Raises:
-            TypeError: an argument cannot be written as JSON, such as a callable, or the parameters are sharded over
-                processes. Nothing is written.
-            OSError: the files could not be written. Existing files are unchanged.
+            TypeError: an argument cannot be written as JSON, such as a block of a class that is not registered, or
+                the parameters are sharded over processes. Nothing is written.
+            ValueError: the model differs from its configuration; the message names the first difference. Nothing is
+                written.
+            OSError: a file could not be written. An existing model is unchanged.
         """
-        for name, value in self.arguments.items():
-            check_plain(name, value)
-        config = {"class": type(self).__name__, "version": package_version(), "arguments": self.arguments}
         if any(hasattr(parameter, "full_tensor") for parameter in self.parameters()):  # DTensor is slow to import
             raise TypeError(
                 "the model's parameters must not be sharded over processes to be saved: load the result of "
                 "training.gather_weights(model) into a model with the same arguments, and save that model"
             )
+        arguments = encode(self.saved_arguments())
+        difference = first_difference(self, _build_on_meta(type(self), arguments) or _build(type(self), arguments))
+        if difference is not None:
+            raise ValueError(
+                f"the model must equal its configuration to be saved, but {difference}; "
+                "see replace_block, or save its state_dict()"
+            )
+        config = {"class": type(self).__name__, "version": package_version(), "arguments": arguments}
         write_model(Path(directory), unique_tensors(self), config)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
-        """Build the model written by `save`. No code from the files is executed.
+        """Build the model written by `save`. No code from the file is executed; blocks of other packages are
+        found by the name under which `register_block` registered them.
 
         Args:
             directory: the folder.
             device: device of the model.
 
         Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, of another class, or does not fit; the message names the field.
+            ValueError: the file is missing (also a FileNotFoundError), damaged, of another class, or does not fit; the
+                message names the field.
         """
-        folder = Path(directory)
-        model = cls(**read_arguments(folder / CONFIG, cls))
-        load_weights(model, folder / WEIGHTS)
+        file = read_model(Path(directory))
+        arguments = _check_config(file, cls)
+        try:
+            shell = _build_on_meta(cls, arguments)
+            if shell is not None:
+                _check_tensors(shell, file)
+            model = _build(cls, arguments)
+        except (TypeError, LookupError) as error:
+            raise ValueError(f"{file.path}: the configuration must build a {cls.__name__}, got {error}") from error
+        _check_tensors(model, file)
+        with torch.no_grad():
+            for name, tensor in unique_tensors(model).items():
+                tensor.data = file.tensors[
+                    name
+                ]  # in the dtype of the file: a model saved in bfloat16 is loaded in bfloat16
         return model.to(device)
 
     def save_pretrained(
@@ -174,127 +196,76 @@ class SavedModel(nn.Module):
         return push(self, write_card(self, data=data, score=score, command=command), repo_id, options)
 
 
-def write_model(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files of a model. Existing files are replaced only after both were written completely.
-
-    Raises:
-        OSError: the files could not be written. Existing files are unchanged.
-    """
-    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_all_aside(
-        {
-            folder / WEIGHTS: partial(write_weights, weights),
-            folder / CONFIG: lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"),
-        }
-    )
+def _build(cls: type[Model], arguments: Mapping[str, Any]) -> Model:
+    """A model from encoded arguments. The random state does not change."""
+    with torch.random.fork_rng(devices=[]):
+        return cls(**decode(arguments))
 
 
-def write_weights(weights: dict[str, Tensor], path: str) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: the file could not be written.
-    """
+def _build_on_meta(cls: type[Model], arguments: Mapping[str, Any]) -> Model | None:
+    """The model without memory for its weights; None if a constructor needs the values of its weights."""
     try:
-        save_file(weights, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what safetensors raises for a full disk
-        raise OSError(f"{path} could not be written: {error}") from error
+        with torch.device("meta"):
+            return _build(cls, arguments)
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
-def package_version() -> str:
-    """The installed version of this package, or "unknown" if it runs from a folder without installation."""
-    try:
-        return version("attention-zoo")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def own_copy(value: Any) -> Any:
-    """A copy of nested lists and mappings, which later changes by the caller do not reach."""
-    if isinstance(value, Mapping):
-        return {key: own_copy(item) for key, item in value.items()}
-    return [own_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def check_plain(name: str, value: object) -> None:
-    """Check that JSON can hold an argument.
+def _check_config(file: ModelFile, cls: type[SavedModel]) -> dict[str, Any]:
+    """The encoded arguments in the configuration of a file.
 
     Raises:
-        TypeError: it cannot; the message names the argument.
+        ValueError: the configuration has other fields, is of another class, or has an argument that `cls` does not have
+            or that is too large for the file.
     """
-    if isinstance(value, (Mapping, list, tuple)):
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            check_plain(f"{name}[{key!r}]", item)
-    elif not isinstance(value, (str, int, float, type(None))):
-        raise TypeError(
-            f"{name} must be made of names, numbers and lists for the model to be saved, got {value!r}; "
-            f"save its state_dict() instead"
-        )
+    fields = ("class", "version", "arguments")
+    if not isinstance(file.config, dict) or sorted(file.config) != sorted(fields):
+        raise ValueError(f"{file.path}: the configuration must have the fields {', '.join(fields)}, got {file.config}")
+    if file.config["class"] != cls.__name__:
+        raise ValueError(f"{file.path}: field 'class' must be {cls.__name__!r}, got {file.config['class']!r}")
+    arguments = file.config["arguments"]
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{file.path}: field 'arguments' must be an object, got {arguments!r}")
+    known = inspect.signature(cls).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        for name in arguments:
+            if name not in known:
+                raise ValueError(f"{file.path}: unknown argument {name!r} of {cls.__name__}")
+    for name, number in _numbers("", arguments):
+        limit = len(file.tensors) if name.endswith("depth") else file.size
+        if number > limit and (name.endswith(("depth", "num_tokens")) or name in SIZES):
+            raise ValueError(f"{file.path}: {name} must fit the file, which allows {limit}, got {number}")
+    return arguments
 
 
-def read_arguments(path: Path, cls: type) -> dict[str, Any]:
-    """Read the constructor's arguments from a config file.
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """All integers in a configuration with the name of the argument that they are in."""
+    if isinstance(value, int):
+        yield name, value
+    elif isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else ((name, item) for item in value):
+            yield from _numbers(key, item)
+
+
+def _check_tensors(model: nn.Module, file: ModelFile) -> None:
+    """Check that the tensors of a file are those of a model.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged, or of another class.
+        ValueError: a tensor is missing, unexpected, or of another shape or kind of dtype.
     """
-    config = read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
-        raise ValueError(f"{path} must hold an object with the field 'arguments'")
-    if config.get("class") != cls.__name__:
-        raise ValueError(f"{path}: field 'class' must be {cls.__name__!r}, got {config.get('class')!r}")
-    return config["arguments"]
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a complete safetensors file, got {error}") from error
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into `model`. The model is changed only if all tensors fit.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged, or a tensor is missing, unexpected or of another shape.
-    """
-    found = read_tensors(path)
     wanted = unique_tensors(model)
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise ValueError(f"{path}: missing tensor {name!r}")
+    for name in sorted(wanted.keys() | file.tensors.keys()):
+        if name not in file.tensors:
+            raise ValueError(f"{file.path}: missing tensor {name!r}")
         if name not in wanted:
-            raise ValueError(f"{path}: unexpected tensor {name!r}")
-        if wanted[name].shape != found[name].shape:
-            want, got = tuple(wanted[name].shape), tuple(found[name].shape)
-            raise ValueError(f"{path}: tensor {name!r} must have shape {want}, got {got}")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.data = tensor.data.to(found[name].dtype)  # a model saved in bfloat16 is loaded in bfloat16
-            tensor.copy_(found[name])
+            raise ValueError(f"{file.path}: unexpected tensor {name!r}")
+        want, got = wanted[name], file.tensors[name]
+        if want.shape != got.shape:
+            raise ValueError(
+                f"{file.path}: tensor {name!r} must have shape {tuple(want.shape)}, got {tuple(got.shape)}"
+            )
+        if want.dtype != got.dtype and not (want.dtype in FLOATS and got.dtype in FLOATS):
+            raise ValueError(f"{file.path}: tensor {name!r} must have dtype {want.dtype}, got {got.dtype}")
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ def subject(name: str, *, causal: bool = True) -> Subject:
     if FOUND[name].image:
         options["layout"] = LAYOUT
     if not causal:
-        options["causal"] = False
+        options |= {"reverse": True} if "reverse" in takes else {"causal": False}
 
     def context(batch: int, length: int) -> dict[str, Tensor]:
         return {"context": torch.randn(batch, 5, DIM)}

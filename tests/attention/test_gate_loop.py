@@ -79,7 +79,7 @@ def test_gradient_fraction_scales_only_the_gradient_of_the_gates() -> None:
 
 
 def test_real_gate_error_under_autocast_comes_from_rounding_inputs() -> None:
-    block = GateLoopAttention(32, heads=8, real_gate=True, swish_gate=False)
+    block = GateLoopAttention(32, heads=8, gate="real", output_gate=None)
     x = torch.randn(3, 67, 32)
     rounded = copy.deepcopy(block)
     with torch.no_grad():

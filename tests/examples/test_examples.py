@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_zoo import LanguageModel, Memformer, TextToImageTransformer
+from attention_zoo import Encoder, LanguageModel, Memformer, TextToImageTransformer
 from attention_zoo.training import read_checkpoint, read_sharded
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -281,6 +281,14 @@ def test_invalid_option_is_reported_without_a_traceback(
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_classifier_of_digits_saves_an_encoder(tmp_path: Path) -> None:
+    done = run([sys.executable, str(EXAMPLES / "classify_digits.py"), "--steps", "60", "--out", str(tmp_path / "out")])
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"unseen digits: ([\d.]+)%", done.stdout)[1]) > 25  # chance is 10 %
+    assert Encoder.load(tmp_path / "out").to_logits.out_features == 10
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from attention_zoo import GreyTokenizer, generate_image_tokens, generate_images, generate_text
@@ -50,12 +51,30 @@ def test_greedy_text_equals_argmax_of_forward() -> None:
     assert generate_text(model, torch.empty(2, 0, dtype=torch.int64)).shape == (2, TEXT_LEN)
 
 
-def test_image_generation_restores_the_training_mode() -> None:
-    model, (text, _) = small().train(), sample()
-    model.stack.layers[0].eval()
-    generate_image_tokens(model, text)
-    assert model.training
-    assert not model.stack.layers[0].training
+def test_images_of_a_model_in_training_mode_are_generated_in_eval_mode() -> None:
+    model, (text, _) = small(attn_dropout=0.5, ff_dropout=0.5), sample()
+    want = generate_image_tokens(model.eval(), text, guidance=2.0, temperature=0)
+    model.train().stack.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    seen = []
+
+    class Recorder:
+        """An object, whose reference to the model is not replaced in a copy."""
+
+        model = None
+
+        def __call__(self, *_: object) -> None:
+            seen.append([module.training for module in self.model.modules()])
+
+    Recorder.model = model
+    model.to_logits.register_forward_hook(Recorder())
+    assert torch.equal(generate_image_tokens(model, text, guidance=2.0, temperature=0), want)
+    assert seen == [before] * HEIGHT * WIDTH
+
+
+def test_images_of_a_model_in_eval_mode_are_generated_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attention_zoo.generation.decoding.eval_copy", lambda model: pytest.fail("copied"))
+    generate_image_tokens(small().eval(), sample()[0])
 
 
 def test_grey_tokenizer_round_trip_is_exact() -> None:

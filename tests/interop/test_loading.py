@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attention_zoo import cli
 from attention_zoo.interop import PACKAGES, convert, from_upstream, load
+from attention_zoo.saving.model_file import write_model
 from tests.interop.replay import RUN
 
 RECORDS = Path(__file__).parents[1] / "data" / "upstream"
@@ -248,8 +249,8 @@ def test_a_damaged_converted_folder_raises_a_value_error(tmp_path: Path) -> None
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:100])
     with pytest.raises(ValueError, match=r"model\.safetensors must be a complete safetensors file"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text('{"package": "memformer"}')
-    with pytest.raises(ValueError, match="field 'class'"):
+    write_model(tmp_path, weights, {"package": "memformer"})
+    with pytest.raises(ValueError, match="configuration with 'class'"):
         load(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from fractions import Fraction
 
@@ -10,7 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_zoo import FullAttention, LearnedPositions, RelativeBias, Rotary
+from attention_zoo import (
+    AxialAttention,
+    CosineSimAttention,
+    FullAttention,
+    LearnedPositions,
+    RelativeBias,
+    RelativeGateAttention,
+    Rotary,
+    TalkingHeadsAttention,
+    TextImageLayout,
+    TextImageRotary,
+)
 from tests.formulas import relative_error
 
 CPU = torch.device("cpu")
@@ -142,6 +154,12 @@ def test_rotary_compiles_as_one_graph_at_any_start() -> None:
     [
         (lambda: Rotary(5), "dim must be even, .* got dim=5"),
         (lambda: Rotary(0), "dim must be at least 1, got dim=0"),
+        (lambda: Rotary(4, freqs=[1.0, math.inf]), "freqs must be finite, got freqs=inf"),
+        (lambda: Rotary(theta=0), "theta must be positive, got theta=0"),
+        (lambda: Rotary(theta=-1.0), "theta must be positive, got theta=-1.0"),
+        (lambda: Rotary(theta=math.inf), "theta must be finite, got theta=inf"),
+        (lambda: Rotary(theta=math.nan), "theta must be finite, got theta=nan"),
+        (lambda: TextImageRotary(TextImageLayout(2, 3, 4), theta=0), "theta must be positive, got theta=0"),
         (lambda: Rotary(4, freqs=[1.0]), "freqs must hold dim / 2 numbers, got dim=4 and 1 freqs"),
         (lambda: rotary(8, 10), "rotary must rotate 2 ... dim_head features, got rotary.dim=10, dim_head=8"),
         (lambda: rotary(1), "rotary must rotate 2 ... dim_head features, got rotary.dim=None, dim_head=1"),
@@ -233,3 +251,92 @@ def test_rotary_frequencies_equal_those_of_rotary_embedding_torch() -> None:
     library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding(8)
     x = torch.randn(1, 2, 5, 8)
     torch.testing.assert_close(rotary(8)(x), library.rotate_queries_or_keys(x), atol=1e-6, rtol=0)
+
+
+ROTATING = {
+    "full": lambda rotary: FullAttention(16, heads=2, dim_head=8, rotary=rotary),
+    "cosine_sim": lambda rotary: CosineSimAttention(16, heads=2, dim_head=8, rotary=rotary),
+    "talking_heads": lambda rotary: TalkingHeadsAttention(16, heads=2, dim_head=8, rotary=rotary),
+    "axial": lambda rotary: AxialAttention(16, layout=TextImageLayout(2, 3, 4), heads=2, dim_head=8, rotary=rotary),
+    "relative_gate": lambda rotary: RelativeGateAttention(16, heads=2, dim_head=8, rotary=rotary),
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"theta": 500.0},
+        {"theta_rescale_factor": 4.0},
+        {"interpolate_factor": 2.5},
+        {"freqs_for": "pixel", "max_freq": 20},
+        {"freqs_for": "constant", "num_freqs": 4},
+        {"custom_freqs": torch.tensor([0.7, -0.3, 0.1, 0.0])},
+        {"cache_if_possible": False},
+        {"seq_before_head_dim": True},
+        {"dim": 4},
+    ],
+    ids=str,
+)
+def test_rotary_embedding_torch_object_is_converted_with_equal_angles(options: dict) -> None:
+    library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding(**{"dim": 8, **options})
+    block = FullAttention(16, heads=2, dim_head=8, rotary=library)
+    assert type(block.rotary) is Rotary
+    x = torch.randn(1, 2, 40, 8)
+    want = library.rotate_queries_or_keys(x, seq_dim=-2)
+    torch.testing.assert_close(block.rotary(x), want, atol=3e-6, rtol=0)
+    later = library.rotate_queries_or_keys(x[:, :, :5], seq_dim=-2, offset=23)
+    torch.testing.assert_close(block.rotary(x[:, :, :5], 23), later, atol=3e-6, rtol=0)
+
+
+def test_converted_rotary_can_be_rebuilt_from_numbers() -> None:
+    library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding(8, interpolate_factor=2.0)
+    block = FullAttention(16, heads=2, dim_head=8, rotary=library)
+    numbers = block.rotary._freqs[8]
+    assert all(type(number) is float for number in numbers)
+    x = torch.randn(1, 2, 5, 8)
+    assert torch.equal(rotary(8, 8, freqs=numbers)(x), block.rotary(x))
+
+
+@pytest.mark.parametrize("name", ROTATING)
+def test_every_layer_with_rotary_takes_true_and_objects_of_rotary_embedding_torch(name: str) -> None:
+    library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding(8)
+    x = torch.randn(2, 9, 16)
+    ours = ROTATING[name](Rotary())
+    plain = ROTATING[name](False)
+    for other in (ROTATING[name](True), ROTATING[name](library)):
+        other.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(other(x), ours(x), atol=1e-6, rtol=1e-5)
+    plain.load_state_dict(ours.state_dict())
+    assert plain.rotary is None
+    assert relative_error(plain(x), ours(x)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learned_freq": True}, "rotary must have learned_freq=False .*, got learned_freq=True"),
+        ({"use_xpos": True}, "rotary must have use_xpos=False .*, got use_xpos=True"),
+        ({"custom_freqs": torch.ones(2, 4)}, r"rotary.freqs must be \(pairs,\), .* custom_freqs of shape \(2, 4\)"),
+        ({"dim": 16}, "rotary must rotate 2 ... dim_head features, got rotary.dim=16, dim_head=8"),
+    ],
+)
+def test_rotary_embedding_torch_object_that_cannot_be_converted_is_refused(options: dict, message: str) -> None:
+    library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding(**{"dim": 8, **options})
+    for make in ROTATING.values():
+        with pytest.raises(ValueError, match=message):
+            make(library)
+
+
+def test_frequencies_that_require_gradients_are_refused() -> None:
+    library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding(8)
+    library.freqs.requires_grad_()
+    with pytest.raises(ValueError, match=r"rotary.freqs must not require gradients"):
+        ROTATING["full"](library)
+
+
+@pytest.mark.parametrize("rotary", [8, "rotary", torch.nn.Linear(2, 2), Rotary, [1.0]], ids=str)
+@pytest.mark.parametrize("name", ROTATING)
+def test_layers_reject_a_rotary_of_another_type(name: str, rotary: object) -> None:
+    with pytest.raises(TypeError, match="rotary must be a RotaryEmbedding of attention_zoo or of rotary_embedding_"):
+        ROTATING[name](rotary)

@@ -9,12 +9,21 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from attention_zoo import FullAttention, KeyValueState
+from attention_zoo import (
+    CrossAttention,
+    FullAttention,
+    KeyValueState,
+    RelativeBias,
+    RelativeGateAttention,
+    TextImageLayout,
+)
+from attention_zoo.layers import TokenShift
 from attention_zoo.layers import state as state_module
 from attention_zoo.layers.state import MIN_BUFFER, State, count_tokens
+from tests.cases import CASES, DIM, Case
 
 MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 Held = tuple[Tensor, Tensor]
@@ -239,3 +248,116 @@ def test_token_count_is_a_tensor_without_axes() -> None:
     assert count_tokens(None, 3).item() == 3
     assert count_tokens(torch.tensor(3), 2).item() == 5
     assert count_tokens(None, 3).ndim == 0
+
+
+DECODED = [case for case in CASES if case.causal]
+
+
+def step_inputs(case: Case, count: int) -> Tensor:
+    streams = case.options.get("streams", 1)
+    return torch.randn((2, streams, count, DIM) if streams > 1 else (2, count, DIM))
+
+
+@pytest.mark.parametrize("case", DECODED, ids=lambda case: case.name)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_first_state_does_not_share_memory_with_the_arguments(mode: str, case: Case) -> None:
+    with MODES[mode]():
+        block = case.make().eval()
+        x, new = step_inputs(case, 4), step_inputs(case, 1)
+        mask = torch.tensor([[True, True, False, True], [False, True, True, True]])
+        options = case.options["inputs"](2, 4) if "inputs" in case.options else {}
+        _, state = block.step(x, mask=mask, **options)
+        want, _ = block.step(new, state)
+        with torch.no_grad():
+            for tensor in (x, mask, *options.values()):
+                tensor.zero_()
+        got, _ = block.step(new, state)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["full", "cosine_sim", "cross", "talking_heads", "relative_gate", "conv"])
+def test_a_state_of_another_dtype_is_rejected_by_name(name: str, mode: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    options = case.options["inputs"](2, 4) if name == "cross" else {}
+    with MODES[mode]():
+        block = case.make().eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            _, state = block.step(step_inputs(case, 4), **options)
+            block.step(step_inputs(case, 1), state)
+        with pytest.raises(
+            TypeError, match=r"state must be of the dtype of the new tokens, torch\.float32, got .*bfloat16"
+        ):
+            block.step(step_inputs(case, 1), state)
+
+
+def test_a_state_of_token_shift_in_another_dtype_is_rejected_by_name() -> None:
+    shift = TokenShift(nn.Identity(), 8, layout=TextImageLayout(text_len=4, height=3, width=5))
+    _, state = shift.step(torch.randn(2, 3, 8).bfloat16())
+    with pytest.raises(TypeError, match=r"state must be of the dtype of the new tokens"):
+        shift.step(torch.randn(2, 1, 8), state)
+
+
+@pytest.mark.parametrize("name", ["context", "context_mask"])
+def test_a_context_is_rejected_after_the_first_step(name: str) -> None:
+    block, x, context = CrossAttention(8, heads=2, dim_head=4), torch.randn(2, 1, 8), torch.randn(2, 3, 8)
+    _, state = block.step(x, context=context)
+    with pytest.raises(ValueError, match=f"{name} must be given with the first step only"):
+        block.step(x, state, **{name: context if name == "context" else torch.ones(2, 3, dtype=torch.bool)})
+
+
+def test_relative_gate_attention_drops_weights_in_steps_of_training_mode() -> None:
+    block, x = RelativeGateAttention(8, heads=2, dim_head=4, dropout=0.5), torch.randn(2, 6, 8)
+    torch.manual_seed(0)
+    dropped, _ = block.step(x)
+    torch.manual_seed(0)
+    assert torch.equal(block(x), dropped)
+    assert not torch.equal(block.eval().step(x)[0], dropped)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@torch.no_grad()
+def test_a_compiled_step_with_a_relative_bias_is_not_recompiled_for_every_token(size: int) -> None:
+    torch.compiler.reset()
+    block, x = FullAttention(8, heads=2, dim_head=4, bias=RelativeBias(2)).eval(), torch.randn(2, 42, 8)
+    graphs: list[object] = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    step, state, outs = torch.compile(block.step, fullgraph=True, backend=backend), None, []
+    for part in x.split(size, dim=1):
+        out, state = step(part, state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, dim=1), block(x))
+    assert len(graphs) <= 3
+
+
+BAD_INDICES = {
+    "too large": (
+        torch.tensor([0, 2]),
+        ValueError,
+        r"index must lie in 0 \.\.\. 1, the rows of the state, got 0 \.\.\. 2",
+    ),
+    "negative": (torch.tensor([-1]), ValueError, r"got -1 \.\.\. -1"),
+    "two axes": (torch.tensor([[0]]), ValueError, r"index must be \(b',\), got shape \(1, 1\)"),
+    "floats": (torch.tensor([0.0]), TypeError, "index must be an integer tensor, got dtype torch.float32"),
+    "a mask": (torch.tensor([True, False]), TypeError, "index must be an integer tensor, got dtype torch.bool"),
+    "a list": ([0, 1], TypeError, "index must be an integer tensor, got list"),
+}
+
+
+@pytest.mark.parametrize(("index", "error", "message"), BAD_INDICES.values(), ids=BAD_INDICES)
+def test_reorder_rejects_a_bad_index_by_name(index: Tensor, error: type[Exception], message: str) -> None:
+    states, _ = grown(3, 1)
+    with pytest.raises(error, match=message):
+        states[-1].reorder(index)
+
+
+def test_reorder_accepts_any_integer_dtype_and_no_rows() -> None:
+    states, held = grown(3, 1)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        beams = states[-1].reorder(torch.tensor([1, 0], dtype=dtype))
+        assert_holds(beams, (held[-1][0].flip(0), held[-1][1].flip(0)))
+    assert states[-1].reorder(torch.empty(0, dtype=torch.int64)).keys.shape[0] == 0

@@ -290,8 +290,8 @@ BAD = {
     "depth": ({"depth": 1.0}, TypeError, "depth must be an int, got depth=1.0"),
     "max_seq_len": ({"max_seq_len": -1}, ValueError, "max_seq_len must be at least 1, got max_seq_len=-1"),
     "heads": ({"heads": -1}, ValueError, "heads must be at least 1, got heads=-1"),
-    "an odd block": ({"attention": [3]}, TypeError, "attention must be made of names, .* got 3"),
-    "a block without its name": ({"attention": None}, TypeError, "attention must be a name, .* got None"),
+    "an odd block": ({"attention": [3]}, TypeError, "attention must be made of blocks, .* got 3"),
+    "a block without its name": ({"attention": None}, TypeError, "attention must be a block or a list, .* got None"),
     "an unknown block": ({"attention": "cosin_sim"}, ValueError, r"attention must be one of \[.*mean 'cosine_sim'"),
     "kv_heads": ({"attention": ("full", {"kv_heads": 4})}, ValueError, "kv_heads must divide heads, got kv_heads=4"),
     "attn_dropout": ({"attn_dropout": 1.5}, ValueError, r"attn_dropout must lie in \[0, 1\), got attn_dropout=1.5"),
@@ -309,8 +309,8 @@ def test_invalid_constructor_arguments_raise(case: str) -> None:
 
 
 BAD_INPUTS = {
-    "a float dtype": ({"tokens": torch.zeros(2, 5)}, TypeError, "tokens must be an int64 or int32.* torch.float32"),
-    "a list": ({"tokens": [[1, 2]]}, TypeError, "tokens must be an int64 or int32 tensor of ids, got list"),
+    "a float dtype": ({"tokens": torch.zeros(2, 5)}, TypeError, "tokens must be an integer tensor.* torch.float32"),
+    "a list": ({"tokens": [[1, 2]]}, TypeError, "tokens must be an integer tensor, got list"),
     "too large an id": ({"tokens": torch.full((2, 5), 17)}, ValueError, r"tokens must lie in 0 .* = 16, got ids .*17"),
     "a negative id": ({"tokens": torch.full((2, 5), -1)}, ValueError, "tokens must lie in 0 .*, got ids from -1"),
     "no token": (

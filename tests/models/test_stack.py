@@ -99,10 +99,9 @@ def test_options_of_a_block_take_precedence_over_shared_arguments() -> None:
 
 
 def test_arguments_set_by_a_partial_take_precedence() -> None:
-    attention = [partial(FullAttention, causal=False, heads=3), "full"]
+    attention = [partial(FullAttention, heads=3), "full"]
     first, _, second, _ = blocks(Stack(DIM, 2, attention=attention, **SMALL))
-    assert (first.causal, first.heads) == (False, 3)
-    assert (second.causal, second.heads) == (True, 2)
+    assert (first.heads, second.heads) == (3, 2)
 
 
 def test_blocks_keep_their_default_sizes() -> None:
@@ -288,7 +287,7 @@ BAD = {
     "dim as an option": ({"attention": ("full", {"dim": 3})}, ValueError, r"option of 'full' must be one of"),
     "no block": ({"attention": []}, ValueError, r"attention must name at least one block per layer, got \[\]"),
     "a layer without blocks": ({"attention": [[]]}, ValueError, r"attention must name at least one block per layer"),
-    "a number": ({"attention": 3}, TypeError, r"attention must be a name, .* got 3"),
+    "a number": ({"attention": 3}, TypeError, r"attention must be a block or a list, .* got 3"),
     "a number in a list": ({"attention": ["full", 3]}, TypeError, r"attention must be made of .* got 3"),
     "no dim": ({"dim": 0}, ValueError, r"dim must be at least 1, got dim=0"),
     "a negative depth": ({"depth": -2}, ValueError, r"depth must be at least 1, got depth=-2"),

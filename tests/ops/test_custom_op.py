@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
+import attention_zoo
 from attention_zoo.ops.custom_op import register_operator
+from tests.cases import CASES as LAYERS
+from tests.cases import DIM, Case
 
 autocast_was_on: list[bool] = []
 
@@ -185,3 +190,74 @@ def test_outputs_are_saved_for_backward_only_if_asked_for(save: bool) -> None:
         grads, want_grads = (torch.autograd.grad(out, [x, y], cotangent, retain_graph=True) for out in (got, want))
         torch.testing.assert_close(grads, want_grads, atol=1e-12, rtol=0)
     assert given == [2 if save else 0] * 3
+
+
+NO_TANGENTS = r"test_polynomial has no forward-mode derivative.*attention_zoo\.reference\(\)"
+
+
+def nth_leaf(n: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The operator as a function of one of its leaves, and the leaf."""
+    leaves, mask = problem("everything")
+    leaves = [leaf.detach() for leaf in leaves]
+    return lambda leaf: polynomial(build("everything", mask, *leaves[:n], leaf, *leaves[n + 1 :]))[0], leaves[n]
+
+
+@pytest.mark.parametrize("n", [0, 2, 3], ids=["tensor", "item of a list", "optional tensor"])
+def test_forward_mode_derivatives_of_an_operator_raise_and_name_the_reference(n: int) -> None:
+    function, leaf = nth_leaf(n)
+    with pytest.raises(RuntimeError, match=NO_TANGENTS):
+        torch.func.jvp(function, (leaf,), (leaf,))
+    with pytest.raises(RuntimeError, match=NO_TANGENTS):
+        torch.func.jacfwd(function)(leaf)
+    for no_grad in (False, True):
+        for requires_grad in (False, True):
+            with forward_ad.dual_level(), torch.set_grad_enabled(not no_grad):
+                dual = forward_ad.make_dual(leaf.clone().requires_grad_(requires_grad), leaf)
+                with pytest.raises(RuntimeError, match=NO_TANGENTS):
+                    function(dual)
+                function(leaf)  # without a tangent the operator runs in a dual level too
+
+
+# one layer for each operator, with inputs of one stream and without a context
+ONE_OF_EACH = {
+    case.name: case
+    for case in LAYERS
+    if case.name
+    in (
+        "full: relative bias",
+        "talking_heads",
+        "gate_loop",
+        "gate_loop: 4 heads",
+        "simple_gate_loop",
+        "relative_gate",
+        "axial_row: tiles",
+    )
+}
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
+def test_a_forward_mode_derivative_of_a_layer_raises_or_by_the_reference_is_right(case: Case) -> None:
+    block = case.make().double().eval()
+    x, tangent = torch.randn(2, 1, max(case.lengths), DIM, dtype=torch.float64).unbind()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*attention_zoo\.reference\(\)"):
+            torch.func.jvp(block, (x,), (tangent,))
+        with attention_zoo.reference():
+            _, got = torch.func.jvp(block, (x,), (tangent,))
+            want = (block(x + 1e-6 * tangent) - block(x - 1e-6 * tangent)) / 2e-6
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+def test_tensors_partly_on_the_meta_device_raise() -> None:
+    leaves, mask = problem("everything")
+    with pytest.raises(RuntimeError, match=r"test_polynomial must be given tensors with data.*meta"):
+        polynomial(build("everything", mask, leaves[0], leaves[1].to("meta"), *leaves[2:]))
+    assert polynomial(build("everything", mask, *leaves))[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
+def test_a_layer_runs_on_the_meta_device_and_on_fake_tensors(case: Case) -> None:
+    n = max(case.lengths)
+    assert case.make().to("meta")(torch.empty(2, n, DIM, device="meta")).is_meta
+    with FakeTensorMode():
+        assert case.make()(torch.empty(2, n, DIM)).device.type == "cpu"

@@ -7,18 +7,31 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rotary_embedding_torch import RotaryEmbedding as UpstreamRotary
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import attention_zoo
-from attention_zoo import GEGLU, FullAttention, LanguageModel, LayerNorm, cosine_sim_lm
-from attention_zoo.saving import SavedModel
-from attention_zoo.saving import saved_model as saving
+from attention_zoo import (
+    GEGLU,
+    FullAttention,
+    LanguageModel,
+    LayerNorm,
+    RelativeBias,
+    Rotary,
+    SimpleGateLoop,
+    TextImageLayout,
+    cosine_sim_lm,
+)
+from attention_zoo.saving import SavedModel, model_file
+from attention_zoo.saving.model_file import read_model, write_model
 
 SMALL = {"num_tokens": 17, "dim": 12, "depth": 2, "heads": 2, "dim_head": 6}
 MODELS = {
@@ -90,7 +103,6 @@ def test_weights_tied_by_a_subclass_are_saved_once(tmp_path: Path) -> None:
     class Tied(SavedModel):
         def __init__(self, *, dim: int) -> None:
             super().__init__()
-            self.remember(locals())
             self.first, self.second = torch.nn.Linear(dim, dim), torch.nn.Linear(dim, dim)
             self.second.weight = self.first.weight
 
@@ -102,22 +114,167 @@ def test_weights_tied_by_a_subclass_are_saved_once(tmp_path: Path) -> None:
     assert loaded.first.weight is loaded.second.weight
 
 
+class Unknown(torch.nn.Linear):
+    """A block that is not registered."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim)
+
+
+UNSAVED = {
+    "a class": ({"attention": Unknown}, r"register_block\('unknown', Unknown\)"),
+    "a function": ({"attention": ["full", lambda dim: Unknown(dim)]}, r"register_block\('unknown', Unknown\)"),
+    "a module": ({"attention": [FullAttention(12), Unknown(12)]}, r"register_block\('unknown', Unknown\)"),
+    "a tensor": (
+        {"attention": ("full", {"pattern": torch.ones(9, 9).bool()})},
+        r"^attention\[0\]\[1\]\['pattern'\] must be made of names, numbers, lists and parts .*got",
+    ),
+    "a function for a norm": ({"norm": lambda dim: LayerNorm(dim)}, "^norm must be made of names"),
+}
+
+
+@pytest.mark.parametrize("name", UNSAVED)
+def test_arguments_that_cannot_be_saved_raise(name: str, tmp_path: Path) -> None:
+    options, message = UNSAVED[name]
+    model = LanguageModel(num_tokens=17, dim=12, depth=2, **options)
+    with pytest.raises(TypeError, match=message):
+        model.save(tmp_path / "model")
+    assert not os.listdir(tmp_path)
+
+
 CALLABLES = {
-    "attention": {"attention": FullAttention},
-    r"attention\[1\]": {"attention": ["full", partial(FullAttention, kv_heads=1)]},
-    r"attention\[1\]\[0\]": {"attention": ["full", [lambda dim: FullAttention(dim)]]},
-    r"attention\[1\]\['pattern'\]": {"attention": ("full", {"pattern": torch.ones(9, 9).bool()})},
-    "feedforward": {"feedforward": GEGLU},
-    "norm": {"norm": LayerNorm},
+    "a class": FullAttention,
+    "a class with options": (FullAttention, {"kv_heads": 1}),
+    "a partial": ["full", partial(FullAttention, kv_heads=1)],
+    "a function": ["full", [lambda dim: FullAttention(dim, heads=3, dim_head=4, rotary=Rotary(theta=99.0))]],
+    "modules": [FullAttention(12, heads=2), SimpleGateLoop(12)],
+    "a bias that two modules share": (
+        lambda bias: [FullAttention(12, heads=2, bias=bias), FullAttention(12, heads=2, bias=bias)]
+    )(RelativeBias(2)),
+    "another package's rotary embedding": ("full", {"rotary": UpstreamRotary(6, theta=99.0)}),
+    "an image layout": ("conv", {"layout": TextImageLayout(5, 2, 2)}),
 }
 
 
 @pytest.mark.parametrize("name", CALLABLES)
-def test_arguments_that_json_cannot_hold_raise(name: str, tmp_path: Path) -> None:
-    model = build(**CALLABLES[name])
-    with pytest.raises(TypeError, match=rf"^{name} must be made of names, numbers and lists .*got"):
+def test_blocks_that_are_not_names_are_saved_by_their_names(name: str, tmp_path: Path) -> None:
+    sizes = {} if "module" in name else SMALL
+    model = LanguageModel(**{"num_tokens": 17, "dim": 12, "depth": 2, **sizes, "attention": CALLABLES[name]})
+    model.save(tmp_path)
+    loaded = LanguageModel.load(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save(tmp_path / "again")
+    assert torch.equal(logits(LanguageModel.load(tmp_path / "again")), logits(model))
+
+
+@pytest.mark.parametrize(("option", "part"), [("feedforward", GEGLU), ("norm", LayerNorm)])
+def test_classes_of_the_package_can_be_saved(option: str, part: type, tmp_path: Path) -> None:
+    model = build(**{option: part})
+    model.save(tmp_path)
+    assert torch.equal(logits(LanguageModel.load(tmp_path)), logits(model))
+
+
+def wrap_a_linear(model: LanguageModel) -> None:
+    model.to_logits = torch.nn.Sequential(model.to_logits)
+
+
+def resize_a_parameter(model: LanguageModel) -> None:
+    model.to_logits = torch.nn.Linear(12, 18, bias=False)
+
+
+def replace_a_block(model: LanguageModel) -> None:
+    model.stack.layers[1].sublayers[0].block = FullAttention(12, heads=2, dim_head=6, causal=False)
+
+
+def share_a_weight(model: LanguageModel) -> None:
+    model.to_logits.weight = model.token_embedding.weight
+
+
+def wrap_forward(model: LanguageModel) -> None:
+    block = model.stack.layers[0].sublayers[0].block
+    forward = block.forward
+    block.forward = lambda x, mask=None: 2 * forward(x, mask=mask)
+
+
+EDITS = {
+    "a wrapped submodule": (wrap_a_linear, "to_logits is Sequential, configured is Linear"),
+    "a resized parameter": (resize_a_parameter, r"to_logits\.out_features is 18, configured is 17"),
+    "a replaced block": (replace_a_block, r"block\.causal is False, configured is True"),
+    "a tied weight": (share_a_weight, r"to_logits\.weight shares its values"),
+    "another number": (lambda m: setattr(m.stack.layers[0].sublayers[0].block, "scale", 3.0), r"scale is 3\.0"),
+    "another activation": (
+        lambda m: setattr(m.stack.layers[0].sublayers[1].block, "activation", torch.relu),
+        "activation was set to",
+    ),
+    "another forward": (wrap_forward, r"block\.forward was set to"),
+    "a hook": (lambda m: m.stack.norm.register_forward_hook(lambda *_: None), r"stack\.norm has 1 hooks"),
+    "a parametrization": (
+        lambda m: torch.nn.utils.parametrizations.weight_norm(m.to_logits),
+        "to_logits is ParametrizedLinear",
+    ),
+    "a missing submodule": (lambda m: setattr(m, "to_logits", None), "to_logits is None, configured is Linear"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_model_is_not_saved_as_another_function(name: str, tmp_path: Path) -> None:
+    edit, message = EDITS[name]
+    model = build()
+    edit(model)
+    with pytest.raises(ValueError, match=f"must equal its configuration to be saved, but .*{message}"):
         model.save(tmp_path / "model")
     assert not os.listdir(tmp_path)
+
+
+def test_attributes_that_the_classes_do_not_read_are_no_edit(tmp_path: Path) -> None:
+    model = build()
+    model.note = "trained on poems"
+    model.stack.checked = 3
+    model.save(tmp_path)
+    assert torch.equal(logits(LanguageModel.load(tmp_path)), logits(model))
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    build(depth=1).save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    for bit in torch.randint(8 * len(content), (300,), generator=torch.Generator().manual_seed(0)).tolist():
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
+            LanguageModel.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_readers_beside_two_writers_see_whole_models(tmp_path: Path) -> None:
+    code = f"""
+from attention_zoo import LanguageModel
+import sys
+model = LanguageModel(num_tokens=17, dim=int(sys.argv[1]), depth=1, heads=2, dim_head=6)
+for parameter in model.parameters():
+    parameter.data.fill_(model.stack.dim)
+for _ in range(40):
+    model.save({str(tmp_path)!r})
+"""
+    LanguageModel(num_tokens=17, dim=12, depth=1, heads=2, dim_head=6).save(tmp_path)
+    writers = [subprocess.Popen([sys.executable, "-c", code, dim]) for dim in ("12", "20")]
+    reads = 0
+    while any(writer.poll() is None for writer in writers):
+        model = LanguageModel.load(tmp_path)
+        values = {float(parameter.mean()) for parameter in model.parameters()}
+        reads += values == {float(model.stack.dim)}
+    assert all(writer.wait() == 0 for writer in writers)
+    assert reads > 0
+
+
+def test_load_keeps_the_random_state(tmp_path: Path) -> None:
+    model = build()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    model.save(tmp_path)
+    LanguageModel.load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def fail_writing(path: str | os.PathLike[str]) -> None:
@@ -132,7 +289,7 @@ def test_failed_save_does_not_change_the_old_model(
     old = build()
     old.save(tmp_path)
     if broken == "weights":
-        monkeypatch.setattr(saving, "save_file", lambda weights, path, **options: fail_writing(path))
+        monkeypatch.setattr(model_file, "save_file", lambda weights, path, **options: fail_writing(path))
     else:
         monkeypatch.setattr(Path, "write_text", lambda path, text, **options: fail_writing(path))
     with pytest.raises(OSError, match="no space left on device"):
@@ -168,20 +325,35 @@ def test_save_does_not_modify_the_model(tmp_path: Path) -> None:
     assert all(before[name][0] == id(p) and torch.equal(before[name][1], p) for name, p in model.named_parameters())
 
 
+def rewrite(folder: Path, edit: Callable[[Any, dict[str, Tensor]], object]) -> None:
+    """Write a model file with another configuration or other tensors and a right checksum."""
+    _, config, tensors = read_model(folder)
+    edit(config, tensors)
+    write_model(folder, tensors, config)
+
+
 def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    rewrite(folder, lambda config, tensors: config.update(changes))
 
 
 def edit_arguments(folder: Path, **changes: object) -> None:
-    arguments = json.loads((folder / "config.json").read_text())["arguments"]
-    edit_config(folder, arguments={k: v for k, v in {**arguments, **changes}.items() if v != "drop it"})
+    def edit(config: Any, tensors: dict[str, Tensor]) -> None:
+        config["arguments"] = {k: v for k, v in {**config["arguments"], **changes}.items() if v != "drop it"}
+
+    rewrite(folder, edit)
 
 
 def edit_weights(folder: Path, **changes: Tensor | None) -> None:
-    path = folder / "model.safetensors"
-    weights = {name: tensor for name, tensor in {**load_file(path), **changes}.items() if tensor is not None}
-    save_file(weights, path)
+    def edit(config: Any, tensors: dict[str, Tensor]) -> None:
+        tensors |= {name: tensor for name, tensor in changes.items() if tensor is not None}
+        for name in [name for name, tensor in changes.items() if tensor is None]:
+            del tensors[name]
+
+    rewrite(folder, edit)
+
+
+def drop_metadata(folder: Path) -> None:
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
 
 
 def cut(path: Path) -> None:
@@ -190,33 +362,43 @@ def cut(path: Path) -> None:
 
 NAME = "token_embedding.weight"
 DAMAGES = {
-    "no config": (lambda d: (d / "config.json").unlink(), FileNotFoundError, "config.json"),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "No such file .*model.safetensors"),
-    "half a config": (lambda d: cut(d / "config.json"), ValueError, "config.json must be JSON, got"),
-    "an empty config": (lambda d: (d / "config.json").write_text(""), ValueError, "config.json must be JSON, got"),
-    "bytes for a config": (
-        lambda d: (d / "config.json").write_bytes(b"\xff\xfe"),
-        ValueError,
-        "config.json must be JSON",
+    "no weights": (
+        lambda d: (d / "model.safetensors").unlink(),
+        FileNotFoundError,
+        r"model.safetensors does not exist",
     ),
-    "a list for a config": (lambda d: (d / "config.json").write_text("[]"), ValueError, "the field 'arguments'"),
-    "no arguments": (lambda d: edit_config(d, arguments=None), ValueError, "the field 'arguments'"),
+    "no configuration": (drop_metadata, ValueError, "must hold a configuration in its metadata"),
+    "no arguments": (lambda d: edit_config(d, arguments=None), ValueError, "field 'arguments'"),
+    "another field": (lambda d: edit_config(d, extra=None), ValueError, "must have the fields"),
     "another class": (
         lambda d: edit_config(d, **{"class": "Memformer"}),
         ValueError,
         "'class' must be 'LanguageModel'",
     ),
-    "an unknown argument": (lambda d: edit_arguments(d, colour=3), TypeError, "colour"),
-    "a missing argument": (lambda d: edit_arguments(d, num_tokens="drop it"), TypeError, "num_tokens"),
+    "an unknown argument": (lambda d: edit_arguments(d, colour=3), ValueError, "unknown argument 'colour'"),
+    "a missing argument": (lambda d: edit_arguments(d, num_tokens="drop it"), ValueError, "num_tokens"),
     "an unknown block": (lambda d: edit_arguments(d, attention="os.system"), ValueError, "attention must be one of"),
+    "an unknown part": (
+        lambda d: edit_arguments(d, attention=["full", {"rotary": {"class": "system", "arguments": {}}}]),
+        ValueError,
+        "class must be one of",
+    ),
     "an argument of a wrong type": (
         lambda d: edit_arguments(d, dim="12"),
-        TypeError,
+        ValueError,
         "dim must be an int, got dim='12'",
     ),
     "another size": (lambda d: edit_arguments(d, dim=13), ValueError, r"must have shape .*13.* got .*12"),
     "more layers": (lambda d: edit_arguments(d, depth=3), ValueError, r"missing tensor 'stack.layers.2.*'"),
     "fewer layers": (lambda d: edit_arguments(d, depth=1), ValueError, r"unexpected tensor 'stack.layers.1"),
+    "a huge depth": (lambda d: edit_arguments(d, depth=10**9), ValueError, "depth must fit the file"),
+    "a huge dim": (lambda d: edit_arguments(d, dim=10**9), ValueError, "dim must fit the file"),
+    "a huge feedforward": (lambda d: edit_arguments(d, ff_mult=1e12), ValueError, "must have shape"),
+    "int8 weights": (
+        lambda d: edit_weights(d, **{NAME: torch.zeros(17, 12, dtype=torch.int8)}),
+        ValueError,
+        rf"tensor '{NAME}' must have dtype torch.float32, got",
+    ),
     "half the weights": (lambda d: cut(d / "model.safetensors"), ValueError, "must be a complete safetensors file"),
     "empty weights": (
         lambda d: (d / "model.safetensors").write_bytes(b""),
@@ -242,8 +424,9 @@ def test_damaged_folder_raises_with_the_field(case: str, tmp_path: Path) -> None
     damage, error, message = DAMAGES[case]
     build().save(tmp_path)
     damage(tmp_path)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         LanguageModel.load(tmp_path)
+    assert isinstance(raised.value, ValueError)
 
 
 class Bomb:

@@ -193,7 +193,7 @@ class ForgetsAWeight(Base):
 class TakesAnyMask(Base):
     """Arguments are not validated."""
 
-    def check_inputs(self, x: Tensor, mask: Tensor | None) -> None:
+    def check_inputs(self, x: Tensor, mask: Tensor | None, *arguments: Any, **options: Any) -> None:
         """Accept everything."""
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from attention_zoo.ops.cosine_sim.fused_norm import unit
 from attention_zoo.ops.implementation import choose
-from attention_zoo.ops.masks import check_mask
 from attention_zoo.ops.precision import at_least_float32, no_autocast
-from attention_zoo.ops.softmax import Bias, check_bias, check_qkv, softmax_attention
+from attention_zoo.ops.softmax import Bias, check_qkv, softmax_attention, split_mask
 
 __all__ = ["cosine_sim_attention", "l2_normalize"]
 
@@ -66,7 +65,8 @@ def cosine_sim_attention(
     Args:
         q: (b, h, i, e), or (b, i, e) with batch and heads merged.
         k, v: (b, kv_h, j, e) with kv_h dividing h; or (b, j, e): one key/value head for all, or merged like q.
-        mask: padding (b, j), or, with a 4-D `q`, four axes that broadcast to (b, h, i, j); boolean, True = allowed.
+        mask: padding (b, j), or, with a 4-D `q`, four axes that broadcast to (b, h, i, j); boolean or additive, see
+            `softmax_attention`.
         causal: causal masking, aligned bottom-right: the last query attends to the last key.
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`. In the merged form (b, i, j).
         scale: factor of the cosines, in place of softmax attention's e^-0.5.
@@ -94,8 +94,7 @@ def cosine_sim_attention(
     v = v[:, None] if v.ndim == 3 else v
     if impl == "reference":
         check_qkv(q, k, v)
-        check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        check_bias(bias, q, k)
+        mask, bias = split_mask(mask, bias, q, k)
         _check_groups(groups, q)
         eps = _smallest_norm(q) if eps is None else eps
         from attention_zoo.ops.cosine_sim import reference

@@ -56,7 +56,7 @@ def _forward(inputs: ChannelInputs) -> tuple[Tensor, Tensor]:
         kernels.forward(*_arrays(q, k, v, z), _mask_array(mask), planes.numpy(), out.numpy())
         return out.to(dtype), torch.complex(*planes.unbind(1))
     out, state = v.new_empty(v.shape, dtype=dtype), state.clone()
-    tokens = max(1, PIECE // (q.shape[0] * q.shape[2])) if q.device.type == "cpu" else q.shape[1]
+    tokens = max(1, PIECE // max(1, q.shape[0] * q.shape[2])) if q.device.type == "cpu" else q.shape[1]
     for start in range(0, q.shape[1], tokens):
         part = slice(start, start + tokens)
         valid = None if mask is None else mask[:, part]

@@ -84,7 +84,7 @@ def _scan(a: Tensor, x: Tensor, state: Tensor) -> Tensor:
     if missing:
         a = torch.cat((a, a.new_ones(b, missing, d)), dim=1)
         x = torch.cat((x, x.new_zeros(b, missing, d)), dim=1)
-    a, x = (tensor.view(b, -1, size, d) for tensor in (a, x))  # (b, chunks, size, d)
+    a, x = (tensor.view(b, tensor.shape[1] // size, size, d) for tensor in (a, x))  # (b, chunks, size, d)
     local, product = torch.empty_like(x), torch.empty_like(a)
     local[:, :, 0], product[:, :, 0] = x[:, :, 0], a[:, :, 0]
     for t in range(1, size):
@@ -93,7 +93,7 @@ def _scan(a: Tensor, x: Tensor, state: Tensor) -> Tensor:
     for chunk in range(x.shape[1]):
         local[:, chunk] = torch.addcmul(local[:, chunk], product[:, chunk], state[:, None])
         state = local[:, chunk, -1]
-    return local.reshape(b, -1, d)[:, :n]
+    return local.flatten(1, 2)[:, :n]
 
 
 def _forward(inputs: RecurrenceInputs) -> list[Tensor]:

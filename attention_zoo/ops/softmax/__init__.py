@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops.implementation import choose
-from attention_zoo.ops.masks import check_mask
-from attention_zoo.ops.softmax.bias import Bias, DistanceBias, check_bias
+from attention_zoo.ops.softmax.bias import Bias, DistanceBias, check_bias, split_mask
 from attention_zoo.ops.softmax.distance_bias import distance_biased_attention
 from attention_zoo.ops.softmax.sdpa import sdpa_attention
 from attention_zoo.ops.softmax.tiled import repeat_heads, tiled_attention
@@ -23,6 +22,7 @@ __all__ = [
     "repeat_heads",
     "softmax_attention",
     "softmax_attention_weights",
+    "split_mask",
 ]
 
 
@@ -47,7 +47,8 @@ def softmax_attention(
         q: (b, h, i, e).
         k: (b, kv_h, j, e); kv_h divides h, and each key head serves h / kv_h neighbouring query heads.
         v: (b, kv_h, j, e_v).
-        mask: padding (b, j), or four axes that broadcast to (b, h, i, j); boolean, True = allowed.
+        mask: padding (b, j), or four axes that broadcast to (b, h, i, j); boolean, True = allowed, or with four axes
+            additive: added to the scores, -inf = masked; differentiable.
         causal: causal masking, aligned bottom-right: the last query attends to the last key.
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`; differentiable.
         scale: factor of the scores; e^-0.5 if None.
@@ -64,8 +65,7 @@ def softmax_attention(
     """
     impl = choose(impl, ("sdpa", "tiled"))
     check_qkv(q, k, v)
-    check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    check_bias(bias, q, k)
+    mask, bias = split_mask(mask, bias, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
         # a causal tile ends at the last key of its last query, which pays for a distance bias without gradients too
@@ -97,6 +97,7 @@ def softmax_attention_weights(
     """
     from attention_zoo.ops.softmax import reference
 
+    mask, bias = split_mask(mask, bias, q, k)
     return reference.attention_weights(q, k, mask, causal, bias, q.shape[-1] ** -0.5 if scale is None else scale)
 
 

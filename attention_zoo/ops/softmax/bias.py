@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from attention_zoo.ops.masks import check_mask
 from attention_zoo.ops.precision import at_least_float32
 
 
@@ -23,7 +26,15 @@ class DistanceBias(NamedTuple):
 
         In at least float32, the dtype in which the gradients of all pairs of a distance are summed.
         """
-        return at_least_float32(self.values).unfold(-1, keys, 1).flip(-2)
+        values = at_least_float32(self.values)
+        if queries == 1:
+            return values[:, None]
+        if torch.compiler.is_compiling():  # a trace is specialised on the sizes given to unfold
+            entry = (
+                torch.arange(keys, device=values.device) - torch.arange(1 - queries, 1, device=values.device)[:, None]
+            )
+            return values[:, entry]
+        return values.unfold(-1, keys, 1).flip(-2)
 
     def rows(self, start: int, stop: int, queries: int, keys: int) -> DistanceBias:
         """The bias of the queries `start` ... `stop` - 1 of `queries` and the first `keys` keys."""
@@ -31,6 +42,34 @@ class DistanceBias(NamedTuple):
 
 
 Bias = Tensor | DistanceBias
+
+
+def split_mask(mask: Tensor | None, bias: Bias | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Bias | None]:
+    """Check a mask and a bias, and split an additive mask into a boolean mask, False where it is -inf, and a bias.
+
+    Args:
+        mask: padding (b, j), or four axes that broadcast to (b, h, i, j); boolean, or with four axes additive.
+        bias: broadcasts to (b, h, i, j), or a `DistanceBias`.
+        q: (b, h, i, e).
+        k: (b, kv_h, j, e).
+
+    Returns:
+        The boolean mask, and the bias with the finite entries of an additive mask added.
+
+    Raises:
+        TypeError, ValueError: see `check_mask` and `check_bias`.
+    """
+    i, j = q.shape[2], k.shape[2]
+    check_mask(mask, q.shape[0], q.shape[1], i, j, additive=True)
+    check_bias(bias, q, k)
+    if mask is None or mask.dtype == torch.bool:
+        return mask, bias
+    added = mask.to(torch.promote_types(q.dtype, torch.float32))
+    hidden = added == -math.inf
+    added = added.masked_fill(hidden, 0.0)  # finite: -inf in every entry of a row would give NaN
+    if bias is not None:
+        added = added + (bias.pairs(i, j) if isinstance(bias, DistanceBias) else bias)
+    return ~hidden, added
 
 
 def check_bias(bias: Bias | None, q: Tensor, k: Tensor) -> None:

@@ -12,6 +12,10 @@ from attention_zoo.ops.masks import visible
 from attention_zoo.ops.precision import no_autocast
 from attention_zoo.ops.softmax.bias import Bias, DistanceBias
 
+# Float32 numbers in the widest vector register. With fewer keys and no mask torch's CPU kernel (as of 2.13) takes the
+# maximum of a row of NaN as -inf, and returns 0 for it.
+VECTOR = 16
+
 
 def sdpa_attention(
     q: Tensor,
@@ -46,4 +50,6 @@ def sdpa_attention(
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask, dropout, is_causal=is_causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
         )
+    if attn_mask is None and q.device.type == "cpu" and (torch.compiler.is_compiling() or j < VECTOR):
+        out = out + (q.detach() * 0).sum(-1, keepdim=True)  # NaN for a query that is not finite, otherwise 0
     return out if bias is None or allowed is None else torch.where(has_key, out, out.new_zeros(()))

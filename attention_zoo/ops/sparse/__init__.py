@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_padding
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.masks import key_mask
-from attention_zoo.ops.softmax import Bias, check_bias, check_qkv, softmax_attention
+from attention_zoo.ops.softmax import Bias, check_qkv, softmax_attention, split_mask
 from attention_zoo.ops.sparse.axial import AxialPattern, axial_mask
 from attention_zoo.ops.sparse.block_sparse import BlockSparsePattern, block_sparse_mask, choose_blocks
 from attention_zoo.ops.sparse.conv import ConvPattern, conv_mask
@@ -51,18 +50,19 @@ def pattern_attention(
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """softmax(e^-0.5 q k^T + bias) v over the keys that the pattern and the padding mask allow.
+    """softmax(e^-0.5 q k^T + bias) v over the keys that the pattern and the mask allow.
 
     Args:
         pattern: which keys a query may attend to.
         q: (b, h, i, e), the last i of the j tokens.
         k, v: (b, kv_h, j, e); kv_h divides h, and each key/value head serves h / kv_h neighbouring query heads.
-        mask: (b, j) bool, True = a valid token.
+        mask: padding (b, j), or four axes that broadcast to (b, h, i, j); boolean or additive, see `softmax_attention`.
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`.
         dropout: dropout probability of the weights. Pass 0 outside training.
         impl: "auto", "reference" (full score matrix, twice differentiable), "dense" (torch's fused kernels under the
             full mask), "tiled" (queries of the whole sequence, memory O(n); no dropout) or "gather" (one query and only
-            the keys of its pattern). "tiled" and "gather" need a pattern with tiles, equal head counts and no bias.
+            the keys of its pattern). "tiled" and "gather" need a pattern with tiles, equal head counts, no bias and no
+            mask of four axes.
 
     Returns:
         (b, h, i, e). A query without an allowed key gets exactly 0, with zero gradient.
@@ -73,9 +73,9 @@ def pattern_attention(
             compute the arguments.
     """
     impl = choose(impl, ("dense", "tiled", "gather"))
-    _check(pattern, q, k, v, mask, bias)
+    mask, bias = _check(pattern, q, k, v, mask, bias)
     i, j = q.shape[2], k.shape[2]
-    sparse = pattern.has_tiles and bias is None and q.shape[1] == k.shape[1]
+    sparse = pattern.has_tiles and bias is None and (mask is None or mask.ndim == 2) and q.shape[1] == k.shape[1]
     can_tile, can_gather = sparse and i == j and not dropout, sparse and i == 1
     if impl == "auto":
         if torch.compiler.is_compiling():  # tracing "gather" or a length limit would specialise on the position
@@ -87,8 +87,8 @@ def pattern_attention(
     if (impl == "tiled" and not can_tile) or (impl == "gather" and not can_gather):
         want = "as many queries as keys and no dropout" if impl == "tiled" else "one query"
         raise ValueError(
-            f"{impl=} needs {want}, a pattern with tiles, equal head counts and no bias, got q of shape "
-            f"{tuple(q.shape)}, k of shape {tuple(k.shape)}, {dropout=}"
+            f"{impl=} needs {want}, a pattern with tiles, equal head counts, no bias and no mask of four axes, got "
+            f"q of shape {tuple(q.shape)}, k of shape {tuple(k.shape)}, {dropout=}"
         )
     if impl == "tiled":
         return pattern.tiled(q, k, v, mask)
@@ -110,7 +110,7 @@ def pattern_weights(
     """The weights (b, h, i, j) by which `pattern_attention` multiplies the values, by the reference."""
     from attention_zoo.ops.sparse import reference
 
-    _check(pattern, q, k, k, mask, bias)
+    mask, bias = _check(pattern, q, k, k, mask, bias)
     return reference.pattern_weights(q, k, _allowed(pattern, q, k, mask), bias)
 
 
@@ -214,15 +214,17 @@ def block_sparse_attention(
 
 
 def _allowed(pattern: Pattern, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """The pattern and the padding mask, (1, 1, i, j) or (b, 1, i, j)."""
+    """The pattern and the mask as four axes that broadcast to (b, h, i, j)."""
     allowed = pattern.mask(k.shape[2] - q.shape[2], k.shape[2], q.device)[None, None]
-    return allowed if mask is None else allowed & key_mask(mask)
+    return allowed if mask is None else allowed & (key_mask(mask) if mask.ndim == 2 else mask)
 
 
-def _check(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Bias | None) -> None:
+def _check(
+    pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Bias | None
+) -> tuple[Tensor | None, Bias | None]:
+    """Check the arguments, and return the boolean mask and the bias."""
     check_qkv(q, k, v)
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q must be the last of the tokens of k, got {q.shape[2]} queries and {k.shape[2]} keys")
     pattern.check(k.shape[2], name="k")
-    check_padding(mask, k.transpose(1, 2))
-    check_bias(bias, q, k)
+    return split_mask(mask, bias, q, k)

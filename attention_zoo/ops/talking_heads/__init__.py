@@ -14,7 +14,7 @@ from torch import Tensor
 from attention_zoo._checks import check_fraction
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.masks import check_mask
-from attention_zoo.ops.softmax import check_qkv
+from attention_zoo.ops.softmax import check_qkv, split_mask
 from attention_zoo.ops.talking_heads.diversity import DiversityInputs, tiled_diversity
 from attention_zoo.ops.talking_heads.tiled import TalkingHeadsInputs, tiled_talking_heads
 from attention_zoo.ops.tiling import dropout_seed
@@ -60,7 +60,7 @@ def talking_heads_attention(
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """post_softmax(softmax(pre_softmax(scale * q k^T))) v, which mix the maps of all heads.
+    """post_softmax(softmax(pre_softmax(scale * q k^T) + mask)) v, which mix the maps of all heads.
 
     Time O(n^2 (h e + h^2)), memory O(n).
 
@@ -71,7 +71,8 @@ def talking_heads_attention(
         pre_softmax, post_softmax: head mixing before and after the softmax: a matrix (h, h), with
             out_o = sum_h mix[o, h] map_h; a `HeadMLP`; or None.
         causal: causal masking, aligned bottom-right: the last query attends to the last key.
-        mask: padding (b, j), or four axes that broadcast to (b, h, i, j); boolean, True = allowed.
+        mask: padding (b, j), or four axes that broadcast to (b, h, i, j); boolean, True = allowed, or with four axes
+            additive: added to the mixed scores, -inf = masked; differentiable.
         scale: factor of the scores. None: e^-0.5.
         dropout: dropout probability of the weights, before `post_softmax`. Pass 0 outside training.
         impl: "auto", "reference" (all maps at once, twice differentiable) or "tiled" (query tiles, recomputed in
@@ -86,7 +87,7 @@ def talking_heads_attention(
     """
     impl = choose(impl, ("tiled",))
     check_qkv(q, k, v)
-    check_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    mask, bias = _split_mask(mask, q, k)
     check_fraction(dropout=dropout)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"k must have as many heads as q, got {k.shape[1]} and {q.shape[1]}")
@@ -97,9 +98,9 @@ def talking_heads_attention(
         from attention_zoo.ops.talking_heads import reference
 
         return reference.talking_heads_attention(
-            q, k, v, pre_softmax, post_softmax, mask=mask, causal=causal, scale=scale, dropout=dropout
+            q, k, v, pre_softmax, post_softmax, mask=mask, bias=bias, causal=causal, scale=scale, dropout=dropout
         )
-    inputs = TalkingHeadsInputs(q, k, v, pre, post, mask, causal, scale, dropout, dropout_seed(dropout))
+    inputs = TalkingHeadsInputs(q, k, v, pre, post, bias, mask, causal, scale, dropout, dropout_seed(dropout))
     return tiled_talking_heads(inputs)[0]
 
 
@@ -112,7 +113,7 @@ def talking_heads_weights(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(pre_softmax(scale * q k^T)), (b, h, i, j) in at least float32, by the reference.
+    """softmax(pre_softmax(scale * q k^T) + mask), (b, h, i, j) in at least float32, by the reference.
 
     Args:
         q, k, pre_softmax, causal, mask, scale: see `talking_heads_attention`.
@@ -120,7 +121,8 @@ def talking_heads_weights(
     from attention_zoo.ops.talking_heads import reference
 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.talking_heads_weights(q, k, pre_softmax, mask=mask, causal=causal, scale=scale)
+    mask, bias = _split_mask(mask, q, k)
+    return reference.talking_heads_weights(q, k, pre_softmax, mask=mask, bias=bias, causal=causal, scale=scale)
 
 
 def mix_heads(maps: Tensor, mix: HeadMix) -> Tensor:
@@ -182,6 +184,11 @@ def stream_diversity_loss(
     pairs = (heads // streams) ** 2 * streams * (streams - 1) / 2
     queries = b * n if mask is None else mask.sum().clamp(min=1)
     return -total / pairs / queries
+
+
+def _split_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    mask, bias = split_mask(mask, None, q, k)
+    return mask, bias if isinstance(bias, Tensor) else None
 
 
 def _check_mix(name: str, mix: object, heads: int) -> list[Tensor]:

@@ -24,28 +24,40 @@ def talking_heads_attention(
     post_softmax: HeadMix,
     *,
     mask: Tensor | None,
+    bias: Tensor | None,
     causal: bool,
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """post_softmax(softmax(pre_softmax(scale * q k^T))) v: arguments as in `ops.talking_heads_attention`."""
+    """post_softmax(softmax(pre_softmax(scale * q k^T) + bias)) v: arguments as in `ops.talking_heads_attention`.
+
+    An additive mask is given as a boolean mask and a finite bias.
+    """
     import einx
 
     with no_autocast(q):
-        weights = talking_heads_weights(q, k, pre_softmax, mask=mask, causal=causal, scale=scale)
+        weights = talking_heads_weights(q, k, pre_softmax, mask=mask, bias=bias, causal=causal, scale=scale)
         weights = mix_heads(F.dropout(weights, dropout), post_softmax)
         return einx.dot("b h i j, b h j e -> b h i e", weights, at_least_float32(v)).to(v.dtype)
 
 
 def talking_heads_weights(
-    q: Tensor, k: Tensor, pre_softmax: HeadMix, *, mask: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    pre_softmax: HeadMix,
+    *,
+    mask: Tensor | None,
+    bias: Tensor | None = None,
+    causal: bool,
+    scale: float,
 ) -> Tensor:
-    """softmax(pre_softmax(scale * q k^T)), (b, h, i, j) in at least float32; 0 for a query without an allowed key."""
+    """softmax(pre_softmax(scale * q k^T) + bias), (b, h, i, j) in at least float32; 0 without an allowed key."""
     import einx
 
     with no_autocast(q):
         scores = scale * einx.dot("b h i e, b h j e -> b h i j", at_least_float32(q), at_least_float32(k))
         scores = mix_heads(scores, pre_softmax)
+        scores = scores if bias is None else scores + bias
         allowed = visible(q.shape[2], k.shape[2], mask=mask, causal=causal, device=q.device)
         if allowed is None:
             return einx.softmax("b h i [j]", scores)

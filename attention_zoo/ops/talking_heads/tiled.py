@@ -12,7 +12,7 @@ from torch import Tensor
 from attention_zoo.ops.custom_op import register_operator
 from attention_zoo.ops.precision import at_least_float32
 from attention_zoo.ops.talking_heads.head_mixing import mix_backward, mix_into
-from attention_zoo.ops.tiling import QUERY_TILE, dropout_mask, query_tiles, tile_mask
+from attention_zoo.ops.tiling import QUERY_TILE, dropout_mask, query_tiles, slice_pairs, tile_mask
 
 
 class TalkingHeadsInputs(NamedTuple):
@@ -20,6 +20,8 @@ class TalkingHeadsInputs(NamedTuple):
 
     Attributes:
         pre_softmax, post_softmax: tensors of the head mixing: none, one or three.
+        bias: finite, broadcasts to (b, h, i, j), added to the mixed scores; or None.
+        mask: boolean.
         seed: scalar int64 on the CPU, from `dropout_seed`.
     """
 
@@ -28,6 +30,7 @@ class TalkingHeadsInputs(NamedTuple):
     v: Tensor
     pre_softmax: list[Tensor]
     post_softmax: list[Tensor]
+    bias: Tensor | None
     mask: Tensor | None
     causal: bool
     scale: float
@@ -39,7 +42,7 @@ def _forward(inputs: TalkingHeadsInputs) -> list[Tensor]:
     q, k, v = at_least_float32(inputs.q) * inputs.scale, at_least_float32(inputs.k), at_least_float32(inputs.v)
     out = v.new_empty(*q.shape[:3], v.shape[3])
     workspace = Workspace(2, q, k)
-    for tile in map_tiles(q, k, inputs.mask, inputs.causal):
+    for tile in map_tiles(q, k, inputs.mask, inputs.causal, inputs.bias):
         first, second = workspace.maps(tile)
         weights = softmax_maps(tile, q, k, inputs.pre_softmax, first, second)
         if inputs.dropout:
@@ -53,8 +56,9 @@ def _backward(inputs: TalkingHeadsInputs, outputs: Sequence[Tensor], gradients: 
     q, k, v = at_least_float32(inputs.q) * inputs.scale, at_least_float32(inputs.k), at_least_float32(inputs.v)
     grad_q, grad_k, grad_v = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     grad_mixes = [q.new_zeros(part.shape) for part in (*inputs.pre_softmax, *inputs.post_softmax)]
+    grad_bias = None if inputs.bias is None else q.new_zeros(inputs.bias.shape)
     workspace = Workspace(4, q, k)
-    for tile in map_tiles(q, k, inputs.mask, inputs.causal):
+    for tile in map_tiles(q, k, inputs.mask, inputs.causal, inputs.bias):
         row, queries, keys = tile.row, tile.queries, tile.keys
         scores, spare, weights, grad_maps = workspace.maps(tile)
         softmax_maps(tile, q, k, inputs.pre_softmax, scores, spare, weights)
@@ -69,12 +73,15 @@ def _backward(inputs: TalkingHeadsInputs, outputs: Sequence[Tensor], gradients: 
         if kept is not None:
             grad_weights = grad_weights * kept
         softmax_backward(grad_weights, weights, grad_maps)
+        if grad_bias is not None:
+            total = _rows_of_bias(grad_bias, row, tile.queries, keys.stop)
+            total += grad_maps.sum_to_size(total.shape)
         grad_scores, grad_pre = mix_backward(scores, inputs.pre_softmax, grad_maps, spare)
         grad_q[row, :, queries] = (grad_scores @ k[row, :, keys]) * inputs.scale
         grad_k[row, :, keys] += grad_scores.transpose(1, 2) @ q[row, :, queries]
         for total, part in zip(grad_mixes, (*grad_pre, *grad_post), strict=True):
             total += part
-    return [grad_q, grad_k, grad_v, *grad_mixes]
+    return [grad_q, grad_k, grad_v, *grad_mixes, *(() if grad_bias is None else (grad_bias,))]
 
 
 def _fake(inputs: TalkingHeadsInputs) -> list[Tensor]:
@@ -94,6 +101,7 @@ class MapTile(NamedTuple):
         keys: indices of the first keys; the queries attend to no others.
         masked: (1 or h, i, j) bool, True where a key is masked; None if no key is masked, or with `causal`.
         causal: whether exactly the keys after each query are masked. The last query of the tile attends to all keys.
+        bias: broadcasts to (h, i, j), or None.
     """
 
     row: int
@@ -101,9 +109,10 @@ class MapTile(NamedTuple):
     keys: slice
     masked: Tensor | None
     causal: bool
+    bias: Tensor | None
 
 
-def map_tiles(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Iterator[MapTile]:
+def map_tiles(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, bias: Tensor | None = None) -> Iterator[MapTile]:
     """The tiles of maps of all batch rows."""
     i, j = q.shape[2], k.shape[2]
     only_causal = causal and mask is None and j >= i
@@ -112,7 +121,13 @@ def map_tiles(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Iterat
         for tile in query_tiles(i, j, causal, QUERY_TILE):
             allowed = None if only_causal else tile_mask(tile, mask=own, causal=causal, device=q.device)
             masked = None if allowed is None else ~allowed[0]
-            yield MapTile(row, tile.queries, slice(0, tile.keys), masked, only_causal and i > 1)
+            added = None if bias is None else _rows_of_bias(bias, row, tile.queries, tile.keys)
+            yield MapTile(row, tile.queries, slice(0, tile.keys), masked, only_causal and i > 1, added)
+
+
+def _rows_of_bias(bias: Tensor, row: int, queries: slice, keys: int) -> Tensor:
+    """The part of a bias that broadcasts to the maps (h, i, j) of a tile, a view."""
+    return slice_pairs(bias[row if bias.shape[0] > 1 else 0], queries.start, queries.stop, keys)
 
 
 class Workspace:
@@ -138,7 +153,7 @@ def softmax_maps(
     spare: Tensor,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """softmax(pre_softmax(q k^T)) of one tile.
+    """softmax(pre_softmax(q k^T) + bias) of one tile.
 
     Args:
         tile: the tile.
@@ -154,6 +169,8 @@ def softmax_maps(
         weights = spare if mixed is scores else scores
     elif mixed is scores:
         mixed = scores.clone()
+    if tile.bias is not None:
+        mixed += tile.bias
     if tile.causal:
         i = mixed.shape[1]
         future = torch.ones(i, i, dtype=torch.bool, device=mixed.device).triu(1)

@@ -319,3 +319,14 @@ def test_cosine_sim_attention_accepts_a_distance_bias(path: str) -> None:
     bias = DistanceBias(inputs[3])
     got = cosine_sim_attention(*inputs[:3], bias=bias, causal=True, impl=path)
     assert_same(got, slowly(*inputs[:3], bias=bias.pairs(5, 7), causal=True), inputs, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("impl", PATHS)
+def test_a_nan_in_a_query_gives_nan_in_its_output(impl: str, dtype: torch.dtype) -> None:
+    for i, j in [(1, 1), (1, 5), (7, 7), (3, 15), (17, 17)]:
+        q, k, v = (torch.randn(2, 3, n, 8, dtype=dtype) for n in (i, j, j))
+        q[:, :, -1, 0] = torch.nan
+        out = cosine_sim_attention(q, k, v, impl=impl)
+        assert out[:, :, -1].isnan().all()
+        assert not out[:, :, :-1].isnan().any()

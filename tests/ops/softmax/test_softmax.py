@@ -419,3 +419,85 @@ def test_an_error_names_the_argument_that_does_not_fit(case: str, path: str) -> 
     arguments = {"q": zeros(2, 4, 5, 6), "k": zeros(2, 2, 7, 6), "v": zeros(2, 2, 7, 6), **changes}
     with pytest.raises(error, match=message):
         softmax_attention(**arguments, impl=path)
+
+
+ADDITIVE = {"(b, h, i, j)": (B, H, None, None), "(1, 1, i, j)": (1, 1, None, None), "(b, 1, 1, j)": (B, 1, 1, None)}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("bias_kind", ["none", "distance", "(h, i, j)"])
+@pytest.mark.parametrize("form", ADDITIVE)
+def test_additive_mask_is_added_to_scores_and_bias_on_every_path(form: str, bias_kind: str, causal: bool) -> None:
+    i, j = 11, 7
+    b, h, rows, _ = ADDITIVE[form]
+    added = torch.randn(b, h, rows or i, j, dtype=torch.float64)
+    hidden = torch.rand(added.shape) < 0.4
+    added.requires_grad_()
+    inputs, _, _, cotangent, _ = problem("none", bias_kind, causal, i, j)
+    bias = inputs[3] if len(inputs) == 4 else None
+    pairs = added.expand(B, H, i, j)
+    if bias is not None:
+        pairs = pairs + (bias_of_pairs(bias, i, j) if bias_kind == "distance" else bias)
+    allowed = allowed_pairs((B, H, i, j), mask=None, causal=causal) & ~hidden.expand(B, H, i, j)
+    want = attend_one_by_one(*inputs[:3], allowed, pairs, E**-0.5)
+    want_grads = gradients(want, [*inputs, added], cotangent)
+    for path in (*PATHS, "auto"):
+        mask = added.masked_fill(hidden, -torch.inf)
+        given = DistanceBias(bias) if bias_kind == "distance" else bias
+        out = softmax_attention(*inputs[:3], mask=mask, causal=causal, bias=given, impl=path)
+        torch.testing.assert_close(out, want, atol=1e-12, rtol=0, msg=lambda text, path=path: f"{path}: {text}")
+        for got, want_grad in zip(gradients(out, [*inputs, added], cotangent), want_grads, strict=True):
+            torch.testing.assert_close(got, want_grad, atol=1e-11, rtol=0, msg=lambda t, path=path: f"{path}: {t}")
+        weights = softmax_attention_weights(*inputs[:2], mask=mask, causal=causal, bias=given)
+        torch.testing.assert_close(weights @ inputs[2].repeat_interleave(H // KV, 1), want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", PATHS)
+def test_additive_mask_of_any_dtype_crosses_tile_boundaries(
+    path: str, dtype: torch.dtype, mask_dtype: torch.dtype
+) -> None:
+    q, k, v = (part.bfloat16().to(dtype) for part in leaves((2, 2, 131, 8), (2, 1, 131, 8), (2, 1, 131, 8)))
+    mask = torch.randn(1, 2, 131, 131).bfloat16().to(mask_dtype).masked_fill(torch.rand(131, 131) < 0.4, -torch.inf)
+    got = softmax_attention(q, k, v, mask=mask, causal=True, impl=path)
+    allowed = allowed_pairs((2, 2, 131, 131), mask=None, causal=True) & (mask > -torch.inf)
+    want = attend_one_by_one(q.double(), k.double(), v.double(), allowed, mask.double().expand(2, -1, -1, -1), 8**-0.5)
+    assert got.dtype == dtype
+    assert relative_error(got, want) < TOLERANCE[dtype]
+
+
+def test_mask_of_padding_cannot_be_additive() -> None:
+    q, k, v = leaves((B, H, 3, E), (B, KV, 3, E), (B, KV, 3, EV))
+    with pytest.raises(TypeError, match=r"mask must be a boolean tensor, got dtype torch.float64"):
+        softmax_attention(q, k, v, mask=torch.zeros(B, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv", [KV, H])
+def test_a_nan_in_a_query_gives_nan_in_its_output_on_every_path(kv: int, causal: bool, dtype: torch.dtype) -> None:
+    for i, j in [(1, 1), (1, 2), (2, 2), (3, 9), (1, 15), (15, 15), (16, 16), (1, 17), (18, 18), (2, 33)]:
+        q, k, v = leaves((B, H, i, E), (B, kv, j, E), (B, kv, j, E), dtype=dtype)  # equal features: torch's CPU kernel
+        with torch.no_grad():
+            q[:, :, -1, 0] = torch.nan
+        for impl in ("auto", *PATHS):
+            for mask in (None, torch.ones(B, j, dtype=torch.bool)):
+                with torch.no_grad():
+                    assert softmax_attention(q, k, v, mask=mask, causal=causal, impl=impl)[:, :, -1].isnan().all()
+                out = softmax_attention(q, k, v, mask=mask, causal=causal, impl=impl)
+                assert out[:, :, -1].isnan().all(), (i, j, impl)
+                assert not out[:, :, :-1].isnan().any(), (i, j, impl)
+                (gradient,) = torch.autograd.grad(out.float().sum(), q)
+                assert gradient[:, :, -1].isnan().all(), (i, j, impl)
+
+
+def test_a_nan_in_a_query_gives_nan_in_its_output_when_compiled() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(softmax_attention, backend="aot_eager", fullgraph=True)
+    for j in (20, 5, 3):  # the second length makes it a symbol of the trace
+        q, k, v = (torch.randn(B, H, j, E) for _ in range(3))
+        q[:, :, 2] = torch.nan
+        out = compiled(q, k, v)
+        assert torch.equal(out.isnan(), q.isnan())

@@ -142,3 +142,20 @@ def attend(n: int = N, **changes: Any) -> Tensor:
 def test_invalid_pattern_arguments_raise(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_pattern_with_a_mask_of_four_axes_is_dense() -> None:
+    layout = TextImageLayout(text_len=6, height=7, width=5)
+    pattern = AxialPattern(layout, "row")
+    q, k, v = (torch.randn(2, 3, 41, 8) for _ in range(3))
+    boolean = torch.rand(2, 1, 41, 41) < 0.7
+    additive = torch.randn(2, 3, 41, 41).masked_fill(~boolean, -torch.inf)
+    allowed = (boolean & pattern.mask(0, 41, q.device)).expand(2, 3, 41, 41)
+    for mask, bias in ((boolean, None), (additive, additive)):
+        want = attend_one_by_one(q, k, v, allowed, bias, 8**-0.5)
+        for impl in ("auto", "dense", "reference"):
+            assert relative_error(pattern_attention(pattern, q, k, v, mask=mask, impl=impl), want) < 2e-6
+        torch.testing.assert_close(pattern_weights(pattern, q, k, mask=mask) @ v, want, atol=1e-5, rtol=1e-5)
+        for impl, queries in (("tiled", q), ("gather", q[:, :, -1:])):
+            with pytest.raises(ValueError, match=f"impl='{impl}' needs .* no bias and no mask of four axes"):
+                pattern_attention(pattern, queries, k, v, mask=mask[:, :, -queries.shape[2] :], impl=impl)

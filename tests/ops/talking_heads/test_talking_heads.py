@@ -209,3 +209,44 @@ def test_invalid_arguments_raise(changes: dict[str, Any], error: type[Exception]
     options: dict[str, Any] = {"q": q, "k": k, "v": v, "pre_softmax": None, "post_softmax": None, **changes}
     with pytest.raises(error, match=message):
         talking_heads_attention(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, HEADS, 67, 131), (1, 1, 67, 131), (2, 1, 1, 131), (1, HEADS, 67, 1)])
+@pytest.mark.parametrize("kind", ["linear", "mlp", None])
+@pytest.mark.parametrize("causal", [True, False])
+def test_additive_mask_and_its_gradient_are_those_of_the_reference(
+    causal: bool, kind: str | None, shape: tuple[int, ...]
+) -> None:
+    qkv, weight = inputs(67, 131), torch.randn(2, HEADS, 67, 5)
+    mixes = [make_mix(kind), make_mix(kind)]
+    added, hidden = torch.randn(shape, requires_grad=True), torch.rand(shape) < 0.3
+    results = []
+    for impl in ("tiled", "reference"):
+        mask = added.masked_fill(hidden, -math.inf)
+        out = talking_heads_attention(*qkv, *mixes, impl=impl, causal=causal, mask=mask)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), [added, *qkv, *tensors_of(*mixes)])])
+    for got, want in zip(*results, strict=True):  # a number for a whole row changes nothing: its gradient is 0
+        assert relative_error(got, want) < 2e-5 or (got - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+def test_additive_mask_in_bfloat16_is_near_float64(impl: str) -> None:
+    q, k, v = (part.detach().bfloat16() for part in inputs(131, 131))
+    mixes = make_mix("linear"), make_mix("mlp")
+    mask = torch.randn(1, 1, 131, 131).bfloat16().masked_fill(torch.rand(131, 131) < 0.3, -math.inf)
+    got = talking_heads_attention(q, k, v, *mixes, impl=impl, mask=mask)
+    want = talking_heads_attention(q.double(), k.double(), v.double(), *mixes, impl="reference", mask=mask.double())
+    assert relative_error(got, want) < 1e-2
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("kind", [None, "linear", "mlp"])
+def test_a_nan_in_a_query_gives_nan_in_its_output(kind: str | None, impl: str) -> None:
+    mixes = make_mix(kind), make_mix(kind)
+    for i, j in [(1, 1), (1, 5), (7, 7), (3, 17)]:
+        for causal in (False, True):
+            q, k, v = (tensor.detach() for tensor in inputs(i, j))
+            q[:, :, -1, 0] = torch.nan
+            out = talking_heads_attention(q, k, v, *mixes, causal=causal, impl=impl)
+            assert out[:, :, -1].isnan().all()
+            assert not out[:, :, :-1].isnan().any()

@@ -1,0 +1,87 @@
+"""Base classes of models that are composed of stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attention_zoo.generation import generate
+from attention_zoo.models.stack import Stack
+from attention_zoo.saving import SavedModel
+from attention_zoo.saving.encoding import is_plain
+
+
+class ComposedModel(SavedModel):
+    """A model whose arguments for the blocks follow its stacks, so that they are right after `replace_block` too.
+
+    Attributes:
+        stacks: name of the attribute that holds a stack, by the argument that gives its attention.
+    """
+
+    stacks: ClassVar[Mapping[str, str]] = {"attention": "stack"}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        arguments = super().arguments
+        for name, stack in self._own_stacks().items():
+            if stack.is_replaced:
+                arguments[name] = _without_fixed(stack, stack.arguments["attention"])
+        return arguments
+
+    def saved_arguments(self) -> dict[str, Any]:
+        arguments = self.arguments
+        for name, stack in self._own_stacks().items():
+            if not is_plain(arguments.get(name)):
+                arguments[name] = _without_fixed(stack, stack.saved_attention())
+        return arguments
+
+    def _own_stacks(self) -> dict[str, Stack]:
+        """The stacks that the model builds, by the argument that gives their attention."""
+        recorded = super().arguments
+        if recorded.get("stack") is not None:  # an argument itself
+            return {}
+        return {name: getattr(self, stack) for name, stack in self.stacks.items() if hasattr(self, stack)}
+
+
+def _without_fixed(stack: Stack, attention: list[Any]) -> list[Any]:
+    """The blocks of each layer without those that the model adds."""
+    if not stack.fixed_blocks:
+        return attention
+    layers = [layer[: -stack.fixed_blocks] for layer in attention]
+    return [layer[0] if len(layer) == 1 else layer for layer in layers]
+
+
+class GenerateMixin:
+    """The method `generate` of models with `step`."""
+
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | None = None,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Sample new tokens after each prompt (b, n). Returns (b, max_new_tokens); see `attention_zoo.generate`."""
+        return generate(
+            self,  # type: ignore[arg-type]
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            eos_token_id=eos_token_id,
+            mask=mask,
+            generator=generator,
+            progress=progress,
+        )
