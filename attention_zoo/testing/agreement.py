@@ -192,7 +192,13 @@ def _check_large(half: nn.Module, x: Tensor, others: Mapping[str, Tensor], weigh
         out = half(x, **others)
     want, _ = _run_in_float32(half, x, others, weight)
     if want.abs().max() < torch.finfo(x.dtype).max / 4:
-        expect(out.isfinite().all(), f"the output in {x.dtype} is not finite for x of size {LARGE} (n={x.shape[-2]})")
+        where = f"in {x.dtype} for x of size {LARGE} (n={x.shape[-2]})"
+        expect(out.isfinite().all(), f"the output is not finite {where}")
+        # softmax of large scores is too sensitive to rounding to compare more than the size
+        ratio = float(out.float().norm() / want.norm().clamp(min=1e-30))
+        expect(
+            0.5 <= ratio <= 2 or not want.any(), f"the norm of the output is {ratio:.2g} times that in float32 {where}"
+        )
 
 
 def _run_in_float32(

@@ -202,7 +202,7 @@ def check_training(subject: Subject) -> None:
         )
         if not torch.equal(first, second):
             _check_expectation(block, x, others, want)
-            if subject.causal and callable(getattr(block, "step", None)):
+            if subject.has_step(block):
                 same = [_step_seeded(block, x, others, seed) for seed in (6, 7)]
                 expect(not torch.equal(*same), "forward drops elements in training mode, but step does not")
         elif not torch.equal(first, want):

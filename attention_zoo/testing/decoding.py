@@ -30,7 +30,7 @@ def check_steps(subject: Subject) -> None:
     if not subject.causal:
         raise NotApplicable(f"the {subject.noun} is not causal")
     block = subject.block()
-    if not callable(getattr(block, "step", None)):
+    if not subject.has_step(block):
         raise NotApplicable(f"the {subject.noun} has no step")
     for n in [*subject.lengths, *subject.long_lengths]:
         long = n in subject.long_lengths
@@ -120,13 +120,12 @@ def _check_aliasing(block: nn.Module, x: Tensor, padding: Padding, whole: Tensor
     if padding.mask is not None:
         mine = mine._replace(mask=padding.mask[:, :half].clone())
     start = x[..., :half, :].clone()
-    out, state = _step(block, start, 0, half, None, mine)
-    out = out.clone()
-    first, _ = _step(block, start, 0, half, None, mine)
-    for tensor in (start, first, *mine.others.values(), *(() if mine.mask is None else (mine.mask,))):
+    returned, state = _step(block, start, 0, half, None, mine)
+    out = returned.clone()
+    for tensor in (start, returned, *mine.others.values(), *(() if mine.mask is None else (mine.mask,))):
         tensor.fill_(False if tensor.dtype == torch.bool else 3)
     second, _ = _step(block, x, half, n - half, state, padding)
-    what = f"changing tensors that were passed to the first step changes the second ({padding.where})"
+    what = f"changing tensors passed to or returned by the first step changes the second ({padding.where})"
     expect_close(padding.replace_masked(torch.cat((out, second), dim=-2), 0.0), whole, FLOAT32_ERROR, what)
 
 

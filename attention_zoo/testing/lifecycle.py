@@ -57,7 +57,7 @@ def check_arguments(subject: Subject) -> None:
         ("mask", "float32", lambda: block(x, mask=mask.float(), **others)),
         ("mask", str(n + 1), lambda: block(x, mask=torch.cat((mask, mask[:, :1]), dim=1), **others)),
     ]
-    if subject.causal and callable(getattr(block, "step", None)):
+    if subject.has_step(block):
         _, state = block.step(x, **others)
         wrong.append(("state", str(BATCH), lambda: block.step(x[:1, ..., :1, :], state)))
         wrong.append(("state", "str", lambda: block.step(x[..., :1, :], "state")))

@@ -181,6 +181,18 @@ class Subject:
     def need_mask(self, block: nn.Module) -> None:
         """Raise NotApplicable if the block takes no mask."""
 
+    def has_step(self, block: nn.Module) -> bool:
+        """Whether the block decodes: it has a method `step` that is implemented."""
+        step = getattr(block, "step", None)
+        if not self.causal or not callable(step):
+            return False
+        try:
+            with torch.no_grad():
+                step(self.x(1), **self.others(1))
+        except NotImplementedError:
+            return False
+        return True
+
     def is_strict(self, block: nn.Module) -> bool:
         """Whether the block must also satisfy what is a note for a user's block; see `strict`."""
         return type(block).__module__.startswith("attention_zoo.") if self.strict is None else self.strict
