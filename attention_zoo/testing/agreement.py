@@ -43,7 +43,7 @@ def check_fast_path(subject: Subject) -> None:
     block = subject.block()
     slow = subject.reference_of(block)
     has_reference = subject.reference is not None
-    for n in [*subject.lengths, *subject.long_lengths[4::6]]:
+    for n in [*subject.lengths, *subject.long_lengths[3::8]]:
         long = n in subject.long_lengths
         x, weight = subject.x(n), subject.weight(n)
         for name, padding in subject.paddings(n).items():
@@ -78,6 +78,9 @@ def check_derivatives(subject: Subject) -> None:
         for length in {n, subject.sampled_lengths[-1]}:
             for padding in subject.paddings(length, dtype=torch.float64).values():
                 _check_finite_differences(subject, block, length, padding)
+        training = subject.paddings(n, dtype=torch.float64)["no mask"]._replace(where=f"n={n}, training mode")
+        _check_finite_differences(subject, block.train(), n, training)
+        block.eval()
         with reference():
             _check_gradcheck(torch.autograd.gradcheck, slow, x, others)
             if subject.double_backward:
@@ -145,7 +148,9 @@ def _check_finite_differences(subject: Subject, block: nn.Module, n: int, paddin
 
 
 def _weighted(block: nn.Module, x: Tensor, weight: Tensor, padding: Padding) -> Tensor:
-    return padding.replace_masked(block(x, **padding.extra) * weight, 0.0).sum()
+    with seeded(6):
+        out = block(x, **padding.extra)
+    return padding.replace_masked(out * weight, 0.0).sum()
 
 
 def _second_derivative(block: nn.Module, x: Tensor, weight: Tensor, others: Mapping[str, Tensor]) -> Tensor:
@@ -176,21 +181,30 @@ def check_half_precision(subject: Subject) -> None:
             what = f"the gradient to {{}} in {dtype} is off ({padding.where})"
             expect_gradients_close(found, gradients32, GRADIENT_FACTOR * limit, what)
         if not subject.takes_tokens:
-            _check_large(half, LARGE * x, subject.others(n, dtype=dtype), weight)
-        block, x, others = subject.block(), subject.x(n), subject.others(n)
-        with torch.no_grad(), torch.autocast(subject.device, dtype=dtype):
-            out = block(x, **others)
-        if subject.is_strict(block) and not subject.takes_tokens:
-            expect(out.dtype == dtype, f"under autocast to {dtype} the output is {out.dtype}")
-        want, _ = _run_in_float32(block, x, others, subject.weight(n))
-        # autocast also rounds the float32 weights and inputs, once each
-        expect_close(out, want, 1.5 * limit, f"the output under autocast to {dtype} is off (n={n})")
+            _check_large(half, LARGE * x, subject.others(n, dtype=dtype))
+        for long in subject.long_lengths[-2:]:
+            x, others = subject.x(long, batch=1, dtype=dtype), subject.others(long, batch=1, dtype=dtype)
+            with torch.no_grad():
+                out = half(x, **others)
+            want, _ = _run_in_float32(half, x, others)
+            expect_close(out, want, limit, f"the output in {dtype} is off (n={long})")
+        block, x, weight = subject.block(), subject.x(n), subject.weight(n)
+        for padding in [*subject.paddings(n).values()][:2]:
+            with torch.autocast(subject.device, dtype=dtype):
+                out, found = _run(block, x, padding.extra, weight)
+            if subject.is_strict(block) and not subject.takes_tokens:
+                expect(out.dtype == dtype, f"under autocast to {dtype} the output is {out.dtype}")
+            want, gradients32 = _run_in_float32(block, x, padding.extra, weight)
+            # autocast also rounds the float32 weights and inputs, once each
+            expect_close(out, want, 1.5 * limit, f"the output under autocast to {dtype} is off ({padding.where})")
+            what = f"the gradient to {{}} under autocast to {dtype} is off ({padding.where})"
+            expect_gradients_close(found, gradients32, 1.5 * GRADIENT_FACTOR * limit, what)
 
 
-def _check_large(half: nn.Module, x: Tensor, others: Mapping[str, Tensor], weight: Tensor) -> None:
+def _check_large(half: nn.Module, x: Tensor, others: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         out = half(x, **others)
-    want, _ = _run_in_float32(half, x, others, weight)
+    want, _ = _run_in_float32(half, x, others)
     if want.abs().max() < torch.finfo(x.dtype).max / 4:
         where = f"in {x.dtype} for x of size {LARGE} (n={x.shape[-2]})"
         expect(out.isfinite().all(), f"the output is not finite {where}")
@@ -202,11 +216,16 @@ def _check_large(half: nn.Module, x: Tensor, others: Mapping[str, Tensor], weigh
 
 
 def _run_in_float32(
-    block: nn.Module, x: Tensor, extra: Mapping[str, Tensor], weight: Tensor
+    block: nn.Module, x: Tensor, extra: Mapping[str, Tensor], weight: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `_run` on a copy in float32; without weight the output alone."""
     wide = {name: value.float() if value.is_floating_point() else value for name, value in extra.items()}
+    block = copy.deepcopy(block).float()
     with reference():
-        return _run(copy.deepcopy(block).float(), x.float(), wide, weight.float())
+        if weight is not None:
+            return _run(block, x.float(), wide, weight.float())
+        with torch.no_grad():
+            return block(x.float(), **wide), {}
 
 
 def check_compile(subject: Subject) -> None:

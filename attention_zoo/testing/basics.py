@@ -28,8 +28,10 @@ def check_shapes(subject: Subject) -> None:
     expect(declared == subject.causal, f"the block says causal={declared}, but causal={subject.causal} was expected")
     for n in subject.lengths:
         x, others = subject.x(n), subject.others(n)
-        inputs = {"x": x, **others}
+        padding = [*subject.paddings(n).values()][-1]
+        inputs = {"x": x, **others, **padding.extra}
         before = {name: (value.clone(), value._version) for name, value in inputs.items()}
+        block(x, **padding.extra)
         out = block(x, **others)
         for name, (value, version) in before.items():
             same = torch.equal(inputs[name], value) and inputs[name]._version == version
@@ -47,11 +49,15 @@ def check_shapes(subject: Subject) -> None:
 
 def check_effects(subject: Subject, block: nn.Module) -> None:
     """Forward in eval mode is deterministic, without side effects, whatever the gradient mode and the strides of x."""
+    fresh = subject.block()
     for n in subject.lengths:
         x, others = subject.x(n), subject.others(n)
         held = {name: value.clone() for name, value in _tensors(block).items()}
         states = torch.get_rng_state(), random.getstate()
+        modes = torch.is_grad_enabled(), torch.get_default_dtype(), [module.training for module in block.modules()]
         out = block(x, **others)
+        now = torch.is_grad_enabled(), torch.get_default_dtype(), [module.training for module in block.modules()]
+        expect(now == modes, f"forward changes the gradient mode, the default dtype or the training mode (n={n})")
         expect(
             torch.equal(torch.get_rng_state(), states[0]), f"forward in eval mode changes torch's random state (n={n})"
         )
@@ -59,6 +65,8 @@ def check_effects(subject: Subject, block: nn.Module) -> None:
         for name, value in _tensors(block).items():
             expect(torch.equal(value, held.get(name, value)), f"forward in eval mode changes {name} (n={n})")
         expect_equal(block(x, **others), out, f"two runs in eval mode differ (n={n})")
+        fresh(subject.other(n), **others)
+        expect_equal(fresh(x, **others), out, f"the output differs after forward with another x (n={n})")
         strided = x.movedim(-2, 0).contiguous().movedim(0, -2)
         with torch.inference_mode():
             expect_close(block(x, **others), out, FLOAT32_ERROR, f"the output in inference mode differs (n={n})")
@@ -78,6 +86,8 @@ def check_causality(subject: Subject) -> None:
     if not subject.causal:
         raise NotApplicable(f"the {subject.noun} is not causal")
     block = subject.block()
+    for n in subject.sampled_lengths:
+        _check_prefix(subject, block, n)
     for n in [*subject.lengths, *subject.long_lengths]:
         long = n in subject.long_lengths
         positions = _edges(n)[-4:] if long else sorted({0, n // 3, n // 2, n - 2, *_edges(n)} & set(range(n - 1)))
@@ -90,8 +100,10 @@ def check_causality(subject: Subject) -> None:
         if n not in (*subject.sampled_lengths, *subject.long_lengths):
             continue
         block.train()
-        where = f"n={n}, training mode"
-        _check_future(subject, block, n, positions, paddings["no mask"]._replace(where=where), gradient=n <= 513)
+        for name, padding in paddings.items():
+            if name in ("no mask", "a mask with holes") and (not long or name == "no mask"):
+                training = padding._replace(where=f"{padding.where}, training mode")
+                _check_future(subject, block, n, positions, training, gradient=n <= 513)
         block.eval()
         alone = subject.paddings(n, batch=1)
         for name in ("no mask", "left padding"):
@@ -104,6 +116,21 @@ def _edges(n: int) -> list[int]:
     """Positions on both sides of usual tile sizes."""
     edges = [e + d for e in (16, 32, 64, 128, 256, 512, 1024) for d in (-1, 0)]
     return [t for t in edges if t < n - 1]
+
+
+def _check_prefix(subject: Subject, block: nn.Module, n: int) -> None:
+    """Neither the number of later tokens nor their mask has an effect."""
+    x, first = subject.x(n), n // 2
+    if not first:
+        return
+    for padding in subject.paddings(n).values():
+        part = padding if padding.mask is None else padding._replace(mask=padding.mask[:, :first])
+        with torch.no_grad():
+            whole = block(x, **padding.extra)[..., :first, :]
+            prefix = block(x[..., :first, :], **part.extra)
+        got, want = part.replace_masked(prefix, 0.0), part.replace_masked(whole, 0.0)
+        what = f"outputs of the first {first} tokens differ without the later tokens ({padding.where})"
+        expect_close(got, want, FLOAT32_ERROR, what)
 
 
 def _check_future(
@@ -157,7 +184,7 @@ def check_rows(subject: Subject) -> None:
                     after = _run_seeded(block, changed, others)
                 expect_equal(after[keep], before[keep], f"outputs of other batch rows change with row {row} ({where})")
     block = subject.block()
-    for n in [*subject.sampled_lengths, *subject.long_lengths[4::3]]:
+    for n in [*subject.sampled_lengths, *subject.long_lengths[3::4]]:
         _check_batch_sizes(subject, block, n, LARGE_BATCH if n <= 67 else BATCH)
 
 
@@ -196,15 +223,20 @@ def check_training(subject: Subject) -> None:
         held = {name: value.clone() for name, value in _tensors(block).items()}
         first, second = (_run_seeded(block, x, others, seed) for seed in (6, 7))
         for name, value in block.named_parameters():
-            expect(torch.equal(value, held[name]), f"forward in training mode changes the parameter {name}")
+            same = torch.equal(value, held[name]) and value.grad is None
+            expect(same, f"forward in training mode changes the parameter {name} or its gradient")
+        expect(all(module.training for module in block.modules()), "forward ends the training mode")
         expect(
             len({_state_after(block, x, others, seed) for seed in (6, 7)}) == 2, "forward seeds torch's random state"
         )
         if not torch.equal(first, second):
             _check_expectation(block, x, others, want)
             if subject.has_step(block):
-                same = [_step_seeded(block, x, others, seed) for seed in (6, 7)]
-                expect(not torch.equal(*same), "forward drops elements in training mode, but step does not")
+                dropped = [_step_seeded(block, x, others, seed) for seed in (6, 7)]
+                expect(
+                    not torch.equal(dropped[0], dropped[1]),
+                    "forward drops elements in training mode, but step does not",
+                )
         elif not torch.equal(first, want):
             with subject.note_unless_strict(block):
                 what = f"the output in training mode differs from eval mode, without randomness (n={n})"

@@ -93,7 +93,7 @@ def _check_branches(block: nn.Module, x: Tensor, other: Tensor, several: int, pa
     half = min(n // 2, n - several - 1)
     _, older = _step(block, x, 0, half - 1, None, padding) if half > 1 else (None, None)
     _, old = _step(block, x, half - 1, 1, older, padding)
-    held = [leaf.clone() for leaf in _tensors(old)]
+    held, given = [leaf.clone() for leaf in _tensors(old)], x.clone()
     branch = torch.cat((x[..., :half, :], other[..., half:, :]), dim=-2)
     first, state = _step(block, x, half, several, old, padding)
     other_first, other_state = _step(block, branch, half, several, old, padding)
@@ -102,6 +102,7 @@ def _check_branches(block: nn.Module, x: Tensor, other: Tensor, several: int, pa
     again, _ = _step(block, x, half, several, old, padding)
     for leaf, before in zip(_tensors(old), held, strict=True):
         expect_equal(leaf, before, f"a newer step changed the content of an older state ({padding.where})")
+    expect_equal(x, given, f"step modified its input x in place ({padding.where})")
     stop = half + several + 1
     part = padding if padding.mask is None else padding._replace(mask=padding.mask[:, :stop])
     for features, outs in ((x, (first, second)), (branch, (other_first, other_second)), (x, (again, second))):

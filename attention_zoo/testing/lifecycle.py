@@ -87,8 +87,8 @@ def _expect_error(call: Callable[[], object], name: str, value: str) -> None:
 def check_map(subject: Subject) -> None:
     """attention_map is exactly 0 for later and masked keys, and times the values gives the operation's output.
 
-    For a block without `values_and_output` the values are unknown: where its output is linear in one token, some
-    linear map of the weighted sums of x must give the output.
+    Where forward is linear in a single token, some linear map gives its output from that of the operation, or for a
+    block without `values_and_output` from the sums of x weighted by the map.
     """
     block: Any = subject.block()
     if not callable(getattr(block, "attention_map", None)):
@@ -114,13 +114,13 @@ def check_map(subject: Subject) -> None:
                         continue
                 what = f"the attention map times the values differs from the output ({padding.where})"
                 expect_close(weights.to(values.dtype) @ values, out, FLOAT32_ERROR, what)
-    if not exposes_values and subject.inputs is None and subject.streams is None:
-        _check_linear_in_values(subject)
+    if subject.inputs is None and subject.streams is None:
+        _check_linear_in_values(subject, exposes_values)
 
 
 @torch.no_grad()
-def _check_linear_in_values(subject: Subject) -> None:
-    """Fit the output by a linear map of (attention map) x, over more tokens than the map has coefficients."""
+def _check_linear_in_values(subject: Subject, exposes_values: bool) -> None:
+    """Fit the output of forward by a linear map of (attention map) x, or of the exposed output of the operation."""
     block: Any = subject.block(dtype=torch.float64)
     a, b = (subject.x(1, dtype=torch.float64, seed=seed) for seed in (1, 5))
     zero = block(torch.zeros_like(a))
@@ -132,12 +132,13 @@ def _check_linear_in_values(subject: Subject) -> None:
         return  # a gate or a norm: the output is no linear map of the values
     batch = -(-4 * heads * subject.dim // n)
     x = 3 * subject.x(n, batch=batch, dtype=torch.float64)
-    weights = block.attention_map(x).double()
-    sums = torch.einsum("bhij,bjd->bihd", weights, x).flatten(2).flatten(0, 1)
+    sums = block.values_and_output(x).output if exposes_values else block.attention_map(x).double() @ x[:, None]
+    sums = sums.double().transpose(1, 2).flatten(2).flatten(0, 1)
     sums = torch.cat((sums, torch.ones_like(sums[:, :1])), dim=1)
     out = block(x).flatten(0, 1)
     fitted = sums @ torch.linalg.lstsq(sums, out, driver="gelsd").solution
-    what = f"the output is no linear map of the attention map times x (n={n})"
+    of = "values_and_output().output" if exposes_values else "the attention map times x"
+    what = f"the output of forward is no linear map of {of} (n={n})"
     expect_close(fitted, out, 1e-3, what)
 
 

@@ -90,6 +90,7 @@ def logits_of(out: Any) -> Tensor:
 
 
 MODEL_LENGTHS = (1, 2, 7, 65)
+MODEL_LONG_LENGTHS = (255, 256, 257, 513)
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def make_model_subject(
     limits = [getattr(model, name, None) for name in ("max_seq_len", "segment_len")]
     limit = min((limit for limit in limits if isinstance(limit, int)), default=None)
     cut = sorted({n if limit is None else min(n, limit) for n in lengths or MODEL_LENGTHS})
+    if not lengths and options.get("effort") != "quick":
+        options["long_lengths"] = [n for n in MODEL_LONG_LENGTHS if limit is None or n <= limit]
     return ModelSubject(make_model, num_tokens, causal, cut, takes_mask=takes_mask, max_seq_len=limit, **options)
 
 

@@ -27,7 +27,7 @@ def check_padding_ignored(subject: Subject) -> None:
     """
     block = subject.block()
     subject.need_mask(block)
-    for n in [*subject.lengths, *subject.long_lengths[4::3]]:
+    for n in [*subject.lengths, *subject.long_lengths[3::4]]:
         x, other, paddings = subject.x(n), subject.other(n), subject.paddings(n)
         for name, padding in paddings.items():
             if padding.mask is None:
@@ -161,6 +161,9 @@ def check_empty_rows(subject: Subject) -> None:
         x = subject.x(n).requires_grad_()
         out = block(x, mask=mask, **others)
         expect(out.isfinite().all(), f"a row without valid tokens gives an output that is not finite (n={n})")
+        full = [row for row in range(BATCH) if row != 1]
+        what = f"a row without valid tokens changes other rows (n={n})"
+        expect_close(out[full], block(x, **others)[full], FLOAT32_ERROR, what)
         finite = torch.autograd.grad(out.sum(), x, retain_graph=True)[0].isfinite().all()
         expect(finite, f"a row without valid tokens gives a gradient that is not finite (n={n})")
         with subject.note_unless_strict(block):
@@ -172,6 +175,16 @@ def check_empty_rows(subject: Subject) -> None:
             changed[1] = subject.other(n)[1]
             what = f"the output of a row without valid tokens changes with its content (n={n})"
             expect_equal(block(changed, mask=mask, **others)[1], out[1], what)
+    for dtype in (torch.bfloat16, torch.float16):
+        half, narrow = (
+            subject.block(dtype=dtype),
+            {k: v.to(dtype) if v.is_floating_point() else v for k, v in others.items()},
+        )
+        with torch.no_grad():
+            out = half(x.detach().to(dtype), mask=mask, **narrow)
+        expect(
+            out.isfinite().all(), f"a row without valid tokens gives an output that is not finite in {dtype} (n={n})"
+        )
 
 
 def _is_tokenwise(subject: Subject, block: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ MakeInputs = Callable[[int, int], Mapping[str, Tensor]]
 
 BATCH = 3
 LENGTHS = (1, 2, 7, 64, 65, 131)
-LONG_LENGTHS = (127, 128, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 1100)
+LONG_LENGTHS = (128, 255, 256, 257, 389, 511, 512, 513, 777, 1023, 1024, 1025, 1100)
 
 
 class Padding(NamedTuple):
@@ -75,6 +75,7 @@ class Subject:
         bf16_error, fp16_error: largest relative 2-norm error against float64.
         strict: whether argument validation and other properties beyond a right result are checks. None: only for the
             classes of this library; for others a violation is a note in the report.
+        long_lengths: further lengths, for parts of some checks; set if `lengths` is empty and effort is "full".
         effort: "quick", or "full" for more lengths, batch sizes and samples, in about ten times the time.
         device: device to run on.
     """
@@ -98,7 +99,7 @@ class Subject:
     strict: bool | None = None
     effort: str = "full"
     device: str = "cpu"
-    long_lengths: Sequence[int] = field(default=(), init=False)
+    long_lengths: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         check_choice("effort", self.effort, ("quick", "full"))
