@@ -1,4 +1,4 @@
-"""List the attention layers and their capabilities."""
+"""List the attention layers and their capabilities, or which models take them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from torch import nn
 
 from attention_zoo.attention import BLOCKS
 from attention_zoo.attention.capabilities import Capabilities, capabilities
+from attention_zoo.cli._compatibility import compatibility_table
 from attention_zoo.cli._table import print_table
 
 SHORT = {"double_backward": "2nd deriv.", "kv_heads": "kv heads"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare no options."""
+    """Declare the options."""
+    parser.add_argument("--models", action="store_true", help="print which models take which layer, in Markdown")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one row per layer."""
+    if args.models:
+        print(compatibility_table(), end="")
+        return 0
     columns = [field.name for field in fields(Capabilities)]
     rows = [("block", "class", *(SHORT.get(name, name) for name in columns), "what it is")]
     for name, found in capabilities().items():

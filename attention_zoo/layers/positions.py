@@ -150,18 +150,28 @@ RotaryArgument = RotaryEmbedding | bool | Any | None
 
 
 def make_rotary(rotary: RotaryArgument, dim_head: int) -> RotaryEmbedding | None:
-    """The rotary position embedding of a layer with heads of `dim_head` features.
+    """The rotary position embedding of a layer with heads of `dim_head` features. See `as_rotary`.
+
+    Raises:
+        TypeError, ValueError: see `as_rotary`; or heads of this size cannot be rotated.
+    """
+    embedding = as_rotary(rotary)
+    if embedding is not None:
+        embedding.prepare(dim_head)
+    return embedding
+
+
+def as_rotary(rotary: RotaryArgument) -> RotaryEmbedding | None:
+    """The rotary position embedding that an argument `rotary` names.
 
     Args:
         rotary: a `RotaryEmbedding`; True for `Rotary()`; None or False for no rotation; or a RotaryEmbedding of
             rotary-embedding-torch, whose frequencies and interpolation factor are taken over by a `Rotary`, so that
             queries and keys (b, h, n, e) are rotated as by its `rotate_queries_or_keys`.
-        dim_head: features e of each head.
 
     Raises:
         TypeError: `rotary` is something else.
-        ValueError: an object of rotary-embedding-torch has learned frequencies, xpos, or a table of frequencies, or
-            heads of this size cannot be rotated.
+        ValueError: an object of rotary-embedding-torch has learned frequencies, xpos, or a table of frequencies.
     """
     if rotary is None or rotary is False:
         return None
@@ -175,7 +185,6 @@ def make_rotary(rotary: RotaryArgument, dim_head: int) -> RotaryEmbedding | None
             "rotary must be a RotaryEmbedding of attention_zoo or of rotary_embedding_torch, True or None, got "
             f"{type(rotary).__module__}.{type(rotary).__qualname__}"
         )
-    rotary.prepare(dim_head)
     return rotary
 
 

@@ -289,7 +289,7 @@ def first_with_same_id(name: str, ids: Sequence[int] | None, specs: Sequence[Any
     return first
 
 
-def takes(block: nn.Module, name: str) -> bool:
+def takes(block: nn.Module | type[nn.Module], name: str) -> bool:
     """Whether `forward` of a block has a parameter called `name`."""
     return name in inspect.signature(block.forward).parameters
 

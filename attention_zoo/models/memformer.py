@@ -19,7 +19,7 @@ from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.positions import RelativeBias, Rotary
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, BlockSpec, parse_layers, takes_part
-from attention_zoo.models.positions import check_length
+from attention_zoo.models.positions import check_length, embed_tokens
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
 
@@ -161,14 +161,14 @@ class Memformer(ComposedModel):
                 raise ValueError("target_mask must come with a target, got target=None")
             return MemformerOutput(encoded, memory)
         self._check_decoder()
-        check_tokens(target, self.target_embedding.num_embeddings, name="target")
+        x = embed_tokens(self.target_embedding, target, None, dim=self.decoder.dim, name="target")
         check_padding(target_mask, target, name="target_mask")
         if target.shape[0] != source.shape[0]:
             raise ValueError(
                 f"target must have the batch size of the source, got {target.shape[0]} and {source.shape[0]}"
             )
         check_length(target, None, self.max_seq_len, name="target", limit="dec_max_seq_len")
-        x = self.decoder(self.target_embedding(target), mask=target_mask, context=encoded, context_mask=mask)
+        x = self.decoder(x, mask=target_mask, context=encoded, context_mask=mask)
         return MemformerOutput(encoded, memory, self.to_logits(x))
 
     def loss(
@@ -231,12 +231,10 @@ class Memformer(ComposedModel):
         self._check_decoder()
         if state is None and context is None:
             raise ValueError("context must be given with the first step: encode a source, or decode through read()")
-        check_tokens(tokens, self.target_embedding.num_embeddings)
+        x = embed_tokens(self.target_embedding, tokens, None, dim=self.decoder.dim)
         check_padding(mask, tokens)
         check_length(tokens, state, self.max_seq_len, limit="dec_max_seq_len")
-        x, state = self.decoder.step(
-            self.target_embedding(tokens), state, mask=mask, context=context, context_mask=context_mask
-        )
+        x, state = self.decoder.step(x, state, mask=mask, context=context, context_mask=context_mask)
         return self.to_logits(x), state
 
     def read(self, source: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> TargetDecoder:
@@ -255,12 +253,12 @@ class Memformer(ComposedModel):
         return TargetDecoder(self, encoded, memory, mask)
 
     def _encode(self, source: Tensor, memory: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        check_tokens(source, self.enc_num_tokens, name="source")
+        x = embed_tokens(self.source_embedding, source, None, dim=self.encoder.dim, name="source")
         check_padding(mask, source)
         check_length(source, None, self.enc_max_seq_len, name="source", limit="enc_max_seq_len")
         memory = self.initial_memory(source.shape[0]) if memory is None else memory
         self.memory.check(memory, source.shape[0])
-        encoded = self.encoder(self.source_embedding(source), mask=mask, context=memory)
+        encoded = self.encoder(x, mask=mask, context=memory)
         return encoded, self.update(memory, encoded, mask=mask)
 
     def _check_decoder(self) -> None:

@@ -19,7 +19,7 @@ from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, check_state, concat_masks, count_tokens, register_state
 from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
-from attention_zoo.models.positions import position_parts
+from attention_zoo.models.positions import embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
 
@@ -139,13 +139,13 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         Raises:
             TypeError, ValueError: an argument is invalid, or there are more than segment_len tokens.
         """
-        check_tokens(segment, self.num_tokens, name="segment")
+        x = embed_tokens(self.token_embedding, segment, None, dim=self.stack.dim, name="segment")
         check_padding(mask, segment)
         if segment.shape[1] > self.segment_len:
             raise ValueError(f"segment must hold at most segment_len={self.segment_len} tokens, got {segment.shape[1]}")
         memory = self.initial_memory(segment.shape[0]) if memory is None else memory
         self.memory.check(memory, segment.shape[0])
-        x = self.stack(self.token_embedding(segment), mask=mask, context=memory)
+        x = self.stack(x, mask=mask, context=memory)
         return MemoryOutput(self.to_logits(x), self.update(memory, x, mask=mask))
 
     def loss(self, tokens: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -205,7 +205,8 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
     def _step_in_segment(self, tokens: Tensor, state: MemoryState, mask: Tensor | None) -> tuple[Tensor, MemoryState]:
         """`step` for tokens of one segment. The memory is updated when they complete it."""
         context = state.memory if state.stack is None else None
-        x, stack = self.stack.step(self.token_embedding(tokens), state.stack, mask=mask, context=context)
+        x = embed_tokens(self.token_embedding, tokens, None, dim=self.stack.dim)
+        x, stack = self.stack.step(x, state.stack, mask=mask, context=context)
         logits, token_count = self.to_logits(x), count_tokens(state.token_count, tokens.shape[1])
         if state.features is not None:
             mask = concat_masks(state.mask, mask, x.shape[0], state.features.shape[1], x.shape[1], x.device)

@@ -222,6 +222,11 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
         check_tokens(tokens, self.num_tokens)
         check_padding(mask, tokens)
         check_length(tokens, state, self.max_seq_len)
+        if state is not None and state.valid_count.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"state must have the batch size of tokens, {tokens.shape[0]}, got {len(state.valid_count)}"
+            )
+        tokens = tokens.long()
         count = count_valid_tokens(tokens, mask, None if state is None else state.valid_count)
         position = (count - 1).clamp(min=0)
         if self.stream_embedding is None:

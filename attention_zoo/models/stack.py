@@ -15,6 +15,7 @@ from attention_zoo._arguments import RecordsArguments
 from attention_zoo._checks import check_choice, check_features, check_fraction, check_padding, check_positive
 from attention_zoo.layers.layer_scale import layer_scale_start
 from attention_zoo.layers.norms import make_norm
+from attention_zoo.layers.positions import as_rotary
 from attention_zoo.layers.residual import RESIDUALS, Norm, Residual
 from attention_zoo.layers.reversible import reversible as run_reversible
 from attention_zoo.layers.state import State, count_tokens, register_state
@@ -243,6 +244,8 @@ class Stack(RecordsArguments, nn.Module):
         self.token_shift = token_shift
         shared = {"heads": heads, "dim_head": dim_head, "dropout": attn_dropout or None, **shared}
         shared = {name: part for name, part in shared.items() if part is not None}
+        if "rotary" in shared:
+            shared["rotary"] = as_rotary(shared["rotary"])  # once, not in every block
         specs = resolve_layers(attention, depth)
         check_shared(shared, specs, attention)
         self._shared = {**(defaults or {}), **shared}
@@ -311,6 +314,7 @@ class Stack(RecordsArguments, nn.Module):
 
     def saved_arguments(self) -> dict[str, Any]:
         arguments = self.arguments
+        arguments |= {name: part for name, part in self._shared.items() if name in arguments}
         return arguments if is_plain(arguments["attention"]) else {**arguments, "attention": self.saved_attention()}
 
     def saved_attention(self) -> list[Any]:

@@ -258,7 +258,7 @@ class TextToImageTransformer(ComposedModel):
     def _embed(self, tokens: Tensor, start: int) -> Tensor:
         self._check_ids(tokens, start)
         table = self.to_logits.weight if self.embedding is None else self.embedding.weight
-        x = F.embedding(tokens, table)
+        x = F.embedding(tokens.long(), table)
         if self.positions == "rotary":
             return x
         rows, columns = self.row_positions[:, None], self.column_positions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from attention_zoo.attention import BLOCKS
@@ -32,3 +34,10 @@ def test_list_aligns_its_columns(table: list[str]) -> None:
     for title in ("class", "causal", "context", "what it is"):
         start = header.index(title)
         assert all(line[start - 1] == " " and line[start] != " " for line in lines)
+
+
+def test_the_table_of_models_in_the_documentation_is_the_printed_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--models"]) == 0
+    printed = capsys.readouterr().out
+    assert "| `gate_loop` | yes |" in printed
+    assert printed in (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 import attention_zoo
@@ -102,8 +103,8 @@ MODELS: dict[str, Callable[[str], tuple[nn.Module, tuple[Tensor, ...]]]] = {
 }
 
 
-def tokens(*shape: int) -> Tensor:
-    return torch.randint(11, shape, generator=torch.Generator().manual_seed(5))
+def tokens(*shape: int, seed: int = 5) -> Tensor:
+    return torch.randint(11, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def refusal(model: str, block: str) -> str:
@@ -525,3 +526,62 @@ def test_embeddings_take_the_place_of_tokens() -> None:
             model(**given)
     with pytest.raises(ValueError, match=r"inputs_embeds must be \(b, n, dim\) with dim=24"):
         model(inputs_embeds=torch.zeros(2, 7, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("name", [*COMPOSED, "Memformer"])
+def test_token_ids_may_have_any_integer_dtype(name: str, dtype: torch.dtype) -> None:
+    model, inputs = memformer("full") if name == "Memformer" else (COMPOSED[name](), (tokens(2, 8),))
+    if name == "TextToImageTransformer":
+        inputs = (tokens(2, 3), tokens(2, 8))
+    model.eval()
+    small = tuple(part.to(dtype) for part in inputs)
+    assert torch.equal(logits_of(model, small), logits_of(model, inputs))
+    assert torch.equal(decoded(model, small), decoded(model, inputs))
+    assert torch.equal(model.loss(*small), model.loss(*inputs))
+
+
+def test_a_state_of_another_batch_size_is_refused_by_a_multi_stream_model() -> None:
+    model = COMPOSED["MultiStreamTransformer"]().eval()
+    _, state = model.step(tokens(2, 3))
+    with pytest.raises(ValueError, match="state must have the batch size of tokens, 1, got 2"):
+        model.step(tokens(1, 1), state)
+
+
+def test_a_stack_shares_another_packages_rotary_embedding_and_saves_it(tmp_path: Path) -> None:
+    stack = Stack(DIM, 2, rotary=RotaryEmbedding(8, theta=99.0), heads=2, dim_head=12)
+    blocks = [sub.attention for sub in stack.sublayers() if sub.attention is not None]
+    assert blocks[0].rotary is blocks[1].rotary
+    model = LanguageModel(num_tokens=11, stack=stack).eval()
+    model.save(tmp_path)
+    assert torch.equal(LanguageModel.load(tmp_path).eval()(tokens(2, 8)), model(tokens(2, 8)))
+
+
+def test_a_prefix_is_bidirectional_with_an_attention_mask() -> None:
+    stack = Stack(DIM, 2, causal=False, heads=2, dim_head=12).eval()
+    x = torch.randn(2, 7, DIM, generator=torch.Generator().manual_seed(0))
+    prefix = torch.ones(7, 7, dtype=torch.bool).tril()
+    prefix[:, :3] = True
+    changed = x.clone()
+    changed[:, 5:] += 1
+    out, other = stack(x, attn_mask=prefix), stack(changed, attn_mask=prefix)
+    assert torch.equal(out[:, :5], other[:, :5])
+    changed = x.clone()
+    changed[:, 2] *= -1
+    assert not torch.allclose(out[:, 0], stack(changed, attn_mask=prefix)[:, 0])
+    with pytest.raises(ValueError, match="attn_mask must be None"):
+        Stack(DIM, 2, attention=["full", "gate_loop"])(x, attn_mask=prefix)
+    with pytest.raises(ValueError, match="attn_mask must be None with Mean, whose forward takes no attn_mask"):
+        Stack(DIM, 2, attention=["full", Mean])(x, attn_mask=prefix)
+
+
+def test_a_tree_of_drafts_is_decoded_in_one_step() -> None:
+    model = LanguageModel(num_tokens=11, positions=None, **SMALL).eval()
+    prompt, drafts = tokens(1, 4), tokens(1, 2, seed=6)
+    _, state = model.step(prompt)
+    rows = torch.ones(2, 6, dtype=torch.bool)
+    rows[1, 4] = False  # the second draft does not see the first
+    both, _ = model.step(drafts, state, attn_mask=rows)
+    for index in range(2):
+        alone, _ = model.step(drafts[:, index : index + 1], state)
+        torch.testing.assert_close(both[:, index], alone[:, 0], atol=1e-5, rtol=1e-5)

@@ -20,7 +20,6 @@ class Base(LanguageModel):
 
     def __init__(self) -> None:
         super().__init__(num_tokens=NUM_TOKENS, dim=16, depth=1, heads=2, dim_head=8)
-        self.arguments = {}
 
 
 class ReturnsFeatures(GPT):
