@@ -198,7 +198,8 @@ def check_half_precision(subject: Subject) -> None:
             # autocast also rounds the float32 weights and inputs, once each
             expect_close(out, want, 1.5 * limit, f"the output under autocast to {dtype} is off ({padding.where})")
             what = f"the gradient to {{}} under autocast to {dtype} is off ({padding.where})"
-            expect_gradients_close(found, gradients32, 1.5 * GRADIENT_FACTOR * limit, what)
+            # a parameter whose effect grows with the distance, such as a gate, amplifies the rounding of x
+            expect_gradients_close(found, gradients32, 5 * GRADIENT_FACTOR * limit, what)
 
 
 def _check_large(half: nn.Module, x: Tensor, others: Mapping[str, Tensor]) -> None:

@@ -86,8 +86,6 @@ def check_causality(subject: Subject) -> None:
     if not subject.causal:
         raise NotApplicable(f"the {subject.noun} is not causal")
     block = subject.block()
-    for n in subject.sampled_lengths:
-        _check_prefix(subject, block, n)
     for n in [*subject.lengths, *subject.long_lengths]:
         long = n in subject.long_lengths
         positions = _edges(n)[-4:] if long else sorted({0, n // 3, n // 2, n - 2, *_edges(n)} & set(range(n - 1)))
@@ -110,6 +108,8 @@ def check_causality(subject: Subject) -> None:
             if name in alone and not long:
                 padding = alone[name]._replace(where=f"{alone[name].where}, batch of 1")
                 _check_future(subject, block, n, [n // 2 - (n == 2)], padding, gradient=False)
+    for n in subject.sampled_lengths:
+        _check_prefix(subject, block, n)
 
 
 def _edges(n: int) -> list[int]:
