@@ -31,7 +31,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 # Reported by the check and not fixed yet.
 KNOWN = {
-    ("streams", "arguments"): "a state of another batch size is broadcast",
     ("memory", "arguments"): "the error of a state of another batch size does not name state",
 }
 
