@@ -50,6 +50,36 @@ def check_fraction(**fractions: float) -> None:
             raise ValueError(f"{name} must lie in [0, 1), got {name}={fraction}")
 
 
+def check_in(interval: str, /, **numbers: float) -> None:
+    """Check that numbers lie in an interval, such as "(0, 1]", without the ends next to round brackets and NaN.
+
+    Raises:
+        TypeError: a value is not a number.
+        ValueError: a number is outside the interval.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or isinstance(number, bool):
+            raise TypeError(f"{name} must be a number, got {name}={number!r}")
+        above = number >= low if interval[0] == "[" else number > low
+        below = number <= high if interval[-1] == "]" else number < high
+        if not (above and below):
+            raise ValueError(f"{name} must lie in {interval}, got {name}={number}")
+
+
+def check_int(minimum: int, /, **numbers: int) -> None:
+    """As `check_at_least`, for numbers that must be given: None does not pass.
+
+    Raises:
+        TypeError: a number is not an int.
+        ValueError: a number is below `minimum`.
+    """
+    for name, number in numbers.items():
+        if number is None:
+            raise TypeError(f"{name} must be an int, got {name}=None")
+    check_at_least(minimum, **numbers)
+
+
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:
     """Check that `value` is one of `known`. The error message suggests the closest match.
 
@@ -86,15 +116,25 @@ def check_integers(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be an integer tensor, got {_type_of(tensor)}")
 
 
+def check_floats(**tensors: Tensor) -> None:
+    """Check that tensors are dense and of a floating point dtype.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a floating point tensor, got {_type_of(tensor)}")
+
+
 def check_features(x: Tensor, dim: int, *, name: str = "x") -> None:
     """Check that the input of a layer is (b, n, dim) with n >= 1.
 
     Raises:
-        TypeError: `x` is not a floating point tensor.
+        TypeError: `x` is not a dense floating point tensor.
         ValueError: `x` has another shape, or no token.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {_type_of(x)}")
+    check_floats(**{name: x})
     if x.ndim != 3 or x.shape[-1] != dim:
         raise ValueError(f"{name} must be (b, n, dim) with {dim=}, got shape {tuple(x.shape)}")
     if x.shape[1] == 0:
@@ -113,6 +153,26 @@ def check_padding(mask: Tensor | None, x: Tensor, *, name: str = "mask") -> None
     check_boolean(**{name: mask})
     if mask.shape != x.shape[:2]:
         raise ValueError(f"{name} must be (b, n) = {tuple(x.shape[:2])}, got shape {tuple(mask.shape)}")
+
+
+def check_has_data(module: nn.Module, x: Tensor) -> None:
+    """Check that no parameter or buffer is on the meta device unless the input `x` is; not in a compiled function.
+
+    torch's linear operator, given data and a weight on the meta device, returns uninitialised memory (as of 2.13).
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if not torch.compiler.is_compiling() and not x.is_meta and _has_meta(module):
+        raise RuntimeError(f"{type(module).__name__} must have its parameters loaded, got some on the meta device")
+
+
+def _has_meta(module: nn.Module) -> bool:
+    # not module.parameters(), which takes four times as long
+    for tensors in (module._parameters, module._buffers):
+        if any(tensor is not None and tensor.is_meta for tensor in tensors.values()):
+            return True
+    return any(child is not None and _has_meta(child) for child in module._modules.values())
 
 
 def check_tokens(tokens: Tensor, num_tokens: int, *, name: str = "tokens", minimum: int = 1) -> None:
@@ -145,7 +205,9 @@ def check_token_range(tokens: Tensor, num_tokens: int, *, name: str = "tokens") 
 
 
 def _type_of(value: object) -> str:
-    return f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"dtype {value.dtype}" if value.layout == torch.strided else f"layout {value.layout}"
 
 
 def check_flag(**flags: bool) -> None:
@@ -231,23 +293,3 @@ def check_attn_mask(attn_mask: Tensor | None, x: Tensor, heads: int, keys: int, 
         )
     if attn_mask.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {attn_mask.device}")
-
-
-def check_has_data(module: nn.Module, x: Tensor) -> None:
-    """Check that no parameter or buffer is on the meta device unless the input `x` is; not in a compiled function.
-
-    torch's linear operator, given data and a weight on the meta device, returns uninitialised memory (as of 2.13).
-
-    Raises:
-        RuntimeError: one is.
-    """
-    if not torch.compiler.is_compiling() and not x.is_meta and _has_meta(module):
-        raise RuntimeError(f"{type(module).__name__} must have its parameters loaded, got some on the meta device")
-
-
-def _has_meta(module: nn.Module) -> bool:
-    # not module.parameters(), which takes four times as long
-    for tensors in (module._parameters, module._buffers):
-        if any(tensor is not None and tensor.is_meta for tensor in tensors.values()):
-            return True
-    return any(child is not None and _has_meta(child) for child in module._modules.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ ACCEPTED = {
     "features": lambda: checks.check_features(X.half(), 4),
     "no padding": lambda: checks.check_padding(None, X),
     "padding": lambda: checks.check_padding(TOKENS.bool(), X),
+    "numbers of an interval": lambda: checks.check_in("(0, 1]", p=1, q=np.float32(0.5), r=np.int64(1)),
+    "an int that is given": lambda: checks.check_int(0, n=0),
     "token ids": lambda: checks.check_tokens(TOKENS.int() + 2, 3),
     "flags": lambda: checks.check_flag(causal=True, norm=False),
     "numbers": lambda: checks.check_number(a=1, b=-2.5, d=torch.tensor(2.0).numpy()[()]),
@@ -74,6 +78,20 @@ REJECTED = {
         lambda: checks.check_tokens(X, 3),
         TypeError,
         "tokens must be an integer tensor, got dtype .*float32",
+    ),
+    "an open end": (lambda: checks.check_in("(0, 1]", p=0), ValueError, r"p must lie in \(0, 1\], got p=0"),
+    "an open end above": (lambda: checks.check_in("[0, 1)", p=1.0), ValueError, r"p must lie in \[0, 1\), got p=1.0"),
+    "an infinite number": (lambda: checks.check_in("[0, inf)", p=math.inf), ValueError, "got p=inf"),
+    "nan": (lambda: checks.check_in("(-inf, inf)", p=math.nan), ValueError, r"p must lie in \(-inf, inf\), got p=nan"),
+    "a number as a string": (lambda: checks.check_in("[0, 1]", p="1"), TypeError, "p must be a number, got p='1'"),
+    "a number as a bool": (lambda: checks.check_in("[0, 1]", p=True), TypeError, "p must be a number, got p=True"),
+    "a number that is None": (lambda: checks.check_in("[0, 1]", p=None), TypeError, "p must be a number, got p=None"),
+    "no int": (lambda: checks.check_int(1, n=None), TypeError, "n must be an int, got n=None"),
+    "a small int": (lambda: checks.check_int(1, n=0), ValueError, "n must be at least 1, got n=0"),
+    "sparse features": (
+        lambda: checks.check_features(X.to_sparse(), 4),
+        TypeError,
+        "x must be a floating .*got layout",
     ),
     "boolean ids": (lambda: checks.check_tokens(TOKENS.bool(), 3), TypeError, "tokens must be an integer .*torch.bool"),
     "a weight on the meta device": (

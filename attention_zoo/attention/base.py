@@ -24,6 +24,7 @@ from attention_zoo.layers.patterns import make_pattern
 from attention_zoo.layers.positions import RelativeBias, RotaryArgument, make_rotary
 from attention_zoo.layers.projections import Projections, map_queries_and_keys, merge_heads, split_heads
 from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape, own_mask
+from attention_zoo.ops.documents import Documents, as_documents
 from attention_zoo.ops.masks import combine_masks
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads, softmax_attention, softmax_attention_weights
 from attention_zoo.ops.sparse import Pattern, pattern_attention, pattern_weights
@@ -57,6 +58,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
     Attributes:
         compiles: whether torch.compile(fullgraph=True) can trace the layer.
         no_attn_mask: why the layer takes no `attn_mask`, a relative clause of the error message; None if it takes one.
+        no_documents: likewise for `document_ids`.
 
     Raises:
         TypeError: a size is not an int, `causal` is not a bool, or `dropout` is not a number.
@@ -65,6 +67,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
 
     compiles: ClassVar[bool] = True
     no_attn_mask: ClassVar[str | None] = None
+    no_documents: str | None = None
 
     def __init__(
         self, dim: int, *, heads: int = 8, dim_head: int = 64, causal: bool = True, dropout: float = 0.0
@@ -80,7 +83,14 @@ class AttentionBlock(RecordsArguments, nn.Module):
         self.causal = causal
         self.dropout = dropout
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> Tensor:
         """Attend over a whole sequence.
 
         Args:
@@ -90,13 +100,15 @@ class AttentionBlock(RecordsArguments, nn.Module):
             attn_mask: (i, j), (b, i, j) or (b, h, i, j), where b and h may be 1: boolean, True = query i may attend to
                 key j, or floating point, added to the scores, where -inf masks a pair. It is combined with causal
                 masking and `mask`. A query that may attend to no key gets 0 from the operation.
+            document_ids: (b, n) int, for packed rows: a document is a maximal run of equal ids, and every document gets
+                what it would get alone. Models pass `Documents`, which they compute once.
 
         Returns:
             (b, n, d).
 
         Raises:
             TypeError: a tensor has the wrong dtype.
-            ValueError: a tensor has the wrong shape or device, or the layer takes no `attn_mask`.
+            ValueError: a tensor has the wrong shape or device, or the layer takes no `attn_mask` or `document_ids`.
         """
         raise NotImplementedError
 
@@ -121,12 +133,24 @@ class AttentionBlock(RecordsArguments, nn.Module):
         """
         raise NotImplementedError
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+    def attention_map(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> Tensor:
         """Effective weights (b, h, i, j) on the values, before any gate, norm or projection. Args: see `forward`."""
         raise NotImplementedError
 
     def values_and_output(
-        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
     ) -> ValuesAndOutput:
         """Values and output of the operation inside the layer, for checks of `attention_map`. Args: see `forward`."""
         raise NotImplementedError
@@ -142,14 +166,26 @@ class AttentionBlock(RecordsArguments, nn.Module):
         return self.heads
 
     def check_inputs(
-        self, x: Tensor, mask: Tensor | None, attn_mask: Tensor | None = None, *, earlier: int = 0
-    ) -> None:
-        """Check the arguments of `forward`, or of `step` after `earlier` tokens. Errors as in `forward`."""
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+        *,
+        earlier: int = 0,
+    ) -> Documents | None:
+        """Check the arguments of `forward`, or of `step` after `earlier` tokens. Returns `document_ids` as documents.
+
+        Errors as in `forward`.
+        """
         check_features(x, self.dim)
         check_padding(mask, x)
         check_has_data(self, x)
         if attn_mask is not None:
             self.check_attn_mask(attn_mask, x, earlier + x.shape[1])
+        if document_ids is not None and self.no_documents is not None:
+            raise ValueError(f"document_ids must be None for {type(self).__name__}, {self.no_documents}")
+        return as_documents(document_ids, x)
 
     def check_attn_mask(self, attn_mask: Tensor | None, x: Tensor, keys: int) -> None:
         """Check an attention mask over `keys` keys.
@@ -244,6 +280,8 @@ class SelfAttention(AttentionBlock):
         self.rotary = make_rotary(rotary, dim_head)
         self.bias = bias
         self.pattern = None if pattern is None else make_pattern(pattern, causal=causal)
+        if pattern is not None:
+            self.no_documents = "whose pattern is tied to the positions in the row"
         inner, kv_inner = heads * dim_head, self.kv_heads * dim_head
         self.to_qkv = Projections(dim, q=inner, k=kv_inner, v=kv_inner, bias=qkv_bias)
         self.to_out = nn.Linear(inner, dim, bias=out_bias)
@@ -251,10 +289,21 @@ class SelfAttention(AttentionBlock):
             dim, heads=heads, dim_head=dim_head, activation=output_gate, per=output_gate_per
         )
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask, attn_mask)
-        q, k, v = self.project(x, start=0)
-        return self.merge(self.attend(q, k, v, combine_masks(mask, attn_mask)), x)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> Tensor:
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        if documents is None:
+            q, k, v = self.project(x, start=0)
+            return self.merge(self.attend(q, k, v, combine_masks(mask, attn_mask)), x)
+        q, k, v = self.project(x, start=documents.positions)
+        out = documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
+        return self.merge(out, x)
 
     def step(
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
@@ -268,14 +317,17 @@ class SelfAttention(AttentionBlock):
             state = KeyValueState(k, v, own_mask(mask))
         return self.merge(self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), x), state
 
-    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (b, h, n, e), keys and values (b, kv_h, n, e) of tokens at positions start, start + 1, ..."""
+    def project(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, h, n, e), keys and values (b, kv_h, n, e) of tokens at the positions start, start + 1, ...
+
+        `start` may also be the positions themselves, (b, n) int.
+        """
         heads = split_heads(self.to_qkv(x), self.dim_head)  # (..., h + 2 kv_h, n, e), from one matrix product
         qk, v = heads[..., : -self.kv_heads, :, :], heads[..., -self.kv_heads :, :, :]
         q, k = map_queries_and_keys(lambda qk: self.prepare(qk, start), qk, self.heads)
         return q, k, v
 
-    def prepare(self, qk: Tensor, start: int) -> Tensor:
+    def prepare(self, qk: Tensor, start: int | Tensor) -> Tensor:
         """Queries or keys (..., n, e), or both concatenated along the heads, with their positions applied."""
         return qk if self.rotary is None else self.rotary(qk, start)
 
@@ -321,15 +373,37 @@ class SelfAttention(AttentionBlock):
         out = merge_heads(out)
         return self.to_out(out if self.to_gate is None else self.to_gate.multiply(out, self.to_gate(x)))
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask, attn_mask)
-        q, k, _ = self.project(x, start=0)
-        return self.weights(q, k, combine_masks(mask, attn_mask))
+    def attention_map(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> Tensor:
+        q, k, _, pairs = self.project_rows(x, mask, attn_mask, document_ids)
+        return self.weights(q, k, pairs)
 
     def values_and_output(
-        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
     ) -> ValuesAndOutput:
-        self.check_inputs(x, mask, attn_mask)
-        q, k, v = self.project(x, start=0)
-        out = self.attend(q, k, v, combine_masks(mask, attn_mask))
-        return ValuesAndOutput(repeat_heads(v, q.shape[1]), out)
+        q, k, v, pairs = self.project_rows(x, mask, attn_mask, document_ids)
+        return ValuesAndOutput(repeat_heads(v, q.shape[1]), self.attend(q, k, v, pairs))
+
+    def project_rows(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        document_ids: Tensor | Documents | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys, values and the mask of `attend` and `weights` over whole rows. Arguments as in `forward`."""
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        if documents is None:
+            return *self.project(x, start=0), combine_masks(mask, attn_mask)
+        return *self.project(x, start=documents.positions), documents.mask_pairs(mask, attn_mask)

@@ -71,7 +71,7 @@ class CosineSimAttention(SelfAttention):
             raise ValueError(f"groups must not split rotary pairs, got {groups=}, {dim_head=}")
         self.groups = groups
 
-    def prepare(self, qk: Tensor, start: int) -> Tensor:
+    def prepare(self, qk: Tensor, start: int | Tensor) -> Tensor:
         return l2_normalize(super().prepare(qk, start), groups=self.groups)
 
     def extra_repr(self) -> str:

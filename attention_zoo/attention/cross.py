@@ -21,7 +21,8 @@ from attention_zoo.layers.state import (
     own_mask,
     register_state,
 )
-from attention_zoo.ops.masks import combine_masks
+from attention_zoo.ops.documents import Documents, as_documents
+from attention_zoo.ops.masks import combine_masks, restrict
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
 
@@ -84,6 +85,8 @@ class CrossAttention(AttentionBlock):
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+        context_document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         """Attend to a context.
 
@@ -94,13 +97,14 @@ class CrossAttention(AttentionBlock):
             context_mask: (b, j) bool, True = a valid token of the context. A row without any gives 0.
             attn_mask: (n, j), (b, n, j) or (b, h, n, j), over queries of x and keys of the context; see
                 `AttentionBlock.forward`.
+            document_ids, context_document_ids: (b, n) and (b, j) int, both or neither: a token attends to the part of
+                the context with its own id.
 
         Returns:
             (b, n, d).
         """
-        self.check_inputs(x, mask)
-        k, v = self.project_context(context, context_mask, x)
-        return self.merge(self.attend(self.project_queries(x), k, v, self.masked(x, k, context_mask, attn_mask)))
+        documents = document_ids, context_document_ids
+        return self.merge(self.attend(*self.project(x, context, mask, context_mask, attn_mask, documents)))
 
     def step(
         self,
@@ -145,6 +149,31 @@ class CrossAttention(AttentionBlock):
         out = self.merge(self.attend(q, k, v, self.masked(x, k, context_mask, attn_mask)))
         return out, CrossAttentionState(k, v, count_tokens(count, x.shape[1]), context_mask)
 
+    def project(
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor | None,
+        context_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        documents: tuple[Tensor | Documents | None, Tensor | Documents | None],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys, values and the mask of the operation; `documents` are the ids of x and of the context."""
+        self.check_inputs(x, mask)
+        k, v = self.project_context(context, context_mask, x)
+        pairs = self.masked(x, k, context_mask, attn_mask)
+        if (documents[0] is None) != (documents[1] is None):
+            missing = "context_document_ids" if documents[1] is None else "document_ids"
+            raise ValueError(f"document_ids and context_document_ids must be given together, got {missing}=None")
+        own = as_documents(documents[0], x)
+        theirs = as_documents(documents[1], context, name="context_document_ids")
+        if own is not None and theirs is not None:
+            same = (own.ids[:, :, None] == theirs.ids[:, None, :])[:, None]
+            allowed = combine_masks(context_mask, same)
+            assert allowed is not None
+            pairs = allowed if attn_mask is None else restrict(attn_mask, allowed)
+        return self.project_queries(x), k, v, pairs
+
     def project_queries(self, x: Tensor) -> Tensor:
         """Queries (b, h, n, e)."""
         return split_heads(self.to_q(x), self.dim_head)
@@ -178,11 +207,13 @@ class CrossAttention(AttentionBlock):
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+        context_document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         """The weights (b, h, n, j) on the values of the context."""
-        self.check_inputs(x, mask)
-        k, _ = self.project_context(context, context_mask, x)
-        return softmax_attention_weights(self.project_queries(x), k, mask=self.masked(x, k, context_mask, attn_mask))
+        documents = document_ids, context_document_ids
+        q, k, _, pairs = self.project(x, context, mask, context_mask, attn_mask, documents)
+        return softmax_attention_weights(q, k, mask=pairs)
 
     def values_and_output(  # type: ignore[override]
         self,
@@ -192,8 +223,9 @@ class CrossAttention(AttentionBlock):
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+        context_document_ids: Tensor | Documents | None = None,
     ) -> ValuesAndOutput:
-        self.check_inputs(x, mask)
-        k, v = self.project_context(context, context_mask, x)
-        mask = self.masked(x, k, context_mask, attn_mask)
-        return ValuesAndOutput(v, self.attend(self.project_queries(x), k, v, mask))
+        documents = document_ids, context_document_ids
+        q, k, v, pairs = self.project(x, context, mask, context_mask, attn_mask, documents)
+        return ValuesAndOutput(v, self.attend(q, k, v, pairs))

@@ -21,6 +21,7 @@ from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.projections import merge_heads, split_heads
 from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
+from attention_zoo.ops.documents import Documents
 from attention_zoo.ops.gate_loop import (
     channel_gate_loop,
     complex_of,
@@ -105,10 +106,20 @@ class GateLoopAttention(AttentionBlock):
         )
         self.to_out = nn.Linear(inner, dim, bias=False) if self.to_gate is not None or inner != dim else None
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask, attn_mask)
-        out, _ = self.recur(*self.project(x), mask)
-        return self.merge(out, x, None if mask is None else mask.cumsum(1) > 0)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> Tensor:
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        out, _ = self.recur(*self.project(x), mask, documents=documents)
+        if mask is None:
+            return self.merge(out, x, None)
+        count = mask.cumsum(1)
+        return self.merge(out, x, (count if documents is None else documents.restart(count)) > 0)
 
     def step(
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
@@ -136,13 +147,21 @@ class GateLoopAttention(AttentionBlock):
         return q, k, v, gate_input(z, self.gate, self.gradient_fraction)
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, z: Tensor | None, mask: Tensor | None, state: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        z: Tensor | None,
+        mask: Tensor | None,
+        state: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The recurrence: outputs (b, n, h e) and the hidden state (b, h, e, e) after the last token."""
         if self.dim_head == 1 and z is not None:
-            out, state = channel_gate_loop(q, k, v, z, mask=mask, state=None if state is None else state[..., 0, 0])
+            state = None if state is None else state[..., 0, 0]
+            out, state = channel_gate_loop(q, k, v, z, mask=mask, state=state, document_ids=documents)
             return out, state[:, :, None, None]
-        out, state = gate_loop(*self.split(q, k, v, z, mask), state=state)
+        out, state = gate_loop(*self.split(q, k, v, z, mask), state=state, document_ids=documents)
         return merge_heads(out), state
 
     def split(
@@ -178,15 +197,27 @@ class GateLoopAttention(AttentionBlock):
             out = self.to_gate.multiply(out, gate)
         return out if self.to_out is None else self.to_out(out)
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask, attn_mask)
+    def attention_map(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> Tensor:
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
         q, k, _, gate = self.split(*self.project(x), mask)
-        return gate_loop_weights(q, k, gate)
+        return gate_loop_weights(q, k, gate, document_ids=documents)
 
     def values_and_output(
-        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
     ) -> ValuesAndOutput:
-        self.check_inputs(x, mask, attn_mask)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
         q, k, v, z = self.project(x)
-        out, _ = self.recur(q, k, v, z, mask)
+        out, _ = self.recur(q, k, v, z, mask, documents=documents)
         return ValuesAndOutput(split_heads(v, self.dim_head), split_heads(out, self.dim_head))

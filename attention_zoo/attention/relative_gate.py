@@ -21,6 +21,7 @@ from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.positions import RotaryArgument, make_rotary
 from attention_zoo.layers.projections import merge_heads, split_heads
 from attention_zoo.layers.state import KeyValueState, State, check_state_shape, own_mask, register_state
+from attention_zoo.ops.documents import Documents
 from attention_zoo.ops.gate_loop import complex_of, unit_gate
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
 
@@ -106,9 +107,18 @@ class RelativeGateAttention(AttentionBlock):
         )
         self.to_out = nn.Linear(inner, dim, bias=out_bias)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask, attn_mask)
-        return self.merge(self.attend(*self.project(x, mask), mask), x)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> Tensor:
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        return self.merge(
+            self.attend(*self.project(x, mask, 0 if documents is None else documents.positions), mask, documents), x
+        )
 
     def step(
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
@@ -126,7 +136,7 @@ class RelativeGateAttention(AttentionBlock):
         out = self.attend(q, cache.keys, cache.values, torch.view_as_complex(gates), cache.mask)
         return self.merge(out, x), RelativeGateState(cache, gates)
 
-    def project(self, x: Tensor, mask: Tensor | None, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, mask: Tensor | None, start: int | Tensor = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (b, h, n, e) and gates (b, h, n, e / 2), 1 at masked tokens."""
         q, k, v = (split_heads(to(x), self.dim_head) for to in (self.to_q, self.to_k, self.to_v))
         if self.rotary is not None:
@@ -140,23 +150,45 @@ class RelativeGateAttention(AttentionBlock):
             gate = torch.where(mask[:, :, None, None], gate, torch.ones_like(gate))
         return q, k, v, gate.transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor,
+        mask: Tensor | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """The attention operation over a whole sequence, (b, h, n, e)."""
-        return relative_gate_attention(q, k, v, gate, mask=mask, softmax=self.softmax, dropout=self.dropout_now)
+        return relative_gate_attention(
+            q, k, v, gate, mask=mask, softmax=self.softmax, dropout=self.dropout_now, document_ids=documents
+        )
 
     def merge(self, out: Tensor, x: Tensor) -> Tensor:
         """Merge the heads, apply the output gate and project to (b, n, d)."""
         out = merge_heads(out)
         return self.to_out(out if self.to_gate is None else self.to_gate.multiply(out, self.to_gate(x)))
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask, attn_mask)
-        q, k, _, gate = self.project(x, mask)
-        return relative_gate_weights(q, k, gate, mask=mask, softmax=self.softmax)
+    def attention_map(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> Tensor:
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        q, k, _, gate = self.project(x, mask, 0 if documents is None else documents.positions)
+        return relative_gate_weights(q, k, gate, mask=mask, softmax=self.softmax, document_ids=documents)
 
     def values_and_output(
-        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
     ) -> ValuesAndOutput:
-        self.check_inputs(x, mask, attn_mask)
-        q, k, v, gate = self.project(x, mask)
-        return ValuesAndOutput(v, self.attend(q, k, v, gate, mask))
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        q, k, v, gate = self.project(x, mask, 0 if documents is None else documents.positions)
+        return ValuesAndOutput(v, self.attend(q, k, v, gate, mask, documents))

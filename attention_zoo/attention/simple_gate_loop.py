@@ -15,6 +15,7 @@ from attention_zoo._checks import check_flag
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.norms import LayerNorm, RMSNorm
 from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
+from attention_zoo.ops.documents import Documents
 from attention_zoo.ops.gate_loop import linear_recurrence
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
@@ -61,9 +62,16 @@ class SimpleGateLoop(AttentionBlock):
         self.to_qkva = nn.Linear(dim, 3 * dim, bias=False)
         self.post_norm = LayerNorm(dim) if post_norm else None
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask, attn_mask)
-        out = self.recur(*self.project(x, mask))
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> Tensor:
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        out = self.recur(*self.project(x, mask, documents))
         return out if self.post_norm is None else self.post_norm(out)
 
     def step(
@@ -82,13 +90,20 @@ class SimpleGateLoop(AttentionBlock):
         new = SimpleGateLoopState(hidden.clone(), count_tokens(count, x.shape[1]))
         return out if self.post_norm is None else self.post_norm(out), new
 
-    def project(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, and kv and the gate in at least float32, (b, n, d) each; a masked token has kv 0 and gate 1."""
+    def project(
+        self, x: Tensor, mask: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, and kv and the gate in at least float32, (b, n, d) each; a masked token has kv 0 and gate 1.
+
+        The gate of the token that the recurrence reads first in a document is 0.
+        """
         q, kv, a = self.to_qkva(x if self.norm is None else self.norm(x)).chunk(3, dim=-1)
         gate = at_least_float32(a).sigmoid()
         if mask is not None:
             kv = kv.masked_fill(~mask[..., None], 0.0)
             gate = gate.masked_fill(~mask[..., None], 1.0)
+        if documents is not None:
+            gate = gate.masked_fill((documents.ends if self.reverse else documents.starts)[..., None], 0.0)
         return q, at_least_float32(kv), gate
 
     def recur(self, q: Tensor, kv: Tensor, gate: Tensor) -> Tensor:
@@ -98,13 +113,21 @@ class SimpleGateLoop(AttentionBlock):
         h = linear_recurrence(gate, kv).out
         return (q * (h.flip(1) if self.reverse else h)).to(q.dtype)
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        self.check_inputs(x, mask, attn_mask)
-        q, _, gate = self.project(x, mask)
+    def attention_map(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> Tensor:
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        q, _, gate = self.project(x, mask, documents)
         with no_autocast(x):
             if self.reverse:
                 q, gate = q.flip(1), gate.flip(1)
-            log = gate.double().clamp(min=1e-300).log().cumsum(1).transpose(1, 2)  # (b, h, n)
+            log = gate.double().clamp(min=1e-300).log().masked_fill(gate == 0, -2000.0)  # whose exponential is 0
+            log = log.cumsum(1).transpose(1, 2)  # (b, h, n)
             decay = (log[..., :, None] - log[..., None, :]).exp().tril().to(at_least_float32(q).dtype)
             weights = q.transpose(1, 2)[..., None] * decay
         if mask is not None:
@@ -112,9 +135,14 @@ class SimpleGateLoop(AttentionBlock):
         return weights.flip(-1, -2) if self.reverse else weights
 
     def values_and_output(
-        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
     ) -> ValuesAndOutput:
-        self.check_inputs(x, mask, attn_mask)
-        q, kv, gate = self.project(x, mask)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        q, kv, gate = self.project(x, mask, documents)
         out = self.recur(q, kv, gate)
         return ValuesAndOutput(kv.transpose(1, 2)[..., None], out.transpose(1, 2)[..., None])

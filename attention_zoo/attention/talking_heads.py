@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attention_zoo._checks import check_choice, check_positive
 from attention_zoo.attention.base import SelfAttention
 from attention_zoo.layers.positions import RotaryArgument
-from attention_zoo.ops.masks import combine_masks
+from attention_zoo.ops.documents import Documents
 from attention_zoo.ops.talking_heads import (
     HeadMix,
     HeadMLP,
@@ -104,7 +104,7 @@ class TalkingHeadsAttention(SelfAttention):
         self.pre_softmax = None if pre_softmax is None else HeadMixer(streams * heads, pre_softmax)
         self.post_softmax = None if post_softmax is None else HeadMixer(streams * heads, post_softmax)
 
-    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (b, s h, n, e)."""
         q, k, v = super().project(x, start)
         return (q, k, v) if x.ndim == 3 else (q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2))
@@ -135,13 +135,17 @@ class TalkingHeadsAttention(SelfAttention):
         )
 
     def attention_map(
-        self, x: Tensor, *, mask: Tensor | None = None, attn_mask: Tensor | None = None, mixed: bool = True
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+        mixed: bool = True,
     ) -> Tensor:
         """The weights (b, s h, i, j) on the values; with `mixed=False` the softmax, before `post_softmax`."""
-        self.check_inputs(x, mask, attn_mask)
-        q, k, _ = self.project(x, start=0)
-        mask = combine_masks(mask, attn_mask)
-        return self.weights(q, k, mask) if mixed else self.softmax_weights(q, k, mask)
+        q, k, _, pairs = self.project_rows(x, mask, attn_mask, document_ids)
+        return self.weights(q, k, pairs) if mixed else self.softmax_weights(q, k, pairs)
 
     def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, HeadMix]:
         """Queries and keys (b, s h, n, e) and `pre_softmax`, the inputs of the stream diversity loss."""
@@ -153,14 +157,20 @@ class TalkingHeadsAttention(SelfAttention):
         return self.streams * self.heads
 
     def check_inputs(
-        self, x: Tensor, mask: Tensor | None, attn_mask: Tensor | None = None, *, earlier: int = 0
-    ) -> None:
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+        *,
+        earlier: int = 0,
+    ) -> Documents | None:
         if isinstance(x, Tensor) and (self.streams > 1 or x.ndim == 4):
             if x.ndim != 4 or x.shape[1] != self.streams:
                 want = f"(b, streams, n, dim) with streams={self.streams}, dim={self.dim}"
                 raise ValueError(f"x must be {want}, got shape {tuple(x.shape)}")
             x = x[:, 0]
-        super().check_inputs(x, mask, attn_mask, earlier=earlier)
+        return super().check_inputs(x, mask, attn_mask, document_ids, earlier=earlier)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, streams={self.streams}"

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_at_least, check_padding, check_token_range, check_tokens
+from attention_zoo._checks import check_flag, check_int, check_padding, check_token_range, check_tokens
 from attention_zoo.generation.eval_copy import eval_copy
 from attention_zoo.generation.sampling import Sampler
 
@@ -42,7 +42,7 @@ def generate(
     Args:
         model: a module or object with `step`. A module in training mode is decoded through a copy in eval mode that
             shares its parameters and buffers (see `eval_copy`), so that other threads may train it meanwhile.
-        prompt: (b, n) int, n >= 1.
+        prompt: (b, n), n >= 1, of any integer dtype; the model is given int64.
         max_new_tokens: number of new tokens per row.
         temperature, top_k, top_p, min_p, generator: see `Sampler`.
         eos_token_id: a token that ends its row; the rest of the row is filled with it. None: rows do not end.
@@ -50,11 +50,11 @@ def generate(
         progress: whether to show a progress bar (needs tqdm, from the extra `examples`).
 
     Returns:
-        (b, max_new_tokens) int, the new tokens without the prompt.
+        (b, max_new_tokens) int64, the new tokens without the prompt.
 
     Raises:
         ValueError, TypeError: an argument is invalid, or the prompt and the new tokens exceed the model's
-            `max_seq_len`; checked before decoding.
+            `max_seq_len`; checked before decoding. While decoding, ValueError if logits are NaN (on the CPU).
         ImportError: progress=True without tqdm.
     """
     stream = generate_stream(
@@ -70,7 +70,11 @@ def generate(
         generator=generator,
         progress=progress,
     )
-    new = torch.stack(tokens, dim=1) if (tokens := list(stream)) else prompt.new_empty(prompt.shape[0], 0)
+    new = (
+        torch.stack(tokens, dim=1)
+        if (tokens := list(stream))
+        else prompt.new_empty(prompt.shape[0], 0, dtype=torch.int64)
+    )
     if new.shape[1] == max_new_tokens or eos_token_id is None:
         return new
     return nn.functional.pad(new, (0, max_new_tokens - new.shape[1]), value=eos_token_id)
@@ -99,6 +103,8 @@ def generate_stream(
     """
     sampler = Sampler(temperature, top_k, top_p, min_p, generator)
     _check_arguments(model, prompt, max_new_tokens, eos_token_id, mask)
+    check_flag(progress=progress)
+    prompt = prompt.long()
     make_bar = _bar_class(progress)
 
     def decode() -> Iterator[Tensor]:
@@ -153,12 +159,14 @@ def _check_arguments(
 ) -> None:
     if not callable(getattr(model, "step", None)):
         raise TypeError(f"model must have step to be sampled from, got {type(model).__name__}")
-    check_at_least(0, max_new_tokens=max_new_tokens)
+    check_int(0, max_new_tokens=max_new_tokens)
+    if eos_token_id is not None:
+        check_int(0, eos_token_id=eos_token_id)
     num_tokens: int | None = getattr(model, "num_tokens", None)
     check_tokens(prompt, 2**62 if num_tokens is None else num_tokens, name="prompt")
     if num_tokens is not None:
         check_token_range(prompt, num_tokens, name="prompt")
-        if eos_token_id is not None and not 0 <= eos_token_id < num_tokens:
+        if eos_token_id is not None and eos_token_id >= num_tokens:
             raise ValueError(f"eos_token_id must lie in 0 ... num_tokens - 1 = {num_tokens - 1}, got {eos_token_id=}")
     check_padding(mask, prompt)
     if mask is not None and not bool((mask[:, 1:] >= mask[:, :-1]).all() & mask[:, -1].all()):

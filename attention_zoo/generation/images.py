@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from attention_zoo._checks import check_in
 from attention_zoo.generation.decoding import generate
 
 if TYPE_CHECKING:  # the models import this package
@@ -46,6 +47,7 @@ def generate_image_tokens(
     Raises:
         ValueError, TypeError: an argument is invalid; checked before decoding.
     """
+    check_in("(-inf, inf)", guidance=guidance)
     length = model.layout.image_len
     if prime is not None and prime.ndim == 2 and prime.shape[1] >= length:
         raise ValueError(f"prime must hold fewer than the image's {length} tokens, got shape {tuple(prime.shape)}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_positive
+from attention_zoo._checks import check_floats, check_in, check_int
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sampler:
     The filters are applied in this order after the temperature; None leaves a filter out.
 
     Raises:
-        TypeError: `top_k` is not an int.
+        TypeError: `top_k` is not an int, another argument not a number, or `generator` not a generator.
         ValueError: an argument is outside its range.
     """
 
@@ -39,16 +39,29 @@ class Sampler:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got temperature={self.temperature}")
-        check_positive(top_k=self.top_k)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got top_p={self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1], got min_p={self.min_p}")
+        check_in("[0, inf)", temperature=self.temperature)
+        if self.top_k is not None:
+            check_int(1, top_k=self.top_k)
+        if self.top_p is not None:
+            check_in("(0, 1]", top_p=self.top_p)
+        if self.min_p is not None:
+            check_in("[0, 1]", min_p=self.min_p)
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """(b, num_tokens) -> (b,) ids."""
+        """(b, num_tokens) -> (b,) ids.
+
+        Raises:
+            TypeError: `logits` is not a floating point tensor.
+            ValueError: `logits` has another shape, or holds NaN. NaN is noticed on the CPU only: elsewhere the check
+                would synchronise, and with temperature 0 the id of a row with NaN is arbitrary.
+        """
+        _check_logits(logits)
+        if logits.ndim != 2:
+            raise ValueError(f"logits must be (b, num_tokens), got shape {tuple(logits.shape)}")
+        if logits.device.type == "cpu" and bool(logits.amax(dim=-1).isnan().any()):
+            raise ValueError("logits must not be NaN: the model has diverged, or its inputs hold NaN")
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         logits = logits.float()
@@ -71,7 +84,13 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     Args:
         logits: (b, num_tokens).
         k: at least 1; num_tokens or more keeps all.
+
+    Raises:
+        TypeError: `logits` is not a floating point tensor, or `k` is not an int.
+        ValueError: `k` is below 1, or there are no tokens.
     """
+    _check_logits(logits)
+    check_int(1, k=k)
     kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < kth, -math.inf)
 
@@ -82,7 +101,13 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     Args:
         logits: (b, num_tokens).
         p: in (0, 1].
+
+    Raises:
+        TypeError: `logits` is not a floating point tensor, or `p` is not a number.
+        ValueError: `p` is outside (0, 1], or there are no tokens.
     """
+    _check_logits(logits)
+    check_in("(0, 1]", p=p)
     if p >= 1:  # the cumulative sum may round up to 1 before the last token
         return logits
     ordered, index = logits.sort(dim=-1, descending=True)
@@ -98,6 +123,18 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     Args:
         logits: (b, num_tokens).
         p: in [0, 1].
+
+    Raises:
+        TypeError: `logits` is not a floating point tensor, or `p` is not a number.
+        ValueError: `p` is outside [0, 1], or there are no tokens.
     """
+    _check_logits(logits)
+    check_in("[0, 1]", p=p)
     floor = logits.amax(dim=-1, keepdim=True) + (math.log(p) if p > 0 else -math.inf)
     return logits.masked_fill(logits < floor, -math.inf)
+
+
+def _check_logits(logits: Tensor) -> None:
+    check_floats(logits=logits)
+    if not logits.ndim or not logits.shape[-1]:
+        raise ValueError(f"logits must be (..., num_tokens) with num_tokens >= 1, got shape {tuple(logits.shape)}")

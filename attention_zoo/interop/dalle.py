@@ -37,7 +37,7 @@ class DivideMax(nn.Module):
 class RotatedValues(SelfAttention):
     """Base class of layers whose rotary position embedding is applied to the values too."""
 
-    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(x, start)
         return q, k, v if self.rotary is None else self.rotary(v, start)
 

@@ -21,13 +21,16 @@ from attention_zoo.interop.weights import Transfer, Weights
 from attention_zoo.layers.norms import RMSNorm
 from attention_zoo.models import MultiStreamTransformer
 from attention_zoo.models.multi_stream import MultiStreamState
+from attention_zoo.ops.documents import Documents
 
 
 class IndexedPositions(MultiStreamTransformer):
     """`MultiStreamTransformer` in which masked tokens count as positions. Args: see `MultiStreamTransformer`."""
 
-    def _embed(self, tokens: Tensor, mask: Tensor | None, state: MultiStreamState | None) -> tuple[Tensor, Tensor]:
-        return super()._embed(tokens, None, state)
+    def _embed(
+        self, tokens: Tensor, mask: Tensor | None, state: MultiStreamState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return super()._embed(tokens, None, state, documents)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo._checks import check_flag, check_fraction, check_number, check_positive
+from attention_zoo._checks import check_flag, check_fraction, check_has_data, check_number, check_positive
 
 
 class FeedForward(nn.Module):
@@ -47,6 +47,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
+        check_has_data(self, x)
         if self.gated:
             hidden = self.to_hidden(x) * self.activation(self.to_gate(x))
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_features, check_padding, check_positive
+from attention_zoo._checks import check_features, check_has_data, check_int, check_padding
 from attention_zoo.layers.feedforward import FeedForward
 from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.layers.projections import merge_heads, split_heads
@@ -33,12 +33,13 @@ class MemoryUpdate(nn.Module):
         ff_mult: hidden features of the feedforward as a multiple of dim.
 
     Raises:
+        TypeError: a size is not an int.
         ValueError: `heads` does not divide `dim`, or a size is below 1.
     """
 
     def __init__(self, dim: int, *, heads: int = 8, updates: int = 1, ff_mult: float = 4) -> None:
         super().__init__()
-        check_positive(dim=dim, heads=heads, updates=updates)
+        check_int(1, dim=dim, heads=heads, updates=updates)
         if dim % heads:
             raise ValueError(f"heads must divide dim, got {heads=}, {dim=}")
         self.dim = dim
@@ -70,6 +71,7 @@ class MemoryUpdate(nn.Module):
         check_features(memory, self.dim, name="memory")
         check_features(x, self.dim)
         check_padding(mask, x)
+        check_has_data(self, x)
         if memory.shape[0] != x.shape[0]:
             raise ValueError(f"memory must have the batch size of x, got {memory.shape[0]} and {x.shape[0]}")
         new = self.write(memory, x, mask)
@@ -120,12 +122,12 @@ class InitialMemory(nn.Module):
 
     def __init__(self, slots: int, dim: int) -> None:
         super().__init__()
-        check_positive(memory_slots=slots, dim=dim)
+        check_int(1, memory_slots=slots, dim=dim)
         self.weight = nn.Parameter(torch.randn(slots, dim))
 
     def forward(self, batch: int) -> Tensor:
         """(batch, m, d)."""
-        check_positive(batch=batch)
+        check_int(1, batch=batch)
         return self.weight.expand(batch, -1, -1)
 
     def check(self, memory: Tensor, batch: int) -> None:

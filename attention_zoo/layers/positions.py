@@ -82,8 +82,15 @@ class RotaryEmbedding(RecordsArguments, nn.Module):
             self._tables[dim_head, device] = cos, sin
         return cos[start:stop], sin[start:stop]
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotate features (..., n, e) of tokens at the positions start, start + 1, ...; the shape is kept."""
+    def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
+        """Rotate features (..., n, e) of tokens at the positions start, start + 1, ...; the shape is kept.
+
+        `start` may also be the positions themselves, (b, n) int below n, for features (b, ..., n, e).
+        """
+        if isinstance(start, Tensor):
+            tables = self.table(0, x.shape[-2], x.shape[-1], x.device)
+            shape = (start.shape[0], *(1,) * (x.ndim - 3), start.shape[1], -1)
+            return rotate(x, *(table[start].view(shape) for table in tables))
         return rotate(x, *self.table(start, start + x.shape[-2], x.shape[-1], x.device))
 
     def _build(self, start: int, stop: int, dim_head: int, device: torch.device) -> tuple[Tensor, Tensor]:

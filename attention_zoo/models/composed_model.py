@@ -13,7 +13,6 @@ from attention_zoo.models.stack import Stack
 from attention_zoo.saving import SavedModel
 from attention_zoo.saving.encoding import is_plain
 
-
 # The argument and its value without effect, by the part that it gives to the blocks of a stack.
 UNUSED: dict[str, tuple[str, Any]] = {
     "heads": ("heads", None),

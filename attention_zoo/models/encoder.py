@@ -16,6 +16,7 @@ from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec
 from attention_zoo.models.positions import check_length, count_valid_tokens, embed_tokens, position_parts
 from attention_zoo.models.stack import Stack
+from attention_zoo.ops.documents import Documents, as_documents
 from attention_zoo.ops.losses import LossTerm, masked_cross_entropy, total_loss
 
 POOLING = ("mean", "class")
@@ -112,13 +113,19 @@ class Encoder(ComposedModel):
         self.to_logits = None if num_classes is None else nn.Linear(dim, num_classes)
 
     def forward(
-        self, inputs: Tensor | None = None, *, mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+        self,
+        inputs: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Encode sequences.
 
         Args:
             inputs: (b, n) int tokens, or (b, n, patch_dim) patches.
             mask: (b, n) bool, True = a valid token or patch.
+            document_ids: (b, n) int, for packed rows; see `LanguageModel.forward`. Only without pooling.
             inputs_embeds: (b, n, d), embeddings, in place of `inputs`.
 
         Returns:
@@ -129,8 +136,8 @@ class Encoder(ComposedModel):
             TypeError: `inputs` has the wrong dtype, or `mask` is not boolean.
             ValueError: a shape is wrong, an id is out of range, or there are more than max_seq_len tokens.
         """
-        x, mask = self._embed(inputs, inputs_embeds, mask)
-        x = self.stack(x, mask=mask)
+        x, mask, documents = self._embed(inputs, inputs_embeds, mask, document_ids)
+        x = self.stack(x, mask=mask, document_ids=documents)
         if self.pooling == "class":
             x = x[:, 0]
         elif self.pooling == "mean" and mask is not None:
@@ -163,13 +170,19 @@ class Encoder(ComposedModel):
 
     def attention_maps(self, inputs: Tensor, *, mask: Tensor | None = None) -> list[Tensor]:
         """The attention map (b, h, i, j) of every layer; i and j include a class token. Arguments as in `forward`."""
-        x, mask = self._embed(inputs, None, mask)
+        x, mask, _ = self._embed(inputs, None, mask)
         return self.stack.attention_maps(x, mask=mask)
 
     def _embed(
-        self, inputs: Tensor | None, inputs_embeds: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings with positions and the class token, and their mask."""
+        self,
+        inputs: Tensor | None,
+        inputs_embeds: Tensor | None,
+        mask: Tensor | None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> tuple[Tensor, Tensor | None, Documents | None]:
+        """Embeddings with positions and the class token, their mask, and the documents."""
+        if document_ids is not None and self.pooling is not None:
+            raise ValueError(f"document_ids must be None with pooling, got pooling={self.pooling!r}")
         if isinstance(self.embedding, nn.Linear) and inputs is not None and inputs_embeds is None:
             check_features(inputs, self.embedding.in_features, name="inputs")
             x = self.embedding(inputs)
@@ -177,12 +190,13 @@ class Encoder(ComposedModel):
             x = embed_tokens(self.embedding, inputs, inputs_embeds, dim=self.stack.dim, name="inputs")
         check_padding(mask, x)
         check_length(x, None, self.max_seq_len, name="inputs")
+        documents = as_documents(document_ids, x)
         if self.positions is not None:
-            x = x + self.positions(count_valid_tokens(x, mask, None))
+            x = x + self.positions(count_valid_tokens(x, mask, None, documents))
         if self.class_token is not None:
             x = torch.cat((self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x), dim=1)
             mask = None if mask is None else nn.functional.pad(mask, (1, 0), value=True)
-        return x, mask
+        return x, mask, documents
 
 
 def image_to_patches(images: Tensor, size: int) -> Tensor:

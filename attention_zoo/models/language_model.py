@@ -18,6 +18,7 @@ from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec
 from attention_zoo.models.positions import check_length, count_valid_tokens, embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
+from attention_zoo.ops.documents import Documents, as_documents
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
 
 
@@ -129,6 +130,7 @@ class LanguageModel(GenerateMixin, ComposedModel):
         *,
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token after each token.
@@ -137,6 +139,8 @@ class LanguageModel(GenerateMixin, ComposedModel):
             tokens: (b, n) int.
             mask: (b, n) bool, True = a valid token. Logits at masked tokens are meaningless.
             attn_mask: which tokens each token may attend to, besides causality and padding; see `SelfAttention`.
+            document_ids: (b, n) int, for packed rows: a document is a maximal run of equal ids, and gets the logits
+                that it would get alone.
             inputs_embeds: (b, n, d), embeddings of the tokens, in place of `tokens`.
 
         Returns:
@@ -144,36 +148,44 @@ class LanguageModel(GenerateMixin, ComposedModel):
 
         Raises:
             TypeError: `tokens` is not an integer tensor, or `mask` is not boolean.
-            ValueError: an id is out of range, there are more than max_seq_len tokens, `mask` has another shape, or
-                not exactly one of `tokens` and `inputs_embeds` is given.
+            ValueError: an id is out of range, there are more than max_seq_len tokens, a mask or `document_ids` has
+                another shape or is not taken by a block, or not exactly one of `tokens` and `inputs_embeds` is given.
         """
-        x, _ = self._embed(tokens, inputs_embeds, None, mask)
-        return self._logits(self.stack(x, mask=mask, attn_mask=attn_mask))
+        x, _, documents = self._embed(tokens, inputs_embeds, None, mask, document_ids)
+        return self._logits(self.stack(x, mask=mask, attn_mask=attn_mask, document_ids=documents))
 
-    def attention_maps(self, tokens: Tensor, *, mask: Tensor | None = None) -> list[Tensor]:
+    def attention_maps(
+        self, tokens: Tensor, *, mask: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> list[Tensor]:
         """The attention map (b, h, i, j) of every layer. Arguments as in `forward`.
 
         Raises:
             TypeError: a block has no `attention_map`.
         """
-        x, _ = self._embed(tokens, None, None, mask)
-        return self.stack.attention_maps(x, mask=mask)
+        x, _, documents = self._embed(tokens, None, None, mask, document_ids)
+        return self.stack.attention_maps(x, mask=mask, document_ids=documents)
 
-    def loss(self, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Mean cross entropy, in nats, of every valid token given the valid tokens before it.
+    def loss(self, tokens: Tensor, *, mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+        """Mean cross entropy, in nats, of every valid token given the valid tokens before it in its document.
 
         Args:
             tokens: (b, n) int with n >= 2.
             mask: (b, n) bool, True = a valid token.
+            document_ids: (b, n) int, for packed rows; see `forward`. The first token of a document is not predicted.
         """
-        return total_loss(self.loss_terms(tokens, mask=mask))
+        return total_loss(self.loss_terms(tokens, mask=mask, document_ids=document_ids))
 
-    def loss_terms(self, tokens: Tensor, *, mask: Tensor | None = None) -> list[LossTerm]:
+    def loss_terms(
+        self, tokens: Tensor, *, mask: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> list[LossTerm]:
         """The loss as a mean and its count of targets. Arguments as in `loss`."""
         check_tokens(tokens, self.num_tokens, minimum=2)
         check_padding(mask, tokens)
-        logits = self(tokens[:, :-1], mask=None if mask is None else mask[:, :-1])
-        return [LossTerm(next_token_loss(logits, tokens, mask), count_next_tokens(tokens, mask))]
+        as_documents(document_ids, tokens)  # checks them
+        given, ids = (None if part is None else part[:, :-1] for part in (mask, document_ids))
+        logits = self(tokens[:, :-1], mask=given, document_ids=ids)
+        mean = next_token_loss(logits, tokens, mask, document_ids)
+        return [LossTerm(mean, count_next_tokens(tokens, mask, document_ids))]
 
     def step(
         self,
@@ -201,19 +213,25 @@ class LanguageModel(GenerateMixin, ComposedModel):
             ValueError: there are more than max_seq_len tokens, or `state` comes from another model or batch.
         """
         check_state(state, LanguageModelState)
-        x, valid_count = self._embed(tokens, inputs_embeds, state, mask)
+        x, valid_count, _ = self._embed(tokens, inputs_embeds, state, mask)
         x, stack = self.stack.step(x, None if state is None else state.stack, mask=mask, attn_mask=attn_mask)
         return self._logits(x), LanguageModelState(stack, valid_count)
 
     def _embed(
-        self, tokens: Tensor | None, inputs_embeds: Tensor | None, state: LanguageModelState | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Features (b, n, d), and with learned positions the valid tokens so far (b,)."""
+        self,
+        tokens: Tensor | None,
+        inputs_embeds: Tensor | None,
+        state: LanguageModelState | None,
+        mask: Tensor | None,
+        document_ids: Tensor | Documents | None = None,
+    ) -> tuple[Tensor, Tensor | None, Documents | None]:
+        """Features (b, n, d), with learned positions the valid tokens so far (b,), and the documents."""
         x = embed_tokens(self.token_embedding, tokens, inputs_embeds, dim=self.stack.dim)
         check_padding(mask, x)
         check_length(x, state, self.max_seq_len)
+        documents = as_documents(document_ids, x)
         if self.positions is None:
-            return x, None
+            return x, None, documents
         before = None if state is None else state.valid_count
         if state is not None and (before is None or before.shape != x.shape[:1]):
             got = "none" if before is None else f"counts of shape {tuple(before.shape)}"
@@ -221,8 +239,8 @@ class LanguageModel(GenerateMixin, ComposedModel):
                 f"state must come from this model and batch: counts of valid tokens of shape "
                 f"{tuple(x.shape[:1])}, got {got}"
             )
-        count = count_valid_tokens(x, mask, before)
-        return x + self.positions(count), count[:, -1]
+        count = count_valid_tokens(x, mask, before, documents)
+        return x + self.positions(count), count[:, -1], documents
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.token_embedding.weight) if self.to_logits is None else self.to_logits(x)

@@ -18,7 +18,7 @@ from attention_zoo.layers.feedforward import FEEDFORWARDS
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 Make = Callable[..., nn.Module]
 # What a stack gives to a block besides the features, if its `forward` has an argument of the name.
-INPUTS = ("mask", "attn_mask", "context", "context_mask")
+INPUTS = ("mask", "attn_mask", "context", "context_mask", "document_ids", "context_document_ids")
 # One block: a name in BLOCKS, a class, a function of dim that returns a module, either with options, or a module.
 BlockSpec = str | Make | nn.Module | tuple[str | Make, Mapping[str, Any]]
 # One layer: a block, or a list of blocks.
@@ -328,7 +328,7 @@ def _defaults(make: Make) -> dict[str, Any]:
 
 
 def _check_output(module: nn.Module, name: str, dim: int) -> None:
-    """Run a block of another package on two tokens and check the shape of its output.
+    """Run a block that is not of this package on two tokens and check the shape of its output.
 
     Raises:
         TypeError: the output is no tensor, or the block needs an input that a stack does not have.
@@ -338,7 +338,7 @@ def _check_output(module: nn.Module, name: str, dim: int) -> None:
     if unknown := sorted(set(required) - set(INPUTS)):
         raise TypeError(f"attention {name!r} must need no input besides x and {', '.join(INPUTS)}, got {unknown[0]!r}")
     if required:
-        return  # it needs a context
+        return  # it needs a context or packed rows
     try:
         x, out = run_block(module, dim)
     except (RuntimeError, IndexError, ValueError) as error:

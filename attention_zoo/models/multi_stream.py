@@ -24,6 +24,7 @@ from attention_zoo.models.over_streams import OverStreams
 from attention_zoo.models.positions import check_length, count_valid_tokens
 from attention_zoo.models.stack import BlockInputs, Stack, StackState
 from attention_zoo.ops import stream_diversity_loss
+from attention_zoo.ops.documents import Documents, as_documents
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
 
 
@@ -152,45 +153,72 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
         self.norm = RMSNorm(dim)
         self.to_logits = None if tie_embeddings else nn.Linear(dim, num_tokens, bias=False)
 
-    def forward(self, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, *, mask: Tensor | None = None, document_ids: Tensor | Documents | None = None
+    ) -> Tensor:
         """Logits at each token: of the next token if causal, of the token itself if not.
 
         Args:
             tokens: (b, n) int.
             mask: (b, n) bool, True = a valid token.
+            document_ids: (b, n) int, for packed rows; see `LanguageModel.forward`.
 
         Returns:
             (b, n, num_tokens).
         """
-        x, _ = self._embed(tokens, mask, None)
-        return self._logits(self.stack(x, mask=self._fold(mask)))
+        documents = as_documents(document_ids, tokens)
+        x, _ = self._embed(tokens, mask, None, documents)
+        folded = None if documents is None else documents.repeat(self.streams)
+        return self._logits(self.stack(x, mask=self._fold(mask), document_ids=folded))
 
-    def attention_maps(self, tokens: Tensor, *, mask: Tensor | None = None) -> list[Tensor]:
+    def attention_maps(
+        self, tokens: Tensor, *, mask: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> list[Tensor]:
         """The attention map of every layer: (b, s h, i, j) of a block over all streams, (b s, h, i, j) of another."""
-        x, _ = self._embed(tokens, mask, None)
-        return self.stack.attention_maps(x, mask=self._fold(mask))
+        documents = as_documents(document_ids, tokens)
+        x, _ = self._embed(tokens, mask, None, documents)
+        folded = None if documents is None else documents.repeat(self.streams)
+        return self.stack.attention_maps(x, mask=self._fold(mask), document_ids=folded)
 
-    def loss(self, tokens: Tensor, *, mask: Tensor | None = None, diversity_weight: float = 0.0) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        diversity_weight: float = 0.0,
+    ) -> Tensor:
         """Mean cross entropy, in nats, of every valid token given the valid tokens before it, plus the diversity loss.
 
         Args:
             tokens: (b, n) int with n >= 2.
             mask: (b, n) bool, True = a valid token.
+            document_ids: (b, n) int, for packed rows; see `LanguageModel.loss`. Not with a diversity loss.
             diversity_weight: factor of the diversity loss; see `diversity`.
         """
-        return total_loss(self.loss_terms(tokens, mask=mask, diversity_weight=diversity_weight))
+        terms = self.loss_terms(tokens, mask=mask, document_ids=document_ids, diversity_weight=diversity_weight)
+        return total_loss(terms)
 
     def loss_terms(
-        self, tokens: Tensor, *, mask: Tensor | None = None, diversity_weight: float = 0.0
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        diversity_weight: float = 0.0,
     ) -> list[LossTerm]:
         """The loss as means and their counts: of targets, and of queries. Arguments as in `loss`."""
         if not self.causal:
             raise ValueError("loss needs causal=True, got causal=False; see training.masked_token_loss")
         check_tokens(tokens, self.num_tokens, minimum=2)
         inputs, valid = tokens[:, :-1], None if mask is None else mask[:, :-1]
-        targets = count_next_tokens(tokens, mask)
+        as_documents(document_ids, tokens)  # checks them
+        targets = count_next_tokens(tokens, mask, document_ids)
         if not diversity_weight:
-            return [LossTerm(next_token_loss(self(inputs, mask=valid), tokens, mask), targets)]
+            logits = self(inputs, mask=valid, document_ids=None if document_ids is None else document_ids[:, :-1])
+            return [LossTerm(next_token_loss(logits, tokens, mask, document_ids), targets)]
+        if document_ids is not None:
+            raise ValueError(f"document_ids must be None with a diversity loss, got {diversity_weight=}")
         x, diversity = self._run_with_diversity(inputs, valid)
         queries = torch.tensor(inputs.numel(), device=inputs.device) if valid is None else valid.sum()
         return [
@@ -216,7 +244,9 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
         x, stack = self.stack.step(x, None if state is None else state.stack, mask=self._fold(mask))
         return self._logits(x), MultiStreamState(stack, valid_count)
 
-    def _embed(self, tokens: Tensor, mask: Tensor | None, state: MultiStreamState | None) -> tuple[Tensor, Tensor]:
+    def _embed(
+        self, tokens: Tensor, mask: Tensor | None, state: MultiStreamState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Features (b s, n, d) and the valid tokens so far (b,)."""
         check_tokens(tokens, self.num_tokens)
         check_padding(mask, tokens)
@@ -226,7 +256,7 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
                 f"state must have the batch size of tokens, {tokens.shape[0]}, got {len(state.valid_count)}"
             )
         tokens = tokens.long()
-        count = count_valid_tokens(tokens, mask, None if state is None else state.valid_count)
+        count = count_valid_tokens(tokens, mask, None if state is None else state.valid_count, documents)
         position = (count - 1).clamp(min=0)
         if self.stream_embedding is None:
             x = self.token_embedding[:, tokens] + self.position_embedding[:, position]  # (s, b, n, d)

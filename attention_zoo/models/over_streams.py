@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attention_zoo.ops.documents import Documents
+
 
 class OverStreams(nn.Module):
     """A block of (b, s, n, d) as a block of folded streams: (b s, n, d) -> (b s, n, d).
@@ -18,22 +20,35 @@ class OverStreams(nn.Module):
         super().__init__()
         self.block: Any = block
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """(b s, n, d) -> (b s, n, d), mask (b s, n)."""
-        return self.block(self.unfold(x), mask=self._row_mask(mask)).flatten(0, 1)
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, document_ids: Tensor | Documents | None = None
+    ) -> Tensor:
+        """(b s, n, d) -> (b s, n, d), mask and document_ids (b s, n)."""
+        extra = {} if document_ids is None else {"document_ids": self._row_documents(document_ids)}
+        return self.block(self.unfold(x), mask=self._row_mask(mask), **extra).flatten(0, 1)
 
     def step(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """New tokens (b s, t, d), and a state with b rows."""
         out, state = self.block.step(self.unfold(x), state, mask=self._row_mask(mask))
         return out.flatten(0, 1), state
 
-    def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def attention_map(
+        self, x: Tensor, *, mask: Tensor | None = None, document_ids: Tensor | Documents | None = None
+    ) -> Tensor:
         """(b, s h, i, j), the maps of all streams of a row."""
-        return self.block.attention_map(self.unfold(x), mask=self._row_mask(mask))
+        extra = {} if document_ids is None else {"document_ids": self._row_documents(document_ids)}
+        return self.block.attention_map(self.unfold(x), mask=self._row_mask(mask), **extra)
 
     def unfold(self, x: Tensor) -> Tensor:
         """(b s, n, d) -> (b, s, n, d)."""
         return x.view(-1, self.block.streams, *x.shape[1:])
+
+    def _row_documents(self, document_ids: Tensor | Documents) -> Tensor | Documents:
+        """The documents of the rows, from those of the folded streams."""
+        if isinstance(document_ids, Documents) and document_ids.origin is not None:
+            return document_ids.origin
+        ids = document_ids.ids if isinstance(document_ids, Documents) else document_ids
+        return ids[:: self.block.streams]
 
     def _row_mask(self, mask: Tensor | None) -> Tensor | None:
         """(b s, n), the same for all streams of a row -> (b, n)."""

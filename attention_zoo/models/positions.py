@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attention_zoo._checks import check_choice, check_features, check_tokens
 from attention_zoo.layers.positions import RelativeBias, Rotary
 from attention_zoo.layers.state import State
+from attention_zoo.ops.documents import Documents
 
 
 def position_parts(
@@ -55,16 +56,20 @@ def embed_tokens(
     return embedding(tokens.int() if tokens.dtype not in (torch.int64, torch.int32) else tokens)
 
 
-def count_valid_tokens(tokens: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
+def count_valid_tokens(
+    tokens: Tensor, mask: Tensor | None, before: Tensor | None, documents: Documents | None = None
+) -> Tensor:
     """The number of valid tokens up to and including each token, (b, n) int64.
 
     Args:
         tokens: (b, n, ...).
         mask: (b, n) bool, True = a valid token.
         before: (b,) int, number of valid tokens of earlier steps. None: 0.
+        documents: the documents of packed rows, in each of which the count starts at 0.
     """
     valid = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device) if mask is None else mask.long()
-    return valid.cumsum(dim=1) + (0 if before is None else before[:, None])
+    count = valid.cumsum(dim=1) + (0 if before is None else before[:, None])
+    return count if documents is None else documents.restart(count)
 
 
 def check_length(

@@ -35,6 +35,7 @@ from attention_zoo.models.layer_specs import (
 )
 from attention_zoo.models.over_streams import OverStreams
 from attention_zoo.ops import TextImageLayout
+from attention_zoo.ops.documents import Documents, as_documents
 from attention_zoo.saving.compare import is_foreign
 from attention_zoo.saving.encoding import PARTS, is_plain
 
@@ -47,12 +48,16 @@ class BlockInputs(NamedTuple):
         attn_mask: (n, n), (b, n, n) or (b, h, n, n), boolean (True = may attend) or additive; see `SelfAttention`.
         context: (b, j, context_dim), the sequence that cross-attention attends to.
         context_mask: (b, j) bool, True = a valid token of the context.
+        document_ids: the documents of packed rows. Blocks of other packages get the tensor (b, n).
+        context_document_ids: (b, j) int, the documents of the context.
     """
 
     mask: Tensor | None = None
     attn_mask: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    document_ids: Documents | None = None
+    context_document_ids: Tensor | None = None
 
 
 @dataclass
@@ -125,7 +130,7 @@ class Sublayer(nn.Module):
         if self.tokenwise:
             y = self.block(y)
         elif hasattr(self.block, "step"):
-            y, state = self.block.step(y, state, **self._keywords(inputs))
+            y, state = self.block.step(y, state, **self._keywords(inputs, decoding=True))
         else:
             raise TypeError(f"every block must have step to decode, but {type(self.block).__name__} has none")
         return self.residual.merge(x if into is None else into, y), state
@@ -140,8 +145,12 @@ class Sublayer(nn.Module):
         """What the sub-layer adds to a stream, for `layers.reversible`, which does the addition itself."""
         return self.residual.delta(self.block(self.residual.branch(x), **self._keywords(inputs)))
 
-    def _keywords(self, inputs: BlockInputs) -> dict[str, Tensor | None]:
-        return {name: getattr(inputs, name) for name in self.takes}
+    def _keywords(self, inputs: BlockInputs, *, decoding: bool = False) -> dict[str, Any]:
+        names = (name for name in self.takes if not (decoding and "document" in name))  # a decoded row is one document
+        keywords = {name: getattr(inputs, name) for name in names}
+        if inputs.document_ids is not None and not type(self.block).__module__.startswith("attention_zoo."):
+            keywords["document_ids"] = inputs.document_ids.ids
+        return keywords
 
 
 class Layer(nn.Module):
@@ -354,6 +363,8 @@ class Stack(RecordsArguments, nn.Module):
         attn_mask: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+        context_document_ids: Tensor | None = None,
     ) -> Tensor:
         """Run all layers.
 
@@ -363,15 +374,19 @@ class Stack(RecordsArguments, nn.Module):
             attn_mask: which keys each query may attend to, besides causality and padding; see `SelfAttention`.
             context: (b, j, context_dim), for the blocks that read one.
             context_mask: (b, j) bool, True = a valid token of the context.
+            document_ids: (b, n) int, for packed rows: a document is a maximal run of equal ids, and gets what it would
+                get alone.
+            context_document_ids: (b, j) int, where there is a context: a token attends to the part with its own id.
 
         Returns:
             (b, n, d).
 
         Raises:
-            ValueError: a mask that a block does not take, a context that no block takes, a missing context, or a wrong
-                shape.
+            ValueError: a mask or document ids that a block does not take, a context that no block takes, a missing
+                context, or a wrong shape.
         """
-        inputs = BlockInputs(mask, attn_mask, context, context_mask)
+        documents = as_documents(document_ids, x)
+        inputs = BlockInputs(mask, attn_mask, context, context_mask, documents, context_document_ids)
         self._check_inputs(x, inputs)
         if self.takes_context and context is None:
             raise ValueError("context must be given to a stack with blocks that read one, got None")
@@ -439,13 +454,16 @@ class Stack(RecordsArguments, nn.Module):
         attn_mask: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+        context_document_ids: Tensor | None = None,
     ) -> list[Tensor]:
         """The attention map (b, h, i, j) of the first block of every layer. Arguments as in `forward`.
 
         Raises:
             TypeError: a block has no `attention_map`.
         """
-        inputs = BlockInputs(mask, attn_mask, context, context_mask)
+        documents = as_documents(document_ids, x)
+        inputs = BlockInputs(mask, attn_mask, context, context_mask, documents, context_document_ids)
         self._check_inputs(x, inputs)
         maps = []
         other = x  # the second stream of reversible layers
@@ -491,16 +509,16 @@ class Stack(RecordsArguments, nn.Module):
     def _check_inputs(self, x: Tensor, inputs: BlockInputs) -> None:
         check_features(x, self.dim)
         check_padding(inputs.mask, x)
-        for name in ("mask", "attn_mask"):
-            value = getattr(inputs, name)
-            for sub in self.sublayers() if value is not None else ():
+        if inputs.document_ids is not None and self.reversible:
+            raise ValueError("document_ids must be None with reversible=True")
+        for name in ("mask", "attn_mask", "document_ids"):
+            for sub in self.sublayers() if getattr(inputs, name) is not None else ():
                 # an ignored mask would be a silent error; a feedforward sees one token
                 if sub.tokenwise or name in sub.takes:
                     continue
-                if name == "mask" or (sub.attention is not None and "context" not in sub.takes):
+                if name != "attn_mask" or (sub.attention is not None and "context" not in sub.takes):
                     raise ValueError(
-                        f"{name} must be None with {type(sub.block).__name__}, whose forward takes no {name}, "
-                        f"got shape {tuple(value.shape)}"
+                        f"{name} must be None with {type(sub.block).__name__}, whose forward takes no {name}"
                     )
         if inputs.context is not None and not self.takes_context:
             raise ValueError("context must be None for a stack without blocks that read one")

@@ -42,6 +42,11 @@ def reference() -> Iterator[ReferenceMode]:
         _active = before
 
 
+def in_reference_mode() -> bool:
+    """Whether a `reference()` context is active."""
+    return _active is not None
+
+
 def choose(impl: str, known: Sequence[str]) -> str:
     """The implementation to run: `impl`, or "reference" inside `reference()`.
 

@@ -32,28 +32,36 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = 
         return losses.sum() / mask.sum().clamp(min=1)
 
 
-def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+def next_token_loss(
+    logits: Tensor, tokens: Tensor, mask: Tensor | None = None, document_ids: Tensor | None = None
+) -> Tensor:
     """Mean cross entropy of every token given the tokens before it.
 
     Args:
         logits: (b, n - 1, num_tokens), computed from `tokens[:, :-1]`.
         tokens: (b, n), token ids.
         mask: (b, n) bool, True = a valid token. A target counts if it and the token before it are valid.
+        document_ids: (b, n) int. A target counts if the token before it has the same id.
 
     Returns:
         A scalar in nats, as `masked_cross_entropy`.
     """
-    return masked_cross_entropy(logits, tokens[:, 1:], _pairs(mask))
+    return masked_cross_entropy(logits, tokens[:, 1:], _pairs(mask, document_ids))
 
 
-def count_next_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+def count_next_tokens(tokens: Tensor, mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
     """The number of targets of `next_token_loss` for tokens (b, n), a scalar int64."""
-    pairs = _pairs(mask)
+    pairs = _pairs(mask, document_ids)
     return torch.tensor(tokens[:, 1:].numel(), device=tokens.device) if pairs is None else pairs.sum()
 
 
-def _pairs(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask[:, :-1] & mask[:, 1:]
+def _pairs(mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
+    """(b, n - 1) bool, True where a token predicts the next one; None: everywhere."""
+    pairs = None if mask is None else mask[:, :-1] & mask[:, 1:]
+    if document_ids is None:
+        return pairs
+    same = document_ids[:, :-1] == document_ids[:, 1:]
+    return same if pairs is None else pairs & same
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,15 @@ def combine_masks(mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | Non
     """
     if attn_mask is None:
         return mask
+    if mask is not None:
+        return restrict(attn_mask, key_mask(mask))
+    return attn_mask if attn_mask.ndim == 4 else attn_mask[None, None] if attn_mask.ndim == 2 else attn_mask[:, None]
+
+
+def restrict(attn_mask: Tensor, allowed: Tensor) -> Tensor:
+    """An attention mask, boolean or additive, restricted to the allowed pairs, (b, h, i, j) bool with b and h >= 1."""
     if attn_mask.ndim < 4:
         attn_mask = attn_mask[None, None] if attn_mask.ndim == 2 else attn_mask[:, None]
-    if mask is None:
-        return attn_mask
-    allowed = key_mask(mask)
     return attn_mask & allowed if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~allowed, -math.inf)
 
 

@@ -16,8 +16,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (..., n, e).
-        cos: (n, r), r <= e; the value of a pair is repeated for both of its features.
-        sin: (n, r), likewise, negated for the first feature: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).
+        cos: (..., n, r), r <= e; the value of a pair is repeated for both of its features.
+        sin: (..., n, r), likewise, negated for the first feature: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).
 
     Returns:
         (..., n, e) in the dtype of `x`.

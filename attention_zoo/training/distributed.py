@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from attention_zoo._checks import check_choice
+from attention_zoo._checks import check_choice, check_flag
 from attention_zoo.ops.losses import LossTerm, count_next_tokens
 
 CPU = torch.device("cpu")
@@ -164,7 +164,7 @@ class DataParallelLoss(nn.Module):
 
     Raises:
         ValueError: `strategy` is unknown or does not fit the number of processes.
-        TypeError: the model has neither `loss_terms` nor `loss`.
+        TypeError: the model has neither `loss_terms` nor `loss`, or `unused_parameters` is not a bool.
     """
 
     def __init__(
@@ -172,6 +172,7 @@ class DataParallelLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("strategy", strategy, STRATEGIES)
+        check_flag(unused_parameters=unused_parameters)
         if not any(callable(getattr(model, name, None)) for name in ("loss_terms", "loss")):
             raise TypeError(f"model must have a method loss_terms or loss, got {type(model).__name__}")
         if strategy == "single" and world.size > 1:

@@ -75,12 +75,16 @@ def memory_replay(
         scaler: gradient scaler for float16.
 
     Raises:
+        TypeError: a segment is not a tensor.
         ValueError: `segments` is empty, the numbers of arguments per segment differ, or there is neither a target nor
             a loss.
     """
     count = len(segments)
     if not count:
         raise ValueError("segments must hold at least one segment, got none")
+    for index, segment in enumerate(segments):
+        if not isinstance(segment, Tensor):
+            raise TypeError(f"segments must be tensors, got {type(segment).__name__} as segments[{index}]")
     if targets is None and loss is None:
         raise ValueError("targets must be given, or a loss that needs none, got targets=None, loss=None")
     segment_masks = _per_segment("masks", masks, count)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_positive
+from attention_zoo._checks import check_at_least, check_int, check_positive
 
 VALIDATION = 0.1  # fraction of a text that is held out for validation
 # Excluded from the standard library: third-party packages, tests, and tables written as Python.
@@ -89,6 +89,7 @@ def split_files(files: Sequence[tuple[str, bytes]]) -> tuple[list[bytes], list[b
 
 def as_tokens(data: bytes) -> Tensor:
     """Bytes as a uint8 tensor (n,), the input of `random_batch` and `windows`."""
+    _check_bytes(data)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
@@ -107,7 +108,7 @@ def random_batch(text: Tensor, batch: int, length: int, *, generator: torch.Gene
     Raises:
         ValueError: the text is shorter than one sequence.
     """
-    check_positive(batch=batch)
+    check_int(1, batch=batch)
     _check_text(text, length)
     starts = torch.randint(text.shape[0] - length + 1, (batch, 1), generator=generator)
     return text[starts + torch.arange(length)].long()
@@ -130,8 +131,7 @@ def windows(text: Tensor, length: int, *, at_most: int | None = None) -> Tensor:
     Raises:
         ValueError: the text is shorter than one window, or `length` is below 2.
     """
-    if length < 2:
-        raise ValueError(f"length must be at least 2, got {length=}")
+    check_at_least(2, length=length)
     check_positive(at_most=at_most)
     _check_text(text, length)
     pieces = text.unfold(0, length, length - 1)
@@ -143,6 +143,7 @@ def windows(text: Tensor, length: int, *, at_most: int | None = None) -> Tensor:
 
 def unigram_entropy(data: bytes) -> float:
     """Entropy of the byte frequencies in `data`, in bits per byte."""
+    _check_bytes(data)
     if not data:
         raise ValueError("data must hold at least one byte, got none")
     shares = [count / len(data) for count in Counter(data).values()]
@@ -151,16 +152,23 @@ def unigram_entropy(data: bytes) -> float:
 
 def gzip_bits_per_byte(data: bytes) -> float:
     """Size of `data` compressed by `gzip -9`, in bits per byte."""
+    _check_bytes(data)
     if not data:
         raise ValueError("data must hold at least one byte, got none")
     return 8 * len(gzip.compress(data, compresslevel=9)) / len(data)
 
 
+def _check_bytes(data: bytes) -> None:
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"data must be bytes, got {type(data).__name__}")
+
+
 def _check_text(text: Tensor, length: int) -> None:
     """Check that a text is a 1-D uint8 tensor of at least `length` bytes."""
-    check_positive(length=length)
-    if text.dtype != torch.uint8:
-        raise TypeError(f"text must be a uint8 tensor, as returned by as_tokens, got dtype {text.dtype}")
+    check_int(1, length=length)
+    if not isinstance(text, Tensor) or text.dtype != torch.uint8:
+        kind = f"dtype {text.dtype}" if isinstance(text, Tensor) else type(text).__name__
+        raise TypeError(f"text must be a uint8 tensor, as returned by as_tokens, got {kind}")
     if text.ndim != 1:
         raise ValueError(f"text must be (n,), got shape {tuple(text.shape)}")
     if text.shape[0] < length:

@@ -339,6 +339,11 @@ BAD = {
         ValueError,
         "max_new_tokens must be at least 0, got .*=-1",
     ),
+    "no length": ({"max_new_tokens": None}, TypeError, "max_new_tokens must be an int, got max_new_tokens=None"),
+    "a broken end": ({"eos_token_id": 1.5}, TypeError, "eos_token_id must be an int, got eos_token_id=1.5"),
+    "a negative end": ({"eos_token_id": -1}, ValueError, "eos_token_id must be at least 0, got eos_token_id=-1"),
+    "an end as a bool": ({"eos_token_id": True}, TypeError, "eos_token_id must be an int, got eos_token_id=True"),
+    "progress as a string": ({"progress": "no"}, TypeError, "progress must be a bool, got progress='no'"),
     "a broken length": ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens must be an int, got max_new_tokens=2.5"),
     "a float prompt": ({"prompt": torch.zeros(2, 5)}, TypeError, "prompt must be an integer tensor, got .*float32"),
     "a list": ({"prompt": [1, 2]}, TypeError, "prompt must be an integer tensor, got list"),
@@ -351,8 +356,8 @@ BAD = {
     "padding on the right": ({"mask": RIGHT_PADDED}, ValueError, "mask must pad prompts on the left"),
     "holes": ({"mask": HOLES}, ValueError, "mask must pad prompts on the left"),
     "nothing but padding": ({"mask": torch.zeros(2, 5).bool()}, ValueError, "mask must pad prompts on the left"),
-    "temperature": ({"temperature": -0.5}, ValueError, "temperature must be at least 0, got temperature=-0.5"),
-    "temperature nan": ({"temperature": float("nan")}, ValueError, "temperature must be at least 0, got .*nan"),
+    "temperature": ({"temperature": -0.5}, ValueError, r"temperature must lie in \[0, inf\), got temperature=-0.5"),
+    "temperature nan": ({"temperature": float("nan")}, ValueError, r"temperature must lie in \[0, inf\), got .*nan"),
     "top_k": ({"top_k": 0}, ValueError, "top_k must be at least 1, got top_k=0"),
     "a broken top_k": ({"top_k": 0.9}, TypeError, "top_k must be an int, got top_k=0.9"),
     "top_p": ({"top_p": 0.0}, ValueError, r"top_p must lie in \(0, 1\], got top_p=0.0"),
@@ -424,3 +429,20 @@ def test_generated_tokens_are_usable_in_training() -> None:
 def test_model_without_step_raises() -> None:
     with pytest.raises(TypeError, match="model must have step to be sampled from, got Linear"):
         generate(nn.Linear(2, 2), torch.zeros(1, 2, dtype=torch.int64), 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_prompts_of_any_integer_dtype_generate_int64_tokens(dtype: torch.dtype) -> None:
+    model, prompt = build(), ids(2, 5)
+    got = generate(model, prompt.to(dtype), 4, temperature=0)
+    assert got.dtype == torch.int64
+    assert torch.equal(got, generate(model, prompt, 4, temperature=0))
+    assert generate(model, prompt.to(dtype), 0).dtype == torch.int64
+
+
+def test_greedy_decoding_of_a_diverged_model_raises() -> None:
+    model = build()
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits must not be NaN"):
+        generate(model, ids(2, 5), 3, temperature=0)

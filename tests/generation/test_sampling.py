@@ -124,3 +124,40 @@ def test_sampler_applies_filters_after_the_temperature() -> None:
 def test_sampler_accepts_logits_of_any_dtype(dtype: torch.dtype) -> None:
     logits = torch.tensor([[6e4, 0.0, -6e4]], dtype=dtype)
     assert Sampler(temperature=0.1)(logits).tolist() == [0]
+
+
+BAD = {
+    "top_k: a float": (lambda x: top_k(x, 1.5), TypeError, "k must be an int, got k=1.5"),
+    "top_k: a string": (lambda x: top_k(x, "1"), TypeError, "k must be an int, got k='1'"),
+    "top_k: none": (lambda x: top_k(x, None), TypeError, "k must be an int, got k=None"),
+    "top_k: 0": (lambda x: top_k(x, 0), ValueError, "k must be at least 1, got k=0"),
+    "top_p: 0": (lambda x: top_p(x, 0), ValueError, r"p must lie in \(0, 1\], got p=0"),
+    "top_p: 1.5": (lambda x: top_p(x, 1.5), ValueError, r"p must lie in \(0, 1\], got p=1.5"),
+    "top_p: none": (lambda x: top_p(x, None), TypeError, "p must be a number, got p=None"),
+    "min_p: 1.5": (lambda x: min_p(x, 1.5), ValueError, r"p must lie in \[0, 1\], got p=1.5"),
+    "min_p: -1": (lambda x: min_p(x, -1), ValueError, r"p must lie in \[0, 1\], got p=-1"),
+    "min_p: nan": (lambda x: min_p(x, math.nan), ValueError, r"p must lie in \[0, 1\], got p=nan"),
+    "min_p: a string": (lambda x: min_p(x, "0.5"), TypeError, "p must be a number, got p='0.5'"),
+    "integer logits": (lambda x: top_k(x.long(), 1), TypeError, "logits must be a floating point tensor, got dtype"),
+    "a list": (lambda x: min_p([1.0], 0.5), TypeError, "logits must be a floating point tensor, got list"),
+    "no logits": (lambda x: top_p(x[:, :0], 0.5), ValueError, r"logits must be .*got shape \(2, 0\)"),
+    "one row": (lambda x: Sampler()(x[0]), ValueError, r"logits must be \(b, num_tokens\), got shape \(5,\)"),
+    "temperature: a string": (lambda x: Sampler(temperature="1"), TypeError, "temperature must be a number, got .*'1'"),
+    "temperature: none": (lambda x: Sampler(temperature=None), TypeError, "temperature must be a number, got .*None"),
+    "temperature: inf": (lambda x: Sampler(temperature=math.inf), ValueError, "temperature must lie in .*=inf"),
+    "a generator": (lambda x: Sampler(generator=0), TypeError, "generator must be a torch.Generator, got int"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
+def test_invalid_arguments_of_samplers_and_filters_raise(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"temperature": 2.0}, {"top_k": 2}])
+def test_nan_in_the_logits_raises(options: dict) -> None:
+    logits = torch.randn(3, 5)
+    logits[1, 3] = math.nan
+    with pytest.raises(ValueError, match="logits must not be NaN"):
+        Sampler(**options)(logits)

@@ -45,3 +45,11 @@ def test_initial_memory_is_the_same_for_every_row() -> None:
     assert torch.equal(initial(2)[0], initial(2)[1])
     with pytest.raises(ValueError, match="batch"):
         initial(0)
+
+
+@pytest.mark.parametrize("size", ["8", None, 8.0])
+def test_sizes_of_another_type_raise(size: object) -> None:
+    with pytest.raises(TypeError, match=f"dim must be an int, got dim={size!r}"):
+        MemoryUpdate(size)
+    with pytest.raises(TypeError, match=f"memory_slots must be an int, got memory_slots={size!r}"):
+        InitialMemory(size, 8)

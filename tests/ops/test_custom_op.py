@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import attention_zoo
+from attention_zoo.layers import GEGLU, MemoryUpdate
 from attention_zoo.ops.custom_op import register_operator
 from tests.cases import CASES as LAYERS
 from tests.cases import DIM, Case
@@ -253,6 +254,23 @@ def test_tensors_partly_on_the_meta_device_raise() -> None:
     with pytest.raises(RuntimeError, match=r"test_polynomial must be given tensors with data.*meta"):
         polynomial(build("everything", mask, leaves[0], leaves[1].to("meta"), *leaves[2:]))
     assert polynomial(build("everything", mask, *leaves))[0].device.type == "cpu"
+
+
+PARTS = {name: case.make for name, case in ONE_OF_EACH.items()} | {
+    "feedforward": lambda: GEGLU(DIM, bias=True),
+    "memory update": lambda: MemoryUpdate(DIM, heads=2),
+}
+
+
+@pytest.mark.parametrize("make", PARTS.values(), ids=PARTS)
+def test_a_layer_with_one_parameter_on_the_meta_device_raises(make: Callable[[], nn.Module]) -> None:
+    x = torch.randn(2, 5, DIM)
+    for name, parameter in make().named_parameters():
+        layer = make()
+        owner, _, leaf = name.rpartition(".")
+        layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(parameter.to("meta"))
+        with pytest.raises(RuntimeError, match="meta"):
+            layer(x, *([x] if isinstance(layer, MemoryUpdate) else []))
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH.values(), ids=ONE_OF_EACH)

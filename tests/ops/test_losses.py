@@ -81,3 +81,15 @@ def test_autocast_does_not_change_the_loss() -> None:
     want = next_token_loss(logits, tokens)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(next_token_loss(logits, tokens), want)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loss_without_targets_is_0_with_gradient_0(rows: int, masked: bool) -> None:
+    length = 4 if masked else 4 * (rows == 0)
+    logits = torch.randn(rows, length, 7, requires_grad=True)
+    mask = torch.zeros(rows, length, dtype=torch.bool) if masked else None
+    loss = masked_cross_entropy(logits, torch.zeros(rows, length, dtype=torch.int64), mask)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()

@@ -501,6 +501,8 @@ def test_loss_rejects_strategies_that_do_not_fit_the_world() -> None:
 def test_loss_rejects_invalid_models_and_masks() -> None:
     with pytest.raises(TypeError, match=r"model must have a method loss_terms or loss, got Linear"):
         DataParallelLoss(nn.Linear(2, 2), World(), strategy="single")
+    with pytest.raises(TypeError, match=r"unused_parameters must be a bool, got unused_parameters='no'"):
+        DataParallelLoss(LanguageModel(**SMALL), World(), strategy="single", unused_parameters="no")
     loss_fn = DataParallelLoss(LanguageModel(**SMALL), World(), strategy="single")
     with pytest.raises(TypeError, match="mask must be a boolean tensor"):
         loss_fn(torch.zeros(2, 5, dtype=torch.long), mask=torch.ones(2, 5, dtype=torch.long))

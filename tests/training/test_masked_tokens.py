@@ -37,4 +37,36 @@ def test_bidirectional_model_learns_masked_tokens() -> None:
 
 def test_probability_outside_its_range_raises() -> None:
     with pytest.raises(ValueError, match=r"probability must lie in \(0, 1\]"):
-        mask_tokens(torch.zeros(1, 3), 1, probability=0)
+        mask_tokens(TOKENS, 1, probability=0)
+
+
+TOKENS = torch.zeros(2, 3, dtype=torch.uint8)
+BAD = {
+    "a float mask token": ({"mask_token": 1.5}, TypeError, "mask_token must be an int, got mask_token=1.5"),
+    "no mask token": ({"mask_token": None}, TypeError, "mask_token must be an int, got mask_token=None"),
+    "a negative mask token": ({"mask_token": -1}, ValueError, "mask_token must be at least 0, got mask_token=-1"),
+    "a large mask token": ({"mask_token": 256}, ValueError, r"mask_token must lie in \[0, 255\], got mask_token=256"),
+    "a string": ({"probability": "0.1"}, TypeError, "probability must be a number, got probability='0.1'"),
+    "float tokens": (
+        {"tokens": TOKENS.float()},
+        TypeError,
+        "tokens must be an integer tensor, got dtype torch.float32",
+    ),
+    "no tokens": ({"tokens": TOKENS[:, :0]}, ValueError, r"tokens must be \(b, n\) with n >= 1, got shape \(2, 0\)"),
+    "one row": ({"tokens": TOKENS[0]}, ValueError, r"tokens must be \(b, n\) .*, got shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
+def test_invalid_arguments_raise(changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mask_tokens(**{"tokens": TOKENS, "mask_token": 1, **changes})
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_the_loss_without_valid_tokens_is_0_with_gradient_0(rows: int) -> None:
+    model, tokens = small(causal=False), torch.zeros(rows, 5, dtype=torch.int64)
+    loss = masked_token_loss(model, tokens, 30, mask=torch.zeros(rows, 5, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)

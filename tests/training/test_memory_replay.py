@@ -142,6 +142,8 @@ def test_replay_rejects_invalid_arguments() -> None:
     model = seq2seq()
     with pytest.raises(ValueError, match="segments"):
         memory_replay(model, [], TARGETS)
+    with pytest.raises(TypeError, match=r"segments must be tensors, got list as segments\[1\]"):
+        memory_replay(model, [SEGMENTS[0], [1, 2]], TARGETS[:2])
     with pytest.raises(ValueError, match="targets"):
         memory_replay(model, SEGMENTS)
     with pytest.raises(ValueError, match="targets must hold one per segment, 4, got 3"):

@@ -5,13 +5,17 @@ Paper: Query-Key Normalization for Transformers, https://arxiv.org/abs/2010.0424
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from attention_zoo._checks import check_floats, check_in, check_int
 from attention_zoo.ops.cosine_sim.fused_norm import unit
+from attention_zoo.ops.documents import Documents, documents_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
-from attention_zoo.ops.softmax import Bias, check_qkv, softmax_attention, split_mask
+from attention_zoo.ops.softmax import Bias, check_options, check_qkv, softmax_attention, split_mask
 
 __all__ = ["cosine_sim_attention", "l2_normalize"]
 
@@ -30,10 +34,14 @@ def l2_normalize(x: Tensor, *, groups: int = 1, eps: float | None = None, impl: 
         (..., e) in the dtype of `x`; the norm is computed in at least float32.
 
     Raises:
-        ValueError: `groups` does not divide e, or `impl` is unknown.
+        TypeError: `x` is not floating point, `groups` not an int, or `eps` not a number.
+        ValueError: `groups` does not divide e, `eps` is negative or not finite, or `impl` is unknown.
     """
     impl = choose(impl, ("fused",))
+    check_floats(x=x)
     _check_groups(groups, x)
+    if eps is not None:
+        check_in("[0, inf)", eps=eps)
     eps = _smallest_norm(x) if eps is None else eps
     with no_autocast(x):
         if impl == "reference":
@@ -56,6 +64,7 @@ def cosine_sim_attention(
     groups: int = 1,
     eps: float | None = None,
     dropout: float = 0.0,
+    document_ids: Tensor | Documents | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """out_i = sum_j softmax_j(scale q^_i . k^_j + bias_ij) v_j, with q^, k^ = q, k l2-normalised in slices of features.
@@ -73,6 +82,7 @@ def cosine_sim_attention(
         groups: number of slices of the features, normalised separately; scores then lie in scale * [-groups, groups].
         eps: see `l2_normalize`.
         dropout: dropout probability of the weights. Pass 0 outside training.
+        document_ids: see `softmax_attention`; for a 4-D `q`.
         impl: as in `softmax_attention`.
 
     Returns:
@@ -80,9 +90,22 @@ def cosine_sim_attention(
         0, with zero gradient.
 
     Raises:
-        TypeError: the dtype of an argument is wrong.
-        ValueError: the shapes of the arguments do not fit, or `impl` is unknown.
+        TypeError: the type or the dtype of an argument is wrong.
+        ValueError: the shapes of the arguments do not fit, a number is outside its range, or `impl` is unknown.
     """
+    if document_ids is not None:
+        rows = partial(
+            cosine_sim_attention,
+            causal=causal,
+            bias=bias,
+            scale=scale,
+            groups=groups,
+            eps=eps,
+            dropout=dropout,
+            impl=impl,
+        )
+        documents = documents_of(document_ids, q, k)
+        return documents.apply(rows, q, k, v, mask=mask, causal=causal, whole=bias is not None)
     impl = choose(impl, ("sdpa", "tiled"))
     merged = q.ndim == 3
     if merged and k.ndim == 4:
@@ -96,6 +119,9 @@ def cosine_sim_attention(
         check_qkv(q, k, v)
         mask, bias = split_mask(mask, bias, q, k)
         _check_groups(groups, q)
+        check_options(causal, scale, dropout)
+        if eps is not None:
+            check_in("[0, inf)", eps=eps)
         eps = _smallest_norm(q) if eps is None else eps
         from attention_zoo.ops.cosine_sim import reference
 
@@ -111,5 +137,6 @@ def _smallest_norm(x: Tensor) -> float:
 
 
 def _check_groups(groups: int, x: Tensor) -> None:
+    check_int(0, groups=groups)
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups must divide the features of a head, got {groups=} and {x.shape[-1]} features")

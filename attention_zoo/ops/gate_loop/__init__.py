@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attention_zoo.ops.documents import Documents, as_documents
 from attention_zoo.ops.gate_loop import recurrence
 from attention_zoo.ops.gate_loop.channel import fused_channel_gate_loop
 from attention_zoo.ops.gate_loop.chunked import chunked_gate_loop, decay
@@ -46,7 +47,14 @@ class GateLoop(NamedTuple):
 
 
 def gate_loop(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *, state: Tensor | None = None, impl: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    *,
+    state: Tensor | None = None,
+    document_ids: Tensor | Documents | None = None,
+    impl: str = "auto",
 ) -> GateLoop:
     """state_t = a_t state_{t-1} + k_t v_t^T, y_t = q_t^T Re(state_t), computed in at least float32.
 
@@ -57,6 +65,8 @@ def gate_loop(
         q, k, v: (b, h, n, e), (b, h, n, e), (b, h, n, e_v), floating point.
         gate: gates a, (b, h, n) complex with 0 <= |a| <= 1. A gate of exactly 0 resets the state.
         state: initial hidden state, (b, h, e, e_v), complex128 for float64 inputs, otherwise complex64. None: zeros.
+        document_ids: (b, n) int, for packed rows: the state is reset at the start of every document, a maximal run of
+            equal ids; see `Documents`.
         impl: "auto", "reference" (loop over time, twice differentiable) or "chunked" (matrix products in chunks of 64
             tokens; a second derivative raises RuntimeError).
 
@@ -76,6 +86,8 @@ def gate_loop(
             f"gate must be (b, h, n) as q, k and v are, with n >= 1, got shapes {tuple(gate.shape)}, "
             f"{tuple(q.shape)} and {tuple(v.shape)}"
         )
+    if document_ids is not None:
+        gate = gate.masked_fill(_starts(document_ids, q[:, 0])[:, None], 0.0)
     dtype = complex_of(q.dtype)
     state = _initial_state(state, "(b, h, e, e_v)", (*q.shape[:2], q.shape[3], v.shape[3]), dtype, q.device)
     with no_autocast(q):
@@ -99,6 +111,7 @@ def channel_gate_loop(
     *,
     mask: Tensor | None = None,
     state: Tensor | None = None,
+    document_ids: Tensor | Documents | None = None,
     impl: str = "auto",
 ) -> GateLoop:
     """Gate loop over heads of size 1, including the gates, computed in at least float32.
@@ -113,6 +126,7 @@ def channel_gate_loop(
             z = 0, where its gradient is 0.
         mask: (b, n) bool, True = a valid token. Masked tokens leave the state unchanged.
         state: initial hidden state, (b, d), complex128 for float64 inputs, otherwise complex64. None: zeros.
+        document_ids: (b, n) int; see `gate_loop`.
         impl: "reference" (loop over time, twice differentiable), "scan" (torch operators), "numba" (a single pass on
             the CPU; requires the extra `fast`) or "auto" (numba where it is available, otherwise the scan). A second
             derivative of the fast implementations raises RuntimeError.
@@ -135,18 +149,26 @@ def channel_gate_loop(
         raise ValueError(f"z must be (b, n, d, 2) = {(*q.shape, 2)}, got shape {tuple(z.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != q.shape[:2]):
         raise ValueError(f"mask must be (b, n) = {tuple(q.shape[:2])} bool, got {tuple(mask.shape)} {mask.dtype}")
+    starts = None if document_ids is None else _starts(document_ids, q)
     state = _initial_state(state, "(b, d)", (q.shape[0], q.shape[2]), complex_of(q.dtype), q.device)
     with no_autocast(q):
         if impl != "reference":
-            return GateLoop(*fused_channel_gate_loop(q, k, v, z, mask, state, _fast_impl(impl, q)))
+            return GateLoop(*fused_channel_gate_loop(q, k, v, z, mask, starts, state, _fast_impl(impl, q)))
         from attention_zoo.ops.gate_loop.reference import channel_gate_loop_reference
 
         q, k, wide, z = at_least_float32(q), at_least_float32(k), at_least_float32(v), at_least_float32(z)
-        out, state = channel_gate_loop_reference(q, k, wide, z, mask, state)
+        out, state = channel_gate_loop_reference(q, k, wide, z, mask, starts, state)
         return GateLoop(out.to(v.dtype), state)
 
 
-def linear_recurrence(a: Tensor, x: Tensor, *, state: Tensor | None = None, impl: str = "auto") -> GateLoop:
+def linear_recurrence(
+    a: Tensor,
+    x: Tensor,
+    *,
+    state: Tensor | None = None,
+    document_ids: Tensor | Documents | None = None,
+    impl: str = "auto",
+) -> GateLoop:
     """state_t = a_t state_{t-1} + x_t for each feature, computed in at least float32.
 
     Time and memory O(n d); a and the states are saved for backward.
@@ -155,6 +177,7 @@ def linear_recurrence(a: Tensor, x: Tensor, *, state: Tensor | None = None, impl
         a: gates, (b, n, d) with |a| <= 1. A gate of exactly 0 resets the state.
         x: (b, n, d), in the dtype of a: floating point or complex.
         state: initial hidden state, (b, d), in the dtype of x, float32 for half precision. None: zeros.
+        document_ids: (b, n) int; see `gate_loop`.
         impl: "reference" (loop over time, twice differentiable), "scan" (two levels of about sqrt(n) steps each, or a
             single level where one step is enough work), "numba" (a single pass on the CPU; requires the extra `fast`)
             or "auto" (numba where it is available, otherwise the scan). A second derivative of the fast implementations
@@ -173,6 +196,8 @@ def linear_recurrence(a: Tensor, x: Tensor, *, state: Tensor | None = None, impl
         raise TypeError(f"a and x must be of one floating or complex dtype, got {a.dtype} and {x.dtype}")
     if x.ndim != 3 or a.shape != x.shape or not x.shape[1]:
         raise ValueError(f"a and x must be (b, n, d) with n >= 1, got shapes {tuple(a.shape)} and {tuple(x.shape)}")
+    if document_ids is not None:
+        a = a.masked_fill(_starts(document_ids, x)[..., None], 0.0)
     a, wide = at_least_float32(a), at_least_float32(x)
     state = _initial_state(state, "(b, d)", (x.shape[0], x.shape[2]), wide.dtype, x.device)
     with no_autocast(x):
@@ -185,12 +210,21 @@ def linear_recurrence(a: Tensor, x: Tensor, *, state: Tensor | None = None, impl
         return GateLoop(out.to(x.dtype), out[:, -1])
 
 
-def gate_loop_weights(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
+def gate_loop_weights(q: Tensor, k: Tensor, gate: Tensor, *, document_ids: Tensor | Documents | None = None) -> Tensor:
     """Weights of the gate loop on the values, (b, h, i, j): (q_i k_j) Re(a_{j+1} ... a_i), 0 for j > i."""
+    if document_ids is not None:
+        gate = gate.masked_fill(_starts(document_ids, q[:, 0])[:, None], 0.0)
     with no_autocast(q):
         scores = at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
         weights = scores * decay(torch.view_as_real(gate.to(complex_of(q.dtype))))
     return weights.to(q.dtype)
+
+
+def _starts(document_ids: Tensor | Documents, x: Tensor) -> Tensor:
+    """(b, n) bool, True = the first token of a document; x is (b, n, ...)."""
+    documents = as_documents(document_ids, x)
+    assert documents is not None
+    return documents.starts
 
 
 def _initial_state(
@@ -198,8 +232,12 @@ def _initial_state(
 ) -> Tensor:
     if state is None:
         return torch.zeros(shape, dtype=dtype, device=device)
+    if not isinstance(state, Tensor):
+        raise TypeError(f"state must be a tensor, got {type(state).__name__}")
     if state.shape != shape:
         raise ValueError(f"state must be {axes} = {shape}, got shape {tuple(state.shape)}")
+    if state.device != device:
+        raise ValueError(f"state must be on the device of the inputs, {device}, got {state.device}")
     if state.dtype != dtype:
         raise TypeError(f"state must be of dtype {dtype}, in which the recurrence is computed, got {state.dtype}")
     return state

@@ -27,6 +27,7 @@ class ChannelInputs(NamedTuple):
 
     q, k, v: (b, n, d); z: (b, n, d, 2); all of one floating dtype.
     mask: (b, n) bool, True = a valid token.
+    starts: (b, n) bool, True = a token before which the state is reset.
     state: initial state, (b, d) complex.
     impl: "scan" or "numba".
     """
@@ -36,31 +37,39 @@ class ChannelInputs(NamedTuple):
     v: Tensor
     z: Tensor
     mask: Tensor | None
+    starts: Tensor | None
     state: Tensor
     impl: str
 
 
 def fused_channel_gate_loop(
-    q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor | None, state: Tensor, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    z: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    state: Tensor,
+    impl: str,
 ) -> list[Tensor]:
     """The outputs (b, n, d) and the final state (b, d); arguments as in `ChannelInputs`."""
-    return _operator(ChannelInputs(q, k, v, z, mask, state, impl))
+    return _operator(ChannelInputs(q, k, v, z, mask, starts, state, impl))
 
 
 def _forward(inputs: ChannelInputs) -> tuple[Tensor, Tensor]:
     q, k, v, z = (at_least_float32(tensor) for tensor in inputs[:4])
-    mask, state, dtype = inputs.mask, inputs.state, inputs.v.dtype
+    mask, starts, state, dtype = inputs.mask, inputs.starts, inputs.state, inputs.v.dtype
     if inputs.impl == "numba":
         planes, out = _planes(state), torch.empty_like(q, memory_format=torch.contiguous_format)
         kernels = gate_loop_kernels(q.dtype == torch.float64)
-        kernels.forward(*_arrays(q, k, v, z), _mask_array(mask), planes.numpy(), out.numpy())
+        kernels.forward(*_arrays(q, k, v, z), _mask_array(mask), _mask_array(starts), planes.numpy(), out.numpy())
         return out.to(dtype), torch.complex(*planes.unbind(1))
     out, state = v.new_empty(v.shape, dtype=dtype), state.clone()
-    tokens = max(1, PIECE // max(1, q.shape[0] * q.shape[2])) if q.device.type == "cpu" else q.shape[1]
-    for start in range(0, q.shape[1], tokens):
-        part = slice(start, start + tokens)
-        valid = None if mask is None else mask[:, part]
-        states = recur(*_gates_and_inputs(k[:, part], v[:, part], z[:, part], valid), state, "scan")
+    size = max(1, PIECE // max(1, q.shape[0] * q.shape[2])) if q.device.type == "cpu" else q.shape[1]
+    for start in range(0, q.shape[1], size):
+        part = slice(start, start + size)
+        valid, reset = (None if tokens is None else tokens[:, part] for tokens in (mask, starts))
+        states = recur(*_gates_and_inputs(k[:, part], v[:, part], z[:, part], valid, reset), state, "scan")
         out[:, part] = q[:, part] * states.real
         state = states[:, -1].clone()
     return out, state
@@ -70,12 +79,12 @@ def _backward(inputs: ChannelInputs, outputs: Sequence[Tensor], gradients: Seque
     grad_out, q, k, v, z = (at_least_float32(tensor) for tensor in (gradients[0], *inputs[:4]))
     grad_state = gradients[1]
     if inputs.impl == "scan":
-        return _scan_backward(grad_out, grad_state, q, k, v, z, inputs.mask, inputs.state)
+        return _scan_backward(grad_out, grad_state, q, k, v, z, inputs.mask, inputs.starts, inputs.state)
     planes = _planes(grad_state)
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v, z)]
     gate_loop_kernels(q.dtype == torch.float64).backward(
-        *_arrays(grad_out, q, k, v, z), _mask_array(inputs.mask), _planes(inputs.state).numpy(), *_arrays(*grads),
-        planes.numpy(),
+        *_arrays(grad_out, q, k, v, z), _mask_array(inputs.mask), _mask_array(inputs.starts),
+        _planes(inputs.state).numpy(), *_arrays(*grads), planes.numpy(),
     )  # fmt: skip
     return *grads, torch.complex(*planes.unbind(1))
 
@@ -88,9 +97,10 @@ def _scan_backward(
     v: Tensor,
     z: Tensor,
     mask: Tensor | None,
+    starts: Tensor | None,
     state: Tensor,
 ) -> tuple[Tensor, ...]:
-    gate, kv = _gates_and_inputs(k, v, z, mask)
+    gate, kv = _gates_and_inputs(k, v, z, mask, starts)
     states = recur(gate, kv, state, "scan")
     grad_states = torch.complex(q * grad_out, torch.zeros_like(q))
     grad_states[:, -1] += grad_state
@@ -99,6 +109,8 @@ def _scan_backward(
     if mask is not None:
         grad_kv = grad_kv.masked_fill(~mask[..., None], 0.0)
         grad_gate = grad_gate.masked_fill(~mask[..., None], 0.0)
+    if starts is not None:
+        grad_gate = grad_gate.masked_fill(starts[..., None], 0.0)
     return grad_out * states.real, v * grad_kv, k * grad_kv, unit_gate_gradient(z, grad_gate), grad_state
 
 
@@ -111,12 +123,16 @@ _operator = register_operator(
 )
 
 
-def _gates_and_inputs(k: Tensor, v: Tensor, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """a and k v, (b, n, d) complex; 1 and 0 at masked tokens."""
+def _gates_and_inputs(
+    k: Tensor, v: Tensor, z: Tensor, mask: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """a and k v, (b, n, d) complex; 1 and 0 at masked tokens, and a is 0 where the state is reset."""
     gate, kv = unit_gate(z), k * v
     if mask is not None:
         gate = torch.where(mask[..., None], gate, torch.ones_like(gate))
         kv = kv.masked_fill(~mask[..., None], 0.0)
+    if starts is not None:
+        gate = gate.masked_fill(starts[..., None], 0.0)
     return gate, torch.complex(kv, torch.zeros_like(kv))
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
-SMALLEST = 1e-300  # magnitude that replaces 0 under the logarithm; a product with it is 0 in float32
+SMALLEST = 1e-300  # the smallest magnitude under the logarithm; a product with it is 0 in float32
+LOG_OF_ZERO = -2000.0  # its exponential is 0 in float64 too, and sums of a few keep their precision
 
 
 def unit_gate(z: Tensor) -> Tensor:
@@ -49,14 +50,14 @@ def unit_gate_gradient(z: Tensor, grad_gate: Tensor) -> Tensor:
 
 
 def log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-magnitude and phase (...) of gates (..., 2), in float64. Gates of 0 get log(SMALLEST), 0 and no gradient.
+    """Log-magnitude and phase (...) of gates (..., 2), in float64. Gates of 0 get LOG_OF_ZERO, 0 and no gradient.
 
     float64, because cumulative sums of logarithms of small gates reach values whose differences float32 would round.
     """
     re, im = (part.double() for part in gate.unbind(-1))  # separate tensors, see `unit_gate`
     zero = (re == 0) & (im == 0)
     re = re.masked_fill(zero, 1.0)
-    log = torch.hypot(re, im).clamp(min=SMALLEST).log().masked_fill(zero, math.log(SMALLEST))
+    log = torch.hypot(re, im).clamp(min=SMALLEST).log().masked_fill(zero, LOG_OF_ZERO)
     return log, torch.atan2(im, re)
 
 

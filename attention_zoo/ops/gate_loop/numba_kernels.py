@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 class GateLoopKernels(NamedTuple):
     """The compiled loops of the gate loop over heads of size 1, for one dtype.
 
-    forward: (q, k, v, z, mask, state, out); `state` holds the initial state and is overwritten by the final one.
-    backward: (grad_out, q, k, v, z, mask, state, grad_q, grad_k, grad_v, grad_z, grad_state); `state` is the initial
-        state, and `grad_state` holds the gradient of the final state and is overwritten by that of the initial one.
+    forward: (q, k, v, z, mask, starts, state, out); `state` holds the initial state and is overwritten by the final
+        one.
+    backward: (grad_out, q, k, v, z, mask, starts, state, grad_q, grad_k, grad_v, grad_z, grad_state); `state` is the
+        initial state, and `grad_state` holds the gradient of the final state and is overwritten by that of the initial
+        one.
 
-    Shapes: q, k, v, out (b, n, d); z (b, n, 2 d), real and imaginary part of a feature side by side; mask (b, n), or
-    (0, 0) for none; state (b, 2, d), real, then imaginary part.
+    Shapes: q, k, v, out (b, n, d); z (b, n, 2 d), real and imaginary part of a feature side by side; mask and
+    starts (b, n), or (0, 0) for none; state (b, 2, d), real, then imaginary part.
     """
 
     forward: Callable[..., None]
@@ -74,10 +76,12 @@ def gate_loop_kernels(double: bool) -> GateLoopKernels:
         for c in range(w.shape[1]):
             w[0, c], w[1, c], w[2, c], w[3, c], w[4, c], w[5, c] = polar(z[2 * c], z[2 * c + 1])
 
-    def forward(q: Any, k: Any, v: Any, z: Any, mask: Any, state: Any, out: Any) -> None:
+    def forward(q: Any, k: Any, v: Any, z: Any, mask: Any, starts: Any, state: Any, out: Any) -> None:
         b, n, d = q.shape
         for row in range(b):
             for t in range(n):
+                if starts.size and starts[row, t]:
+                    state[row] = zero
                 if mask.size and not mask[row, t]:
                     for c in range(d):
                         out[row, t, c] = q[row, t, c] * state[row, 0, c]
@@ -91,7 +95,7 @@ def gate_loop_kernels(double: bool) -> GateLoopKernels:
                     out[row, t, c] = q[row, t, c] * new
 
     def backward(
-        grad_out: Any, q: Any, k: Any, v: Any, z: Any, mask: Any, state: Any,
+        grad_out: Any, q: Any, k: Any, v: Any, z: Any, mask: Any, starts: Any, state: Any,
         grad_q: Any, grad_k: Any, grad_v: Any, grad_z: Any, grad_state: Any,
     ) -> None:  # fmt: skip
         b, n, d = q.shape
@@ -101,8 +105,17 @@ def gate_loop_kernels(double: bool) -> GateLoopKernels:
         for row in range(b):
             states[0] = state[row]
             for t in range(n):
+                reset = starts.size and starts[row, t]
                 if mask.size and not mask[row, t]:
-                    states[t + 1] = states[t]
+                    if reset:
+                        states[t + 1] = zero
+                    else:
+                        states[t + 1] = states[t]
+                    continue
+                if reset:
+                    for c in range(d):
+                        states[t + 1, 0, c] = k[row, t, c] * v[row, t, c]
+                        states[t + 1, 1, c] = zero
                     continue
                 gates(z[row, t], w)
                 for c in range(d):
@@ -112,14 +125,17 @@ def gate_loop_kernels(double: bool) -> GateLoopKernels:
                     states[t + 1, 1, c] = w[0, c] * states[t, 1, c] + w[1, c] * states[t, 0, c]
             for back in range(n):
                 t = n - 1 - back
+                reset = starts.size and starts[row, t]
                 if mask.size and not mask[row, t]:
                     for c in range(d):
-                        grad_q[row, t, c] = grad_out[row, t, c] * states[t, 0, c]
+                        grad_q[row, t, c] = grad_out[row, t, c] * states[t + 1, 0, c]
                         grad_state[row, 0, c] += q[row, t, c] * grad_out[row, t, c]
                         grad_k[row, t, c] = zero
                         grad_v[row, t, c] = zero
                         grad_z[row, t, 2 * c] = zero
                         grad_z[row, t, 2 * c + 1] = zero
+                    if reset:
+                        grad_state[row] = zero
                     continue
                 for c in range(d):
                     grad_q[row, t, c] = grad_out[row, t, c] * states[t + 1, 0, c]
@@ -128,6 +144,10 @@ def gate_loop_kernels(double: bool) -> GateLoopKernels:
                 for c in range(d):
                     grad_k[row, t, c] = v[row, t, c] * grad[0, c]
                     grad_v[row, t, c] = k[row, t, c] * grad[0, c]
+                if reset:
+                    grad_state[row] = zero
+                    grad_z[row, t] = zero
+                    continue
                 gates(z[row, t], w)
                 for c in range(d):
                     # gradient of the gate, and its part along z, where the derivative of the gate is sigma'

@@ -22,7 +22,7 @@ def gate_loop_reference(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Te
 
 
 def channel_gate_loop_reference(
-    q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor | None, state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor | None, starts: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """state_t = a_t state_{t-1} + k_t v_t, y_t = q_t Re(state_t), a_t = sigma(|z_t|) e^{i arg z_t}."""
     z = torch.complex(z[..., 0], z[..., 1])
@@ -33,6 +33,8 @@ def channel_gate_loop_reference(
     if mask is not None:
         gate = gate.masked_fill(~mask[..., None], 1.0)
         kv = kv.masked_fill(~mask[..., None], 0.0)
+    if starts is not None:
+        gate = gate.masked_fill(starts[..., None], 0.0)
     states = linear_recurrence_reference(gate, kv, state)
     return q * states.real, states[:, -1]
 

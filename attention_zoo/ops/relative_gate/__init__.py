@@ -5,14 +5,18 @@ Paper: GateLoop, https://arxiv.org/abs/2311.01927
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from attention_zoo._checks import check_flag
+from attention_zoo.ops.documents import Documents, documents_of
 from attention_zoo.ops.gate_loop import complex_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.relative_gate.tiled import tiled_relative_gate_attention, tiled_relative_gate_weights
-from attention_zoo.ops.softmax import check_qkv
+from attention_zoo.ops.softmax import check_options, check_qkv
 
 __all__ = ["relative_gate_attention", "relative_gate_weights"]
 
@@ -26,6 +30,7 @@ def relative_gate_attention(
     mask: Tensor | None = None,
     softmax: bool = True,
     dropout: float = 0.0,
+    document_ids: Tensor | Documents | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """out_i = sum_j w_ij v_j over j <= i, w = softmax(sim) or sim itself.
@@ -43,6 +48,7 @@ def relative_gate_attention(
         mask: (b, j) bool, True = a valid token. The gates of masked tokens are taken as 1.
         softmax: whether the weights are the softmax of the scores, or the scores.
         dropout: probability of dropping a weight.
+        document_ids: (b, n) int, for packed rows of n = i = j tokens; see `Documents`.
         impl: "auto", "reference" (all scores at once, twice differentiable) or "tiled" (query tiles; a second
             derivative raises RuntimeError).
 
@@ -50,11 +56,17 @@ def relative_gate_attention(
         (b, h, i, e_v) in the dtype of v.
 
     Raises:
-        TypeError: `gate` is not complex.
-        ValueError: shapes do not match, or e is odd.
+        TypeError: `gate` is not complex, `softmax` not a bool, or `dropout` not a number.
+        ValueError: shapes do not match, e is odd, or `dropout` is outside [0, 1].
     """
+    if document_ids is not None:
+        gate = _check_gate(q, k, gate, mask)
+        rows = partial(relative_gate_attention, softmax=softmax, dropout=dropout, impl=impl)
+        return documents_of(document_ids, q, k).apply(rows, q, k, v, gate, mask=mask, causal=True)
     impl = choose(impl, ("tiled",))
     check_qkv(q, k, v)
+    check_options(True, 1.0, dropout)
+    check_flag(softmax=softmax)
     gate = _check_gate(q, k, gate, mask)
     with no_autocast(q):
         args = at_least_float32(q), at_least_float32(k), at_least_float32(v), gate, mask, softmax, dropout
@@ -66,10 +78,18 @@ def relative_gate_attention(
 
 
 def relative_gate_weights(
-    q: Tensor, k: Tensor, gate: Tensor, *, mask: Tensor | None = None, softmax: bool = True
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor,
+    *,
+    mask: Tensor | None = None,
+    softmax: bool = True,
+    document_ids: Tensor | Documents | None = None,
 ) -> Tensor:
     """Weights (b, h, i, j) of `relative_gate_attention` on the values; the arguments have the same meaning."""
     gate = _check_gate(q, k, gate, mask)
+    if document_ids is not None:
+        mask = documents_of(document_ids, q, k).mask_pairs(mask)
     with no_autocast(q):
         weights = tiled_relative_gate_weights(at_least_float32(q), at_least_float32(k), gate, mask, softmax)
         return weights.to(q.dtype)
@@ -86,4 +106,6 @@ def _check_gate(q: Tensor, k: Tensor, gate: Tensor, mask: Tensor | None) -> Tens
             f"{tuple(gate.shape)}, {tuple(q.shape)} and {tuple(k.shape)}"
         )
     gate = gate.to(complex_of(q.dtype))
-    return gate if mask is None else torch.where(mask[:, None, :, None], gate, torch.ones_like(gate))
+    if mask is None or mask.ndim == 4:  # of documents, whose gates at masked tokens are 1 already
+        return gate
+    return torch.where(mask[:, None, :, None], gate, torch.ones_like(gate))

@@ -5,9 +5,14 @@ Papers: Attention Is All You Need, https://arxiv.org/abs/1706.03762; grouped que
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from attention_zoo._checks import check_flag, check_in
+from attention_zoo.ops.documents import Documents, documents_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.softmax.bias import Bias, DistanceBias, check_bias, split_mask
 from attention_zoo.ops.softmax.distance_bias import distance_biased_attention
@@ -18,6 +23,7 @@ __all__ = [
     "Bias",
     "DistanceBias",
     "check_bias",
+    "check_options",
     "check_qkv",
     "repeat_heads",
     "softmax_attention",
@@ -36,6 +42,7 @@ def softmax_attention(
     bias: Bias | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    document_ids: Tensor | Documents | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """out_i = sum_j softmax_j(scale q_i . k_j + bias_ij) v_j over the allowed keys j, in at least float32 inside.
@@ -53,6 +60,8 @@ def softmax_attention(
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`; differentiable.
         scale: factor of the scores; e^-0.5 if None.
         dropout: dropout probability of the weights. Pass 0 outside training.
+        document_ids: (b, n) int, for packed rows of n = i = j tokens: a query attends to keys of its own document,
+            a maximal run of equal ids; see `Documents`. Costs the sum over the documents on the CPU without `bias`.
         impl: "auto", "reference" (full score matrix, twice differentiable), "sdpa" (torch's fused kernels) or
             "tiled" (query tiles, recomputed in backward: memory O(n) where `bias` is learned).
 
@@ -60,13 +69,18 @@ def softmax_attention(
         (b, h, i, e_v) in the dtype of `v`. A query without an allowed key gets exactly 0, with zero gradient.
 
     Raises:
-        TypeError: the dtype of an argument is wrong.
-        ValueError: the shapes of the arguments do not fit, or `impl` is unknown.
+        TypeError: the type or the dtype of an argument is wrong.
+        ValueError: the shapes of the arguments do not fit, a number is outside its range, or `impl` is unknown.
     """
+    if document_ids is not None:
+        rows = partial(softmax_attention, causal=causal, bias=bias, scale=scale, dropout=dropout, impl=impl)
+        documents = documents_of(document_ids, q, k)
+        return documents.apply(rows, q, k, v, mask=mask, causal=causal, whole=bias is not None)
     impl = choose(impl, ("sdpa", "tiled"))
     check_qkv(q, k, v)
     mask, bias = split_mask(mask, bias, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_options(causal, scale, dropout)
     if impl == "auto":
         # a causal tile ends at the last key of its last query, which pays for a distance bias without gradients too
         shorter = causal and isinstance(bias, DistanceBias) and not dropout
@@ -106,18 +120,39 @@ def _needs_grad(bias: Bias | None) -> bool:
     return values is not None and values.requires_grad and torch.is_grad_enabled()
 
 
+def check_options(causal: bool, scale: float, dropout: float) -> None:
+    """Check the options of an attention operation; not in a compiled function, where they may be symbols.
+
+    Raises:
+        TypeError: `causal` is not a bool, or `scale` or `dropout` is not a number.
+        ValueError: `scale` is not finite, or `dropout` is outside [0, 1].
+    """
+    if torch.compiler.is_compiling():
+        return
+    check_flag(causal=causal)
+    if not isinstance(scale, float) or not math.isfinite(scale):
+        check_in("(-inf, inf)", scale=scale)
+    if dropout != 0.0:
+        check_in("[0, 1]", dropout=dropout)
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check that q, k and v fit each other.
 
     Raises:
-        TypeError: q, k, v are not floating point or not of one dtype.
-        ValueError: a tensor is not (b, h, n, e), or batch, number of keys, features or heads differ.
+        TypeError: q, k, v are not dense floating point tensors of one dtype.
+        ValueError: a tensor is not (b, h, n, e), or device, batch, number of keys, features or heads differ.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            kind = f"layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a dense tensor, got {kind}")
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (b, h, n, e), got shape {tuple(tensor.shape)}")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must be of one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must have the same number of features, got {q.shape[-1]} and {k.shape[-1]}")
     if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:

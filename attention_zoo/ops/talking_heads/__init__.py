@@ -6,15 +6,16 @@ Papers: Talking-Heads Attention, https://arxiv.org/abs/2003.02436; over the head
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_fraction
+from attention_zoo._checks import check_fraction, check_int
+from attention_zoo.ops.documents import Documents, documents_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.masks import check_mask
-from attention_zoo.ops.softmax import check_qkv, split_mask
+from attention_zoo.ops.softmax import check_options, check_qkv, split_mask
 from attention_zoo.ops.talking_heads.diversity import DiversityInputs, tiled_diversity
 from attention_zoo.ops.talking_heads.tiled import TalkingHeadsInputs, tiled_talking_heads
 from attention_zoo.ops.tiling import dropout_seed
@@ -58,6 +59,7 @@ def talking_heads_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    document_ids: Tensor | Documents | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """post_softmax(softmax(pre_softmax(scale * q k^T) + mask)) v, which mix the maps of all heads.
@@ -75,6 +77,7 @@ def talking_heads_attention(
             additive: added to the mixed scores, -inf = masked; differentiable.
         scale: factor of the scores. None: e^-0.5.
         dropout: dropout probability of the weights, before `post_softmax`. Pass 0 outside training.
+        document_ids: (b, n) int; see `softmax_attention`.
         impl: "auto", "reference" (all maps at once, twice differentiable) or "tiled" (query tiles, recomputed in
             backward).
 
@@ -85,8 +88,16 @@ def talking_heads_attention(
         TypeError: a tensor has the wrong dtype, or `pre_softmax` or `post_softmax` is not a `HeadMix`.
         ValueError: a shape does not fit, `dropout` is outside [0, 1), or `impl` is unknown.
     """
+    if document_ids is not None:
+        options: dict[str, Any] = {"causal": causal, "scale": scale, "dropout": dropout, "impl": impl}
+
+        def rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return talking_heads_attention(q, k, v, pre_softmax, post_softmax, mask=mask, **options)
+
+        return documents_of(document_ids, q, k).apply(rows, q, k, v, mask=mask, causal=causal)
     impl = choose(impl, ("tiled",))
     check_qkv(q, k, v)
+    check_options(causal, 1.0 if scale is None else scale, dropout)
     mask, bias = _split_mask(mask, q, k)
     check_fraction(dropout=dropout)
     if k.shape[1] != q.shape[1]:
@@ -162,11 +173,12 @@ def stream_diversity_loss(
         A scalar in [-ln 2, 0]; 0 for one stream.
 
     Raises:
-        TypeError: a tensor has the wrong dtype, or `pre_softmax` is not a `HeadMix`.
+        TypeError: a tensor has the wrong dtype, `pre_softmax` is not a `HeadMix`, or `streams` is not an int.
         ValueError: `streams` does not divide the heads, a shape does not fit, or `impl` is unknown.
     """
     impl = choose(impl, ("tiled",))
     b, heads, n, e = q.shape
+    check_int(0, streams=streams)
     if streams < 1 or heads % streams:
         raise ValueError(f"streams must divide the heads of q, got {streams=} and {heads} heads")
     check_mask(mask, b, heads, n, k.shape[2])
@@ -174,6 +186,7 @@ def stream_diversity_loss(
     if streams == 1:
         return torch.zeros((), dtype=torch.float32, device=q.device)
     scale = e**-0.5 if scale is None else scale
+    check_options(causal, scale, 0.0)
     if impl == "reference":
         from attention_zoo.ops.talking_heads import reference
 
@@ -182,7 +195,7 @@ def stream_diversity_loss(
         )
     (total,) = tiled_diversity(DiversityInputs(q, k, pre, mask, causal, scale, streams))
     pairs = (heads // streams) ** 2 * streams * (streams - 1) / 2
-    queries = b * n if mask is None else mask.sum().clamp(min=1)
+    queries = max(b * n, 1) if mask is None else mask.sum().clamp(min=1)
     return -total / pairs / queries
 
 

@@ -293,6 +293,7 @@ def test_l2_normalize_does_not_overflow_in_float16(impl: str) -> None:
 
 BAD = {
     "groups": ({"groups": 3}, ValueError, r"groups must divide the features of a head, got groups=3 and 8 features"),
+    "groups as a float": ({"groups": 2.0}, TypeError, "groups must be an int, got groups=2.0"),
     "no groups": ({"groups": 0}, ValueError, r"groups must divide .*got groups=0"),
     "q of two axes": ({"q": torch.zeros(5, 8)}, ValueError, r"q must be \(b, h, n, e\)"),
     "merged q beside heads": ({"q": torch.zeros(8, 5, 8)}, ValueError, r"k must have 3 axes where q has 3"),
@@ -330,3 +331,11 @@ def test_a_nan_in_a_query_gives_nan_in_its_output(impl: str, dtype: torch.dtype)
         out = cosine_sim_attention(q, k, v, impl=impl)
         assert out[:, :, -1].isnan().all()
         assert not out[:, :, :-1].isnan().any()
+
+
+def test_an_invalid_eps_raises_and_is_named() -> None:
+    for eps, error in ((-1.0, ValueError), (float("nan"), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="eps must"):
+            l2_normalize(torch.ones(2, 4), eps=eps)
+        with pytest.raises(error, match="eps must"):
+            cosine_sim_attention(*(torch.ones(1, 1, 3, 4) for _ in range(3)), eps=eps, impl="reference")

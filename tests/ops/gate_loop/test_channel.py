@@ -157,3 +157,14 @@ def test_invalid_arguments_raise() -> None:
         channel_gate_loop(q, k, v, z.float())
     with pytest.raises(ValueError, match=r"mask must be \(b, n\) = \(2, 9\) bool"):
         channel_gate_loop(q, k, v, z, mask=torch.ones(2, 8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("impl", ["auto", *FAST])
+def test_an_empty_batch_gives_empty_outputs_and_gradients(impl: str) -> None:
+    for n in (1, 7):
+        q, k, v = (torch.randn(0, n, 5, requires_grad=True) for _ in range(3))
+        z = torch.randn(0, n, 5, 2, requires_grad=True)
+        out, state = channel_gate_loop(q, k, v, z, impl=impl)
+        out.sum().backward()
+        assert out.shape == q.grad.shape == (0, n, 5)
+        assert state.shape == (0, 5)

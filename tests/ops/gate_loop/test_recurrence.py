@@ -85,3 +85,21 @@ def test_tokens_with_many_features_run_step_by_step_and_equal_the_reference() ->
     assert (
         relative_error(linear_recurrence(a, x, impl="scan").out, linear_recurrence(a, x, impl="reference").out) < 1e-14
     )
+
+
+@pytest.mark.parametrize("impl", ["auto", "scan", "numba"])
+def test_an_empty_batch_gives_empty_states_and_gradients(impl: str) -> None:
+    for n in (1, 7):
+        a, x = (torch.rand(0, n, 5, requires_grad=True) for _ in range(2))
+        out, state = linear_recurrence(a, x, impl=impl)
+        out.sum().backward()
+        assert out.shape == a.grad.shape == (0, n, 5)
+        assert state.shape == (0, 5)
+
+
+def test_an_initial_state_that_does_not_fit_raises() -> None:
+    a, x = torch.rand(2, 3, 5), torch.rand(2, 3, 5)
+    with pytest.raises(TypeError, match="state must be a tensor, got list"):
+        linear_recurrence(a, x, state=[0.0])
+    with pytest.raises(ValueError, match="state must be on the device of the inputs, cpu, got meta"):
+        linear_recurrence(a, x, state=torch.zeros(2, 5, device="meta"))

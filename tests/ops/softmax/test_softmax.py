@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 import attention_zoo
-from attention_zoo.ops import DistanceBias, softmax_attention, softmax_attention_weights, tiling
+from attention_zoo.ops import (
+    DistanceBias,
+    cosine_sim_attention,
+    softmax_attention,
+    softmax_attention_weights,
+    talking_heads_attention,
+    tiling,
+)
 from attention_zoo.ops.softmax import distance_bias, sdpa, tiled
 from tests.formulas import allowed_pairs, attend_one_by_one, bias_of_pairs, relative_error
 from tests.ops.fast_code import forbid
@@ -501,3 +508,33 @@ def test_a_nan_in_a_query_gives_nan_in_its_output_when_compiled() -> None:
         q[:, :, 2] = torch.nan
         out = compiled(q, k, v)
         assert torch.equal(out.isnan(), q.isnan())
+
+
+BAD_OPTIONS = {
+    "scale inf": ({"scale": float("inf")}, ValueError, r"scale must lie in \(-inf, inf\), got scale=inf"),
+    "scale nan": ({"scale": float("nan")}, ValueError, "scale must lie in .*got scale=nan"),
+    "scale as a string": ({"scale": "1"}, TypeError, "scale must be a number, got scale='1'"),
+    "dropout above 1": ({"dropout": 1.5}, ValueError, r"dropout must lie in \[0, 1\], got dropout=1.5"),
+    "dropout as a string": ({"dropout": "0.1"}, TypeError, "dropout must be a number, got dropout='0.1'"),
+    "causal as a string": ({"causal": "no"}, TypeError, "causal must be a bool, got causal='no'"),
+    "a list": ({"q": [1.0]}, TypeError, "q must be a dense tensor, got list"),
+    "a sparse tensor": (
+        {"k": torch.ones(1, 1, 3, 4).to_sparse()},
+        TypeError,
+        "k must be a dense tensor, got layout .*coo",
+    ),
+    "another device": ({"v": torch.ones(1, 1, 3, 4, device="meta")}, ValueError, "one device, got cpu, cpu and meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+@pytest.mark.parametrize("operation", [softmax_attention, cosine_sim_attention, talking_heads_attention])
+def test_invalid_options_raise_and_are_named(operation, case: str) -> None:
+    changes, error, message = BAD_OPTIONS[case]
+    inputs = {name: torch.ones(1, 1, 3, 4) for name in ("q", "k", "v")}
+    mixes = {"pre_softmax": None, "post_softmax": None} if operation is talking_heads_attention else {}
+    if operation is cosine_sim_attention and case in ("a list", "a sparse tensor"):
+        return  # it reads the axes of q and normalises k before these checks
+    for impl in ("auto", "reference"):
+        with pytest.raises(error, match=message):
+            operation(**{**inputs, **mixes, **changes}, impl=impl)

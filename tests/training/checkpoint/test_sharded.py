@@ -181,7 +181,7 @@ def no_schedule(parts: dict[str, Any]) -> None:
     ("sizes", "change", "message"),
     [
         ({"dim": 24}, None, r"model\['\S+'\] must be torch.float32 \(256, 24\), got torch.float32 \(256, 16\)"),
-        ({"depth": 2}, None, r"model\['stack\.layers\.1\.\S+'\] must be torch.float32 \(\S+ \S+\), got None"),
+        ({"depth": 2}, None, r"model\['stack\.layers\.1\.\S+'\] must be torch.float32 \(.+\), got None"),
         (
             {"feedforward": None, "ff_dropout": 0.0},
             None,

@@ -219,7 +219,7 @@ def without(field: str):
     ("sizes", "change", "message"),
     [
         ({"dim": 24}, None, r"model\['\S+'\] must be torch.float32 \(256, 24\), got torch.float32 \(256, 16\)"),
-        ({"depth": 2}, None, r"model\['stack\.layers\.1\.\S+'\] must be torch.float32 \(\S+ \S+\), got None"),
+        ({"depth": 2}, None, r"model\['stack\.layers\.1\.\S+'\] must be torch.float32 \(.+\), got None"),
         (
             {"feedforward": None, "ff_dropout": 0.0},
             None,
