@@ -13,6 +13,15 @@ from attention_zoo.models.stack import Stack
 from attention_zoo.saving import SavedModel
 from attention_zoo.saving.encoding import is_plain
 
+# The argument and its value without effect, by the part that it gives to the blocks of a stack.
+UNUSED: dict[str, tuple[str, Any]] = {
+    "heads": ("heads", None),
+    "dim_head": ("dim_head", None),
+    "dropout": ("attn_dropout", 0.0),
+    "rotary": ("positions", None),
+    "bias": ("positions", None),
+}
+
 
 class ComposedModel(SavedModel):
     """A model whose arguments for the blocks follow its stacks, so that they are right after `replace_block` too.
@@ -27,14 +36,17 @@ class ComposedModel(SavedModel):
     def arguments(self) -> dict[str, Any]:
         arguments = super().arguments
         for name, stack in self._own_stacks().items():
-            if stack.is_replaced:
+            if stack.is_replaced and name in arguments:  # a subclass may give the attention itself
                 arguments[name] = _without_fixed(stack, stack.arguments["attention"])
+                if len(self.stacks) == 1:
+                    unused = [UNUSED[part] for part in stack.unused_parts() if part in UNUSED]
+                    arguments |= {argument: value for argument, value in unused if argument in arguments}
         return arguments
 
     def saved_arguments(self) -> dict[str, Any]:
         arguments = self.arguments
         for name, stack in self._own_stacks().items():
-            if not is_plain(arguments.get(name)):
+            if name in arguments and not is_plain(arguments[name]):
                 arguments[name] = _without_fixed(stack, stack.saved_attention())
         return arguments
 
