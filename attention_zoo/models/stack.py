@@ -36,6 +36,7 @@ from attention_zoo.models.layer_specs import (
 from attention_zoo.models.over_streams import OverStreams
 from attention_zoo.ops import TextImageLayout
 from attention_zoo.ops.documents import Documents, as_documents
+from attention_zoo.ops.masks import hide_masked
 from attention_zoo.saving.compare import is_foreign
 from attention_zoo.saving.encoding import PARTS, is_plain
 
@@ -388,6 +389,7 @@ class Stack(RecordsArguments, nn.Module):
         documents = as_documents(document_ids, x)
         inputs = BlockInputs(mask, attn_mask, context, context_mask, documents, context_document_ids)
         self._check_inputs(x, inputs)
+        x = hide_masked(x, mask)
         if self.takes_context and context is None:
             raise ValueError("context must be given to a stack with blocks that read one, got None")
         if self.reversible:
@@ -427,6 +429,7 @@ class Stack(RecordsArguments, nn.Module):
         """
         inputs = BlockInputs(mask, attn_mask, context, context_mask)
         self._check_inputs(x, inputs)
+        x = hide_masked(x, mask)
         sublayers = self.sublayers()
         count = sum(not sub.tokenwise for sub in sublayers)
         if state is not None and (not isinstance(state, StackState) or len(state.blocks) != count):
