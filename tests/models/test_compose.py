@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -630,6 +631,11 @@ def test_talking_heads_mix_all_streams_as_modules_and_replacements(attention: An
     assert torch.equal(MultiStreamTransformer.load(tmp_path).eval()(tokens(2, 9)), model(tokens(2, 9)))
 
 
+def test_a_multi_stream_model_gives_cosine_sim_its_own_scale() -> None:
+    model = MultiStreamTransformer(num_tokens=11, attention=["cosine_sim", "talking_heads"], **SMALL)
+    assert model(tokens(2, 9)).shape == (2, 9, 11)
+
+
 @pytest.mark.parametrize("shared", [{"heads": 2}, {"positions": "t5"}, {"positions": "rotary"}, {"attn_dropout": 0.1}])
 def test_a_shared_argument_that_no_block_takes_after_a_replacement_is_not_saved(shared: Any, tmp_path: Path) -> None:
     model = LanguageModel(num_tokens=11, attention="full", **shared, **SMALL).eval()
@@ -645,7 +651,8 @@ def test_a_subclass_may_pass_on_all_arguments(tmp_path: Path) -> None:
             super().__init__(*args, **options)
             self.head = nn.Linear(extra, extra)
 
-    model = Own(num_tokens=11, extra=5, **SMALL).eval()
+    model = deepcopy(Own(num_tokens=11, extra=5, **SMALL)).eval()
+    replace_block(model, 0, "mean")
     model.save(tmp_path)
     assert torch.equal(Own.load(tmp_path).eval()(tokens(2, 9)), model(tokens(2, 9)))
 
