@@ -25,7 +25,7 @@ from attention_zoo.layers.positions import RelativeBias, RotaryArgument, make_ro
 from attention_zoo.layers.projections import Projections, map_queries_and_keys, merge_heads, split_heads
 from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape, own_mask
 from attention_zoo.ops.documents import Documents, as_documents
-from attention_zoo.ops.masks import combine_masks
+from attention_zoo.ops.masks import combine_masks, hide_masked
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads, softmax_attention, softmax_attention_weights
 from attention_zoo.ops.sparse import Pattern, pattern_attention, pattern_weights
 
@@ -298,6 +298,7 @@ class SelfAttention(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         if documents is None:
             q, k, v = self.project(x, start=0)
             return self.merge(self.attend(q, k, v, combine_masks(mask, attn_mask)), x)
@@ -309,6 +310,7 @@ class SelfAttention(AttentionBlock):
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, KeyValueState]:
         self.check_step(x, state, mask, KeyValueState, attn_mask)
+        x = hide_masked(x, mask)
         q, k, v = self.project(x, start=0 if state is None else state.length)
         if isinstance(state, KeyValueState):
             check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
@@ -404,6 +406,7 @@ class SelfAttention(AttentionBlock):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values and the mask of `attend` and `weights` over whole rows. Arguments as in `forward`."""
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         if documents is None:
             return *self.project(x, start=0), combine_masks(mask, attn_mask)
         return *self.project(x, start=documents.positions), documents.mask_pairs(mask, attn_mask)

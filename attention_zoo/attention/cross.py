@@ -22,7 +22,7 @@ from attention_zoo.layers.state import (
     register_state,
 )
 from attention_zoo.ops.documents import Documents, as_documents
-from attention_zoo.ops.masks import combine_masks, restrict
+from attention_zoo.ops.masks import combine_masks, hide_masked, restrict
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
 
@@ -132,6 +132,7 @@ class CrossAttention(AttentionBlock):
                 `state` comes from another layer or batch size.
         """
         self.check_step(x, state, mask, CrossAttentionState)
+        x = hide_masked(x, mask)
         if isinstance(state, CrossAttentionState):
             if context is not None or context_mask is not None:
                 name = "context_mask" if context is None else "context"
@@ -160,6 +161,7 @@ class CrossAttention(AttentionBlock):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values and the mask of the operation; `documents` are the ids of x and of the context."""
         self.check_inputs(x, mask)
+        x = hide_masked(x, mask)
         k, v = self.project_context(context, context_mask, x)
         pairs = self.masked(x, k, context_mask, attn_mask)
         if (documents[0] is None) != (documents[1] is None):
@@ -184,6 +186,7 @@ class CrossAttention(AttentionBlock):
         check_padding(context_mask, context, name="context_mask")
         if context.shape[0] != x.shape[0]:
             raise ValueError(f"context must have the batch size of x, got {context.shape[0]} and {x.shape[0]}")
+        context = hide_masked(context, context_mask)
         return split_heads(self.to_k(context), self.dim_head), split_heads(self.to_v(context), self.dim_head)
 
     def masked(self, x: Tensor, k: Tensor, context_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:

@@ -29,6 +29,7 @@ from attention_zoo.ops.gate_loop import (
     gate_loop_weights,
     unit_gate,
 )
+from attention_zoo.ops.masks import hide_masked
 
 
 @dataclass
@@ -115,6 +116,7 @@ class GateLoopAttention(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         out, _ = self.recur(*self.project(x), mask, documents=documents)
         if mask is None:
             return self.merge(out, x, None)
@@ -125,6 +127,7 @@ class GateLoopAttention(AttentionBlock):
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, State]:
         self.check_step(x, state, mask, GateLoopState, attn_mask)
+        x = hide_masked(x, mask)
         has_valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.cumsum(1) > 0
         hidden, count = None, None
         if isinstance(state, GateLoopState):
@@ -206,6 +209,7 @@ class GateLoopAttention(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         q, k, _, gate = self.split(*self.project(x), mask)
         return gate_loop_weights(q, k, gate, document_ids=documents)
 
@@ -218,6 +222,7 @@ class GateLoopAttention(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> ValuesAndOutput:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         q, k, v, z = self.project(x)
         out, _ = self.recur(q, k, v, z, mask, documents=documents)
         return ValuesAndOutput(split_heads(v, self.dim_head), split_heads(out, self.dim_head))

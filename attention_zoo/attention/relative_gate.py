@@ -23,6 +23,7 @@ from attention_zoo.layers.projections import merge_heads, split_heads
 from attention_zoo.layers.state import KeyValueState, State, check_state_shape, own_mask, register_state
 from attention_zoo.ops.documents import Documents
 from attention_zoo.ops.gate_loop import complex_of, unit_gate
+from attention_zoo.ops.masks import hide_masked
 from attention_zoo.ops.relative_gate import relative_gate_attention, relative_gate_weights
 
 
@@ -116,6 +117,7 @@ class RelativeGateAttention(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         return self.merge(
             self.attend(*self.project(x, mask, 0 if documents is None else documents.positions), mask, documents), x
         )
@@ -124,6 +126,7 @@ class RelativeGateAttention(AttentionBlock):
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, State]:
         self.check_step(x, state, mask, RelativeGateState, attn_mask)
+        x = hide_masked(x, mask)
         if isinstance(state, RelativeGateState):
             shape = (x.shape[0], self.heads, state.length, self.dim_head)
             check_state_shape(state.cache.keys, "(b, heads, n, dim_head)", shape)
@@ -178,6 +181,7 @@ class RelativeGateAttention(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         q, k, _, gate = self.project(x, mask, 0 if documents is None else documents.positions)
         return relative_gate_weights(q, k, gate, mask=mask, softmax=self.softmax, document_ids=documents)
 
@@ -190,5 +194,6 @@ class RelativeGateAttention(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> ValuesAndOutput:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         q, k, v, gate = self.project(x, mask, 0 if documents is None else documents.positions)
         return ValuesAndOutput(v, self.attend(q, k, v, gate, mask, documents))

@@ -17,6 +17,7 @@ from attention_zoo.layers.norms import LayerNorm, RMSNorm
 from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.documents import Documents
 from attention_zoo.ops.gate_loop import linear_recurrence
+from attention_zoo.ops.masks import hide_masked
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
 
@@ -71,6 +72,7 @@ class SimpleGateLoop(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         out = self.recur(*self.project(x, mask, documents))
         return out if self.post_norm is None else self.post_norm(out)
 
@@ -80,6 +82,7 @@ class SimpleGateLoop(AttentionBlock):
         if self.reverse:
             raise ValueError("step needs reverse=False, got reverse=True, which reads later tokens first")
         self.check_step(x, state, mask, SimpleGateLoopState, attn_mask)
+        x = hide_masked(x, mask)
         q, kv, gate = self.project(x, mask)
         hidden, count = None, None
         if isinstance(state, SimpleGateLoopState):
@@ -122,6 +125,7 @@ class SimpleGateLoop(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         q, _, gate = self.project(x, mask, documents)
         with no_autocast(x):
             if self.reverse:
@@ -143,6 +147,7 @@ class SimpleGateLoop(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> ValuesAndOutput:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        x = hide_masked(x, mask)
         q, kv, gate = self.project(x, mask, documents)
         out = self.recur(q, kv, gate)
         return ValuesAndOutput(kv.transpose(1, 2)[..., None], out.transpose(1, 2)[..., None])

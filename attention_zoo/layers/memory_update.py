@@ -15,7 +15,7 @@ from attention_zoo._checks import check_features, check_has_data, check_int, che
 from attention_zoo.layers.feedforward import FeedForward
 from attention_zoo.layers.norms import LayerNorm
 from attention_zoo.layers.projections import merge_heads, split_heads
-from attention_zoo.ops.masks import key_mask
+from attention_zoo.ops.masks import hide_masked, key_mask
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax import softmax_attention
 
@@ -74,7 +74,7 @@ class MemoryUpdate(nn.Module):
         check_has_data(self, x)
         if memory.shape[0] != x.shape[0]:
             raise ValueError(f"memory must have the batch size of x, got {memory.shape[0]} and {x.shape[0]}")
-        new = self.write(memory, x, mask)
+        new = self.write(memory, hide_masked(x, mask), mask)
         return new if mask is None else torch.where(mask.any(dim=1)[:, None, None], new, memory)
 
     def write(self, memory: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:

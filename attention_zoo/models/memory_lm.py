@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.residual import Norm
-from attention_zoo.layers.state import State, check_state, concat_masks, count_tokens, register_state
+from attention_zoo.layers.state import State, check_state, concat_masks, count_tokens, own_mask, register_state
 from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
 from attention_zoo.models.positions import embed_tokens, position_parts
@@ -212,7 +212,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
             mask = concat_masks(state.mask, mask, x.shape[0], state.features.shape[1], x.shape[1], x.device)
             x = torch.cat((state.features, x), dim=1)
         if x.shape[1] < self.segment_len:
-            return logits, MemoryState(state.memory, token_count, stack, x, mask)
+            return logits, MemoryState(state.memory, token_count, stack, x, own_mask(mask))
         return logits, MemoryState(self.update(state.memory, x, mask=mask), token_count)
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from attention_zoo._checks import check_boolean
 
+HUGE = 1e4  # magnitude of features whose products stay finite in every dtype, float16 included
+
 
 def causal_mask(queries: int, keys: int, *, device: torch.device | None = None) -> Tensor:
     """The keys up to the position of each query.
@@ -44,6 +46,22 @@ def visible(queries: int, keys: int, *, mask: Tensor | None, causal: bool, devic
         return mask
     triangle = causal_mask(queries, keys, device=device)
     return triangle[None, None] if mask is None else mask & triangle
+
+
+def hide_masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Features without the content of masked tokens that could reach valid ones: NaN, infinite and huge numbers are 0.
+
+    A product with a weight of 0 would not remove them, neither in outputs nor in gradients. Other features of masked
+    tokens stay, because outputs at masked tokens are computed from them.
+
+    Args:
+        x: (b, n, d) or (b, s, n, d).
+        mask: (b, n) bool, True = a valid token; None: `x` is returned as it is.
+    """
+    if mask is None:
+        return x
+    valid = mask[..., None] if x.ndim == 3 else mask[:, None, :, None]
+    return torch.where(valid | (x.abs() < HUGE), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def combine_masks(mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
