@@ -529,7 +529,7 @@ def test_embeddings_take_the_place_of_tokens() -> None:
         model(inputs_embeds=torch.zeros(2, 7, 5))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32])
 @pytest.mark.parametrize("name", [*COMPOSED, "Memformer"])
 def test_token_ids_may_have_any_integer_dtype(name: str, dtype: torch.dtype) -> None:
     model, inputs = memformer("full") if name == "Memformer" else (COMPOSED[name](), (tokens(2, 8),))
