@@ -118,7 +118,13 @@ def test_each_defect_of_a_model_fails_the_check(make: Callable[[], nn.Module]) -
 
 
 def test_right_blocks_and_models_pass() -> None:
-    block = check_block(lambda: FullAttention(DIM, bias=RelativeBias(2), **SMALL), dim=DIM, causal=True, effort="quick")
+    block = check_block(
+        lambda: FullAttention(DIM, bias=RelativeBias(2), **SMALL),
+        dim=DIM,
+        causal=True,
+        effort="quick",
+        checks=["packed documents"],
+    )
     assert block["packed documents"].status == PASSED, str(block)
     model = check_model(DocumentModel, num_tokens=NUM_TOKENS, effort="quick", checks=["packed documents"])
     assert model["packed documents"].status == PASSED, str(model)
