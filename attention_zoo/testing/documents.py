@@ -1,4 +1,4 @@
-"""Check of packed documents: a document of a row gets what it gets alone."""
+"""Packed documents: what a block or model computes for a document of a row is what it computes for it alone."""
 
 from __future__ import annotations
 
