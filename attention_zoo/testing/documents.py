@@ -1,4 +1,4 @@
-"""Check of packed documents: what a block or model computes for a document of a row is what it computes for it alone."""
+"""Packed documents: what a block or model computes for a document of a row is what it computes for it alone."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def _check_equal(
     kept = (weight != 0).any(-1, keepdim=True)
     what = f"packed documents differ from separate ones ({padding.where}, {dtype})"
     expect_close(packed * kept, separate * kept, limit, what)
-    got, want = (gradients(block, (out * weight).sum(), x) for out in (packed, separate))
+    leaf = None if subject.takes_tokens else x  # the gradient to the ids of tokens is not exact for single tokens
+    got, want = (gradients(block, (out * weight).sum(), leaf) for out in (packed, separate))
     limit = GRADIENT_ERROR if dtype == torch.float32 else 1e-8
     what = f"the gradient of packed documents to {{}} differs from that of separate ones ({padding.where}, {dtype})"
     expect_gradients_close(got, want, limit, what)

@@ -529,7 +529,7 @@ def test_embeddings_take_the_place_of_tokens() -> None:
         model(inputs_embeds=torch.zeros(2, 7, 5))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32])
 @pytest.mark.parametrize("name", [*COMPOSED, "Memformer"])
 def test_token_ids_may_have_any_integer_dtype(name: str, dtype: torch.dtype) -> None:
     model, inputs = memformer("full") if name == "Memformer" else (COMPOSED[name](), (tokens(2, 8),))
@@ -694,3 +694,10 @@ def test_a_tree_of_drafts_is_decoded_in_one_step() -> None:
     for index in range(2):
         alone, _ = model.step(drafts[:, index : index + 1], state)
         torch.testing.assert_close(both[:, index], alone[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_with_logits_on_the_meta_device_raises() -> None:
+    model = LanguageModel(num_tokens=11, **SMALL)
+    model.to_logits.to("meta")
+    with pytest.raises(RuntimeError, match="Linear must have its parameters loaded, got some on the meta device"):
+        model(tokens(1, 4))
