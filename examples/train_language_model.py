@@ -3,7 +3,7 @@
     python examples/train_language_model.py                                # Python's own sources, about five minutes
     python examples/train_language_model.py --attention full,cosine_sim    # layers, cycled over the depth
     python examples/train_language_model.py --data my_texts --out runs/mine
-    python examples/train_language_model.py --no-packed    # random parts of all text, not whole files packed into rows
+    python examples/train_language_model.py --packed    # whole files packed into rows, not random parts of all text
     python examples/train_language_model.py --resume --out runs/mine       # continue after Ctrl-C, with the same result
     torchrun --nproc-per-node 2 examples/train_language_model.py --strategy ddp    # or fsdp, with the same losses
 
@@ -55,12 +55,7 @@ def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
     add("--heads", type=int, default=4, help="number of heads, of dim / heads features each (%(default)s)")
     add("--seq-len", type=int, default=256, help="bytes per sequence (%(default)s)")
     add("--batch", type=int, default=8, help="sequences per training step (%(default)s)")
-    add(
-        "--packed",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="pack whole files into sequences; otherwise sequences are random parts of all files (%(default)s)",
-    )
+    add("--packed", action="store_true", help="pack whole files into sequences, which then never cross a file's end")
     add("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     add("--steps", type=int, default=2600, help="training steps (%(default)s)")
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
