@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -36,7 +37,9 @@ def own_registry() -> Iterator[None]:
 )
 def test_code_of_the_documentation_runs(code: Code, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.text, f"{code.page}:{code.line}", "exec"), {"__name__": "documentation"})
+    module = ModuleType("documentation")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses and saving look classes up by module
+    exec(compile(code.text, f"{code.page}:{code.line}", "exec"), vars(module))
 
 
 def test_every_block_of_python_code_is_executed() -> None:
