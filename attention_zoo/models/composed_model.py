@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -36,7 +37,7 @@ class ComposedModel(SavedModel):
     def arguments(self) -> dict[str, Any]:
         arguments = super().arguments
         for name, stack in self._own_stacks().items():
-            if stack.is_replaced and name in arguments:  # a subclass may give the attention itself
+            if stack.is_replaced:
                 arguments[name] = _without_fixed(stack, stack.arguments["attention"])
                 if len(self.stacks) == 1:
                     unused = [UNUSED[part] for part in stack.unused_parts() if part in UNUSED]
@@ -46,7 +47,7 @@ class ComposedModel(SavedModel):
     def saved_arguments(self) -> dict[str, Any]:
         arguments = self.arguments
         for name, stack in self._own_stacks().items():
-            if name in arguments and not is_plain(arguments[name]):
+            if not is_plain(arguments.get(name)):
                 arguments[name] = _without_fixed(stack, stack.saved_attention())
         return arguments
 
@@ -55,7 +56,10 @@ class ComposedModel(SavedModel):
         recorded = super().arguments
         if recorded.get("stack") is not None:  # an argument itself
             return {}
-        return {name: getattr(self, stack) for name, stack in self.stacks.items() if hasattr(self, stack)}
+        parameters = inspect.signature(type(self)).parameters
+        variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        names = [name for name in self.stacks if variadic or name in parameters]  # a subclass may have no `attention`
+        return {name: getattr(self, self.stacks[name]) for name in names if hasattr(self, self.stacks[name])}
 
 
 def _without_fixed(stack: Stack, attention: list[Any]) -> list[Any]:

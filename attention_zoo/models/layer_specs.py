@@ -358,7 +358,7 @@ def run_block(module: nn.Module, dim: int) -> tuple[torch.Tensor, Any]:
     modes = {part: part.training for part in module.modules()}
     streams = (module.streams,) if getattr(module, "streams", 1) != 1 else ()
     x = torch.linspace(-1, 1, 2 * dim, device=parameter.device, dtype=parameter.dtype).view(2, dim)
-    x = x.expand(1, *streams, 2, dim)  # type: ignore[arg-type]
+    x = x.expand(1, *streams, 2, dim)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return x, module.eval()(x)

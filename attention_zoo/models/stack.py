@@ -261,7 +261,7 @@ class Stack(RecordsArguments, nn.Module):
         specs = resolve_layers(attention, depth)
         check_shared(shared, specs, attention)
         self._shared = {**(defaults or {}), **shared}
-        self._explicit = shared.keys()  # those that at least one block must take
+        self._explicit = frozenset(shared)  # those that at least one block must take
         self.fixed_blocks = 0  # blocks at the end of every layer that a model adds, for itself
         self._replaced = False  # whether a block was replaced after construction
         attn_from = first_with_same_id(

@@ -18,6 +18,7 @@ from attention_zoo._checks import check_choice
 from attention_zoo.testing.agreement import check_compile, check_derivatives, check_fast_path, check_half_precision
 from attention_zoo.testing.basics import check_causality, check_rows, check_shapes, check_training
 from attention_zoo.testing.decoding import check_steps
+from attention_zoo.testing.documents import check_documents, check_model_documents
 from attention_zoo.testing.expect import one_line
 from attention_zoo.testing.lifecycle import check_arguments, check_map, check_saving
 from attention_zoo.testing.model import (
@@ -49,6 +50,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "saving": check_saving,
     "arguments": check_arguments,
     "map": check_map,
+    "packed documents": check_documents,
 }
 
 MODEL_CHECKS: dict[str, Callable[[Any], None]] = {
@@ -64,6 +66,7 @@ MODEL_CHECKS: dict[str, Callable[[Any], None]] = {
     "compile": check_compile,
     "saving": check_model_saving,
     "arguments": check_model_arguments,
+    "packed documents": check_model_documents,
 }
 
 
@@ -180,6 +183,7 @@ __all__ = [
     "check_causality",
     "check_compile",
     "check_derivatives",
+    "check_documents",
     "check_empty_rows",
     "check_fast_path",
     "check_half_precision",

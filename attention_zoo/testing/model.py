@@ -37,8 +37,9 @@ class TokenModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         extra = {} if mask is None else {"mask": mask}
+        extra |= {} if document_ids is None else {"document_ids": document_ids}
         if not x.requires_grad:
             return logits_of(self.model(x[..., 0].long(), **extra))
         with _EmbeddingGradient(x):

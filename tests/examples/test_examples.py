@@ -47,6 +47,7 @@ CASES = [
         LanguageModel.load,
     ),
 ]
+PACKED = Example("train_language_model.py", (*TINY, "--packed"), (), LanguageModel.load)
 examples = pytest.mark.parametrize("example", CASES, ids=lambda example: example.script)
 
 
@@ -173,7 +174,7 @@ def test_composed_example_trains_and_prints_the_contract_checks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
-@examples
+@pytest.mark.parametrize("example", [*CASES, PACKED], ids=["random parts", "packed files"])
 def test_resumed_training_equals_uninterrupted_training(example: Example, tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "300", *example.options]
     uninterrupted = subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -528,7 +529,7 @@ def test_embeddings_take_the_place_of_tokens() -> None:
         model(inputs_embeds=torch.zeros(2, 7, 5))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32])
 @pytest.mark.parametrize("name", [*COMPOSED, "Memformer"])
 def test_token_ids_may_have_any_integer_dtype(name: str, dtype: torch.dtype) -> None:
     model, inputs = memformer("full") if name == "Memformer" else (COMPOSED[name](), (tokens(2, 8),))
@@ -630,6 +631,11 @@ def test_talking_heads_mix_all_streams_as_modules_and_replacements(attention: An
     assert torch.equal(MultiStreamTransformer.load(tmp_path).eval()(tokens(2, 9)), model(tokens(2, 9)))
 
 
+def test_a_multi_stream_model_gives_cosine_sim_its_own_scale() -> None:
+    model = MultiStreamTransformer(num_tokens=11, attention=["cosine_sim", "talking_heads"], **SMALL)
+    assert model(tokens(2, 9)).shape == (2, 9, 11)
+
+
 @pytest.mark.parametrize("shared", [{"heads": 2}, {"positions": "t5"}, {"positions": "rotary"}, {"attn_dropout": 0.1}])
 def test_a_shared_argument_that_no_block_takes_after_a_replacement_is_not_saved(shared: Any, tmp_path: Path) -> None:
     model = LanguageModel(num_tokens=11, attention="full", **shared, **SMALL).eval()
@@ -645,7 +651,8 @@ def test_a_subclass_may_pass_on_all_arguments(tmp_path: Path) -> None:
             super().__init__(*args, **options)
             self.head = nn.Linear(extra, extra)
 
-    model = Own(num_tokens=11, extra=5, **SMALL).eval()
+    model = deepcopy(Own(num_tokens=11, extra=5, **SMALL)).eval()
+    replace_block(model, 0, "mean")
     model.save(tmp_path)
     assert torch.equal(Own.load(tmp_path).eval()(tokens(2, 9)), model(tokens(2, 9)))
 
@@ -687,3 +694,10 @@ def test_a_tree_of_drafts_is_decoded_in_one_step() -> None:
     for index in range(2):
         alone, _ = model.step(drafts[:, index : index + 1], state)
         torch.testing.assert_close(both[:, index], alone[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_with_logits_on_the_meta_device_raises() -> None:
+    model = LanguageModel(num_tokens=11, **SMALL)
+    model.to_logits.to("meta")
+    with pytest.raises(RuntimeError, match="Linear must have its parameters loaded, got some on the meta device"):
+        model(tokens(1, 4))
