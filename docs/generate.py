@@ -153,7 +153,7 @@ def _example(name: str) -> str:
         "",
         "block.eval()",
         f"out, state = block.step(x[:, :8]{', context=context' if context else ''})",
-        f"new, state = block.step(x[:, 8:9], state)  # one more token",
+        "new, state = block.step(x[:, 8:9], state)  # one more token",
         "",
         f"model = {model}",
     ]
@@ -233,6 +233,12 @@ def _exporter(public: str, value: Any) -> str:
 
 def _dash(summary: str) -> str:
     return f": `{summary}`" if re.search(r"[*_=<\[]", summary) and "`" not in summary else summary and f": {summary}"
+
+
+def checks_table(checks: dict[str, Any]) -> str:
+    """The contract checks with the first lines of their docstrings, as in verified.md."""
+    rows = [f"| {name} | {(inspect.getdoc(check) or '').partition(chr(10))[0]} |" for name, check in checks.items()]
+    return "\n".join(["| check | what must hold |", "|---|---|", *rows])
 
 
 def pages() -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from attention_zoo import BLOCKS, capabilities
 from attention_zoo.attention.capabilities import LAYOUT
+from attention_zoo.testing import CHECKS, MODEL_CHECKS
 from tests.docs.pages import DOCS, ROOT, Code, code_blocks, generator, pages
 
 TITLES = {f"{code.page}:{code.line}": code for code in code_blocks()}
@@ -69,6 +70,11 @@ def test_every_public_name_is_in_the_api_reference() -> None:
             described = f"::: {path}\n" in f"{page}\n" or f"`{name}`" in page
             assert described, f"{module.__name__}.{name} is missing"
             assert name == "__version__" or re.search(rf"::: {re.escape(path)}$|`{name}`\]", all_pages, re.MULTILINE)
+
+
+def test_the_tables_of_checks_are_those_of_the_package() -> None:
+    for checks in (CHECKS, MODEL_CHECKS):
+        assert generator().checks_table(checks) in pages()["verified.md"]
 
 
 def test_every_block_has_facts() -> None:
