@@ -6,10 +6,8 @@ measurement, the gallery's. Equations between dollar signs become MathML, so tha
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-import io
 import pkgutil
 import re
 import sys
@@ -36,7 +34,7 @@ LABELS = {
     "step": "Incremental decoding (`step`)",
     "map": "`attention_map`",
     "compile": "`torch.compile(fullgraph=True)`",
-    "double_backward": "Second derivatives of the fast path",
+    "double_backward": "Second derivatives without `reference()`",
     "rotary": "Rotary position embedding",
     "bias": "Relative position bias",
     "kv_heads": "Grouped key/value heads",
@@ -64,14 +62,15 @@ def block_page(name: str) -> str:
             f"# {name}",
             what,
             f"$$ {facts['equation']} $$",
+            facts["where"],
             f"## Who attends to whom\n\n![Receptive field of {name}]({name}.png)\n\nMeasured with random weights: the "
             "norm of the gradient of each output with respect to each input"
             + (", for a few outputs, marked by a cross, over a text and an image." if found.image else "."),
             "## Cost\n\n" + _cost(cls) + f"\n\nDecoding state: ${_as_tex(facts['state'])}$ elements per row, "
-            f"$O({found.state})$ in the number of tokens.",
+            f"$O({found.state})$ in the number of tokens. Letters: n tokens, d = `dim`, h = `heads`, e = `dim_head`.",
             f"## When to use it\n\n{facts['use']}\n\n## When not\n\n{facts['avoid']}\n\n"
             "The numbers are those of [Benchmarks](../benchmarks.md).",
-            "## Example\n\n" + _example(name),
+            "## Example\n\n" + example(name),
             "## What it supports\n\n| | |\n|---|---|\n" + "\n".join(table) + "\n\nWhich models take it: "
             "[Which model takes which block](../compatibility.md).",
             "## Sources\n\n" + header,
@@ -115,31 +114,32 @@ def _as_tex(formula: str) -> str:
     return re.sub(r" ?\* ?|(?<=[\w})]) (?=[\w\\(])", r" \\, ", names)
 
 
-def _example(name: str) -> str:
+def example(name: str) -> str:
     """Runnable code: the block as a module, decoding, and a model of it."""
-    cls, found = BLOCKS[name], capabilities()[name]
+    cls = BLOCKS[name]
     takes = inspect.signature(cls).parameters
+    image, reads_context = "layout" in takes, "context" in inspect.signature(cls.forward).parameters
     arguments = ["64", *(["heads=4", "dim_head=16"] if "dim_head" in takes else [])]
     names, setup, context = [cls.__name__], [], ""
-    if found.image:
+    if image:
         names.append("TextImageLayout")
         setup.append("layout = TextImageLayout(text_len=8, height=4, width=4)")
         arguments.append("layout=layout")
-    if found.context:
+    if reads_context:
         setup.append("context = torch.randn(2, 10, 64)")
         context = ", context"
     models = {True: "EncoderDecoder", False: "LanguageModel"}
     public = "attention_zoo" if cls.__name__ in attention_zoo.__all__ else "attention_zoo.attention"
-    others = sorted([*names[1:], models[found.context]])
+    others = sorted([*names[1:], models[reads_context]])
     imports = (
-        [f"from attention_zoo import {', '.join(sorted([*names, models[found.context]]))}"]
+        [f"from attention_zoo import {', '.join(sorted([*names, models[reads_context]]))}"]
         if public == "attention_zoo"
         else [f"from attention_zoo import {', '.join(others)}", f"from {public} import {cls.__name__}"]
     )
-    options = f'("{name}", {{"layout": layout}})' if found.image else f'"{name}"'
+    options = f'("{name}", {{"layout": layout}})' if image else f'"{name}"'
     model = (
         'EncoderDecoder(num_tokens=256, dim=64, enc_depth=1, dec_depth=1)  # its decoder has "cross" blocks'
-        if found.context
+        if reads_context
         else f"LanguageModel(num_tokens=256, dim=64, depth=2, attention={options})"
     )
     lines = [
@@ -160,15 +160,15 @@ def _example(name: str) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def pictures() -> dict[str, bytes]:
-    """The receptive field of every block, as the command `gallery` draws it."""
-    from attention_zoo.cli import main
+def picture(name: str) -> bytes:
+    """The receptive field of a block, as the command `gallery` draws it."""
+    from attention_zoo.cli._gallery.pictures import draw_field
+    from attention_zoo.cli.gallery import _measure
 
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(io.StringIO()):
-            if main(["gallery", "--out", folder, "--steps", "0"]):
-                raise RuntimeError("the command gallery failed")
-        return {name: Path(folder, f"{name}_field.png").read_bytes() for name in BLOCKS}
+        path = Path(folder) / f"{name}.png"
+        draw_field(_measure(name, BLOCKS[name], 64, {}), name, path)
+        return path.read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------- reference
@@ -265,10 +265,10 @@ def on_files(files: Any, config: Any) -> Any:
 
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
-    for name, data in pictures().items():
-        files.append(File.generated(config, f"blocks/{name}.png", content=data))
-    for picture in sorted((Path(__file__).parents[1] / "examples" / "pictures").glob("*.png")):
-        files.append(File.generated(config, f"pictures/{picture.name}", content=picture.read_bytes()))
+    for name in BLOCKS:
+        files.append(File.generated(config, f"blocks/{name}.png", content=picture(name)))
+    for path in sorted((Path(__file__).parents[1] / "examples" / "pictures").glob("*.png")):
+        files.append(File.generated(config, f"pictures/{path.name}", content=path.read_bytes()))
     return files
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from attention_zoo import BLOCKS
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 CODE = re.compile(r"(<!-- slow -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -37,16 +39,23 @@ def generator() -> ModuleType:
 
 
 @cache
-def pages() -> dict[str, str]:
-    """Every page by path, relative to docs/; README.md is called so."""
+def written_pages() -> dict[str, str]:
+    """Every page that is not generated, by path relative to docs/; README.md is called so."""
     written = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
-    return {"README.md": (ROOT / "README.md").read_text(), **written, **generator().pages()}
+    return {"README.md": (ROOT / "README.md").read_text(), **written}
+
+
+@cache
+def pages() -> dict[str, str]:
+    """Every page, the generated ones included, which takes longer."""
+    return {**written_pages(), **generator().pages()}
 
 
 def code_blocks() -> list[Code]:
-    """The Python code of all pages."""
+    """The Python code of all pages. That of a generated page is read without generating the rest."""
+    examples = {f"blocks/{name}.md": generator().example(name) for name in BLOCKS}
     return [
         Code(page, text[: found.start(2)].count("\n") + 1, found[2], bool(found[1]))
-        for page, text in pages().items()
+        for page, text in {**written_pages(), **examples}.items()
         for found in CODE.finditer(text)
     ]

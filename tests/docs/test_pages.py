@@ -79,7 +79,7 @@ def test_the_tables_of_checks_are_those_of_the_package() -> None:
 
 def test_every_block_has_facts() -> None:
     assert generator().FACTS.keys() == BLOCKS.keys()
-    assert all(facts.keys() == {"equation", "state", "use", "avoid"} for facts in generator().FACTS.values())
+    assert all(facts.keys() == {"equation", "where", "state", "use", "avoid"} for facts in generator().FACTS.values())
 
 
 @pytest.mark.parametrize("name", BLOCKS)
