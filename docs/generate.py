@@ -102,7 +102,7 @@ def _file_header(cls: type) -> tuple[str, str]:
 def _cost(cls: type) -> str:
     """The sentences about time, memory and state of a class docstring, with formulas between dollar signs."""
     text = re.sub(r"\s+", " ", (inspect.getdoc(_documented(cls)) or "").partition("Args")[0])
-    sentences = re.findall(r"(?:^|(?<=\. ))((?:Time|Memory|State|Masked)\b.*?\.)(?= |$)", text)
+    sentences = re.findall(r"(?:^|(?<=\. ))((?:Time|Memory|State)\b.*?\.)(?= |$)", text)
     return re.sub(
         r"O\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", lambda found: f"${_as_tex(found[0])}$", " ".join(sentences)
     )
@@ -280,5 +280,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     parts = re.split(r"(^```.*?^```|`[^`\n]*`)", markdown, flags=re.MULTILINE | re.DOTALL)
     for index in range(0, len(parts), 2):
         parts[index] = re.sub(r"\$\$(.+?)\$\$", lambda found: convert(found[1].strip(), display="block"), parts[index])
-        parts[index] = re.sub(r"\$([^$\n]+)\$", lambda found: convert(found[1]), parts[index])
+        # Without the span, Markdown takes a line that starts with <math> for a block.
+        parts[index] = re.sub(r"\$([^$\n]+)\$", lambda found: f"<span>{convert(found[1])}</span>", parts[index])
     return "".join(parts)
