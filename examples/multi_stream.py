@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from attention_zoo import MultiStreamTransformer, training
 
@@ -44,8 +44,8 @@ def train(model: MultiStreamTransformer, text: Tensor, options: argparse.Namespa
         optimizer,
         lambda step: min((step + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * step / options.steps))),
     )
-    with tqdm(range(options.steps), desc=name, unit="step", dynamic_ncols=True) as bar:
-        for _ in bar:
+    with training.Progress(options.steps, name=name) as progress:
+        for _ in range(options.steps):
             tokens = training.random_batch(text, options.batch, options.seq_len, generator=generator)
             loss = training.masked_token_loss(model, tokens, MASK, probability=options.hidden, generator=generator)
             optimizer.zero_grad()
@@ -53,7 +53,7 @@ def train(model: MultiStreamTransformer, text: Tensor, options: argparse.Namespa
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            progress.update(f"loss {loss.item():.3f}")
 
 
 @torch.no_grad()
@@ -113,9 +113,18 @@ def main() -> None:
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
     add("--data", help="text file, or folder of text files (Python's standard library)")
     add("--out", type=Path, default=Path("runs/multi_stream"), help="output folder (%(default)s)")
-    options = parser.parse_args()
+    options = training.parse_options(parser)
+    if options.dim % options.heads:
+        parser.error(f"--heads must divide --dim, got {options.heads} and {options.dim}")
+    if not 0 < options.hidden < 1:
+        parser.error(f"--hidden must lie between 0 and 1, got {options.hidden}")
+    try:
+        text = training.read_text(options.data)
+        for part in (text.training, text.validation):
+            training.windows(training.as_tokens(part), options.seq_len)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
-    text = training.read_text(options.data)
     train_text, validation_text = training.as_tokens(text.training), training.as_tokens(text.validation)
     entropy, bigrams = training.unigram_entropy(text.validation), bigram_bits(train_text, validation_text)
     print(f"bits per byte of validation text: byte frequencies {entropy:.3f}, bigrams {bigrams:.3f}")

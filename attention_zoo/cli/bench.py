@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         new_figure(1, 1)  # raises early if matplotlib is missing
     with measuring(args) as (setup, machine):
-        costs = print_costs(measure_blocks(names, args.lengths, setup))
+        costs = print_costs(measure_blocks(names, args.lengths, setup), names)
     write_json(args, machine, blocks=[asdict(cost) for cost in costs])
     title = format_machine(machine)
     if args.markdown is not None:

@@ -1,4 +1,5 @@
-"""Training utilities: byte-level text, masked tokens, memory replay, distributed training, checkpoints."""
+"""Training utilities: byte-level text, masked tokens, memory replay, distributed training, checkpoints,
+and options and progress of scripts."""
 
 from attention_zoo.training.checkpoint import (
     Checkpoint,
@@ -18,6 +19,7 @@ from attention_zoo.training.distributed import (
 )
 from attention_zoo.training.masked_tokens import mask_tokens, masked_token_loss
 from attention_zoo.training.memory_replay import Replayed, memory_replay
+from attention_zoo.training.progress import Progress, parse_options
 from attention_zoo.training.stop_request import StopRequest
 from attention_zoo.training.tensor_parallel import tensor_parallel_plan
 from attention_zoo.training.text import (
@@ -34,6 +36,7 @@ __all__ = [
     "STRATEGIES",
     "Checkpoint",
     "DataParallelLoss",
+    "Progress",
     "Replayed",
     "ShardedCheckpoint",
     "StopRequest",
@@ -46,6 +49,7 @@ __all__ = [
     "mask_tokens",
     "masked_token_loss",
     "memory_replay",
+    "parse_options",
     "random_batch",
     "read_checkpoint",
     "read_sharded",

@@ -137,6 +137,17 @@ def test_ratio_of_a_whole_layer_is_marked_with_a_star(
     assert lines[-1].startswith("* the whole block")
 
 
+def test_columns_are_aligned_with_long_names_of_user_defined_layers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BLOCKS, "a_layer_with_a_rather_long_name", Averaging)
+    assert main(["bench", "a_layer_with_a_rather_long_name", "full", "--lengths", "6", *TINY_OPTIONS]) == 0
+    header, *lines = [line for line in capsys.readouterr().out.split("\n\n")[1].splitlines() if line]
+    for title in ("length", "block ms", "SDPA MiB"):  # aligned to the right
+        end = header.index(title) + len(title)
+        assert all(line[end - 1] != " " and line[end] == " " for line in lines)
+
+
 def test_number_of_threads_is_restored() -> None:
     before = torch.get_num_threads()
     assert main(["bench", "full", "--lengths", "4", "--threads", str(before + 1), *TINY_OPTIONS]) == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from attention_zoo.attention import BLOCKS
 from attention_zoo.cli._bench.blocks import BlockCost
 from attention_zoo.cli._figure import new_figure
 from attention_zoo.cli._table import format_number, print_rows
@@ -14,17 +13,16 @@ NUMBERS = (
     "block ms", "mixing ms", "SDPA ms", " ratio", "block MiB", "mixing MiB", "SDPA MiB", " tokens/s", "step ms",
     "state KiB",
 )  # fmt: skip
-COLUMNS = {"block": f"<{max(map(len, BLOCKS))}", "length": ">6", "phase": "<8"} | {
-    title: f">{len(title)}" for title in NUMBERS
-}
+COLUMNS = {"length": ">7", "phase": "<8"} | {title: f">{max(8, len(title))}" for title in NUMBERS}
 MARKDOWN_COLUMNS = (
     "block", "tokens", "forward ms", "over SDPA", "training ms", "over SDPA", "tokens/s in training",
     "peak MiB in training", "step ms", "state KiB",
 )  # fmt: skip
 
 
-def print_costs(costs: Iterable[BlockCost]) -> list[BlockCost]:
-    """Print one row per cost, as soon as it is measured. Returns the costs."""
+def print_costs(costs: Iterable[BlockCost], names: Sequence[str]) -> list[BlockCost]:
+    """Print one row per cost of the layers `names`, as soon as it is measured. Returns the costs."""
+    columns = {"block": f"<{max(map(len, names))}", **COLUMNS}
 
     def cells(cost: BlockCost) -> Sequence[str | float]:
         times = (cost.block_ms, cost.mixing_ms, cost.sdpa_ms)
@@ -32,7 +30,7 @@ def print_costs(costs: Iterable[BlockCost]) -> list[BlockCost]:
         last = (int(cost.tokens_per_second), *_decoding(cost))
         return (cost.block, cost.length, cost.phase, *times, _ratio(cost), *peaks, *last)
 
-    printed = print_rows(COLUMNS, costs, cells)
+    printed = print_rows(columns, costs, cells)
     if any(cost.whole for cost in printed):
         print("\n* the whole block, projections included, over SDPA without any")
     return printed
