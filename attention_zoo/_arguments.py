@@ -50,6 +50,8 @@ def _by_name(signature: inspect.Signature, self: Any, args: Any, kwargs: Any) ->
     bound.apply_defaults()
     named: dict[str, Any] = {}
     for name, parameter in list(signature.parameters.items())[1:]:
+        if parameter.kind is parameter.VAR_POSITIONAL:  # it has no name to be given by
+            continue
         value = own_copy(bound.arguments[name])
         named |= value if parameter.kind is parameter.VAR_KEYWORD else {name: value}
     return named

@@ -10,7 +10,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def check_at_least(minimum: int, /, **sizes: int | None) -> None:
@@ -106,7 +107,7 @@ def check_boolean(**masks: Tensor) -> None:
 
 
 def check_integers(**tensors: Tensor) -> None:
-    """Check that tensors are of an integer dtype: (u)int8, int16, int32 or int64.
+    """Check that tensors are of an integer dtype.
 
     Raises:
         TypeError: one is not.
@@ -199,7 +200,8 @@ def check_token_range(tokens: Tensor, num_tokens: int, *, name: str = "tokens") 
     """
     if not tokens.numel():
         return
-    low, high = (int(end) for end in tokens.aminmax())
+    # torch 2.13 cannot compare wide unsigned integers
+    low, high = (int(end) for end in (tokens if tokens.dtype in SIGNED else tokens.long()).aminmax())
     if low < 0 or high >= num_tokens:
         raise ValueError(f"{name} must lie in 0 ... num_tokens - 1 = {num_tokens - 1}, got ids from {low} to {high}")
 

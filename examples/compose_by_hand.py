@@ -73,7 +73,7 @@ def main() -> None:
                 progress.write(f"step {step}: loss {loss.item():.3f}")
 
     print("\nContract checks of MovingAverage:")
-    print(check_block(lambda: MovingAverage(32), dim=32, causal=True, lengths=(1, 2, 7, 65)))
+    print(check_block(lambda: MovingAverage(32), dim=32, causal=True, lengths=(1, 2, 7, 65), strict=True))
     print("The failed check is what remains to be written: errors for invalid arguments.")
 
 

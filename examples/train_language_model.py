@@ -3,6 +3,7 @@
     python examples/train_language_model.py                                # Python's own sources, about five minutes
     python examples/train_language_model.py --attention full,cosine_sim    # layers, cycled over the depth
     python examples/train_language_model.py --data my_texts --out runs/mine
+    python examples/train_language_model.py --packed    # whole files packed into rows, not random parts of all text
     python examples/train_language_model.py --resume --out runs/mine       # continue after Ctrl-C, with the same result
     torchrun --nproc-per-node 2 examples/train_language_model.py --strategy ddp    # or fsdp, with the same losses
 
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
     add("--heads", type=int, default=4, help="number of heads, of dim / heads features each (%(default)s)")
     add("--seq-len", type=int, default=256, help="bytes per sequence (%(default)s)")
     add("--batch", type=int, default=8, help="sequences per training step (%(default)s)")
+    add("--packed", action="store_true", help="pack whole files into sequences, which then never cross a file's end")
     add("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     add("--steps", type=int, default=2600, help="training steps (%(default)s)")
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
@@ -146,10 +149,22 @@ class Run:
             return (step + 1) / warmup
         return 0.05 + 0.475 * (1 + math.cos(math.pi * (step - warmup) / (self.options.steps - warmup)))
 
-    def learn(self, text: Tensor) -> float:
-        """Take one step on random sequences, sharded over the processes. Returns the loss in nats."""
-        tokens = training.random_batch(text, self.options.batch, self.options.seq_len + 1, generator=self.generator)
-        loss = self.loss(tokens.to(self.world.device))
+    def batches(self, text: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Arguments of the loss for each of the remaining steps, the same in every process."""
+        batch, length = self.options.batch, self.options.seq_len + 1
+        if not self.options.packed:
+            while True:
+                yield {"tokens": training.random_batch(text, batch, length, generator=self.generator)}
+        generator = torch.Generator().manual_seed(self.options.seed)  # the stream starts anew when training resumes
+        files = training.find_text_files(self.options.data).training
+        documents = training.read_documents(files, epochs=None, generator=generator)
+        stream = training.packed_batches(documents, length=length, batch=batch, generator=generator)
+        for packed in islice(stream, self.step, None):
+            yield packed._asdict()
+
+    def learn(self, batch: dict[str, Tensor]) -> float:
+        """Take one step on a batch, sharded over the processes. Returns the loss in nats."""
+        loss = self.loss(**{name: tensor.to(self.world.device) for name, tensor in batch.items()})
         self.optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(self.model.parameters(), 1.0)
@@ -191,13 +206,16 @@ def train(run: Run, text: training.Text) -> bool:
     """Train for the remaining steps, or until Ctrl-C. Returns whether training is complete."""
     options = run.options
     train_text, validation_text = training.as_tokens(text.training), training.as_tokens(text.validation)
+    batches = run.batches(train_text)
+    if run.step == options.steps:  # a complete run that is resumed: a checkpoint of this strategy
+        run.save()
     progress = training.Progress(options.steps, start=run.step, quiet=not run.world.first)
     with training.StopRequest() as stop, progress:
         while run.step < options.steps:
             if run.world.any(stop.made):
                 run.save()
                 return False
-            loss = run.learn(train_text)
+            loss = run.learn(next(batches))
             speed = progress.rate * options.batch * options.seq_len
             progress.update(f"loss {loss:.3f}, {loss / math.log(2):.2f} bits/byte, {speed:,.0f} tokens/s")
             if run.step * EVALUATIONS // options.steps > (run.step - 1) * EVALUATIONS // options.steps:

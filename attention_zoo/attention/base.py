@@ -95,8 +95,9 @@ class AttentionBlock(RecordsArguments, nn.Module):
 
         Args:
             x: (b, n, d).
-            mask: (b, n) bool, True = a valid token. Outputs at masked tokens are finite and
-                meaningless.
+            mask: (b, n) bool, True = a valid token. Outputs at masked tokens are finite and meaningless, and what a
+                masked token holds reaches no other output, NaN included. NaN in a later token that is not masked
+                reaches earlier outputs in all layers but recurrences with a gate per channel.
             attn_mask: (i, j), (b, i, j) or (b, h, i, j), where b and h may be 1: boolean, True = query i may attend to
                 key j, or floating point, added to the scores, where -inf masks a pair. It is combined with causal
                 masking and `mask`. A query that may attend to no key gets 0 from the operation.

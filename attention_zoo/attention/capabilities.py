@@ -37,6 +37,8 @@ class Capabilities:
         rotary, bias: rotary position embedding, relative position bias.
         kv_heads: grouped key/value heads.
         dropout: dropout of the attention weights.
+        attn_mask: boolean or additive masks of pairs of query and key.
+        documents: packed documents, `document_ids`.
     """
 
     causal: str
@@ -53,6 +55,8 @@ class Capabilities:
     bias: bool
     kv_heads: bool
     dropout: bool
+    attn_mask: bool
+    documents: bool
 
 
 def capabilities(blocks: Mapping[str, type[nn.Module]] | None = None) -> dict[str, Capabilities]:
@@ -91,6 +95,8 @@ def capabilities_of(cls: type[nn.Module]) -> Capabilities:
         bias="bias" in takes,
         kv_heads="kv_heads" in takes,
         dropout="dropout" in takes,
+        attn_mask="attn_mask" in reads and getattr(block, "no_attn_mask", None) is None,
+        documents="document_ids" in reads and getattr(block, "no_documents", None) is None,
     )
 
 

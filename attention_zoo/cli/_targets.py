@@ -113,14 +113,16 @@ def make_block(make: Make, name: str, dim: int, arguments: Mapping[str, Any]) ->
 
 
 def make_model(make: Make, name: str, num_tokens: int, dim: int, arguments: Mapping[str, Any]) -> nn.Module:
-    """A new model of `num_tokens` tokens; where its constructor requires `dim` and `depth`, of `dim` and 2.
+    """A new model of `num_tokens` tokens, with `dim` features and a depth of 2 unless it has defaults or a stack.
 
     Raises:
         ValueError: the constructor rejects the arguments, or the result is not a module.
     """
     required = {"dim": dim, "depth": 2}
     parameters = inspect.signature(make).parameters.items()
-    given = {key: required[key] for key, p in parameters if key in required and p.default is p.empty}
+    if "stack" in arguments:
+        required = {}
+    given = {key: required[key] for key, p in parameters if key in required and p.default in (p.empty, None)}
     return _call(make, name, {**accepted(make, num_tokens=num_tokens), **given, **arguments})
 
 

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dim", type=int, default=32, help="number of features (default: 32)")
     add("--lengths", type=int, nargs="+", metavar="N", help="numbers of tokens (default: from 1 to about a hundred)")
     add("--bidirectional", action="store_true", help="do not require causality")
+    add("--effort", choices=["quick", "full"], default="full", help="full also checks long sequences (default: full)")
     add("--strict", action="store_true", help="invalid arguments must raise clear errors in your own classes too")
     add("--checks", nargs="+", metavar="CHECK", help="checks to run (default: all)")
 
@@ -60,9 +61,14 @@ def run(args: argparse.Namespace) -> int:
 def _model(args: argparse.Namespace) -> Subject:
     make = find_block(args.target, MODELS, "model")
     build = partial(make_model, make, args.target, args.num_tokens, args.dim, read_arguments(args.arguments))
-    options = {} if args.lengths is None else {"lengths": args.lengths}
-    causal = not args.bidirectional
-    return make_model_subject(build, num_tokens=args.num_tokens, causal=causal, strict=args.strict or None, **options)
+    return make_model_subject(
+        build,
+        num_tokens=args.num_tokens,
+        causal=not args.bidirectional,
+        lengths=args.lengths or (),
+        strict=args.strict or None,
+        effort=args.effort,
+    )
 
 
 def _block(args: argparse.Namespace) -> Subject:
@@ -79,10 +85,11 @@ def _block(args: argparse.Namespace) -> Subject:
         build,
         dim=dim,
         causal=not args.bidirectional and bool(getattr(block, "causal", True)),
-        lengths=args.lengths or Subject.lengths,
+        lengths=args.lengths or (),
         inputs=context if reads_context(block) else None,
         streams=streams if streams > 1 else None,
         shift_invariant=getattr(block, "layout", None) is None,
         gradient_is_exact=getattr(block, "gradient_fraction", 1.0) == 1.0,
         strict=args.strict or None,
+        effort=args.effort,
     )

@@ -16,9 +16,12 @@ from attention_zoo.cli._table import print_table
 
 WIDTH = 100  # characters of a line
 NOTES = """
-state: growth of the decoding state with the number of tokens. 2nd: second derivatives of the fast implementation;
+causal: always, or optional. mask: padding of keys, or also attn_mask for pairs of query and key. docs: packed
+documents.
+state: growth of the decoding state with the number of tokens. 2nd: second derivatives of the fast
+implementation;
 inside attention_zoo.reference() every layer has them. takes: an argument that the layer has beyond the features.
-kv: grouped key/value heads.
+rope: rotary position embedding. kv: grouped key/value heads.
 drop: dropout of the attention weights."""
 
 
@@ -57,15 +60,16 @@ def _cells(can: Capabilities) -> dict[str, str]:
     """The cells of a layer by column."""
     taken = {"context": can.context, "layout": can.image, "streams": can.streams}
     cells = {
-        "causal": can.causal,
-        "mask": can.mask,
+        "causal": can.causal.replace("optional", "opt"),
+        "mask": "pair" if can.attn_mask else "key" if can.mask else "",
+        "docs": can.documents,
         "step": can.step,
         "state": can.state and f"O({can.state})",
         "map": can.map,
         "compile": can.compile,
         "2nd": can.double_backward,
         "takes": ", ".join(name for name, takes in taken.items() if takes),
-        "rotary": can.rotary,
+        "rope": can.rotary,
         "bias": can.bias,
         "kv": can.kv_heads,
         "drop": can.dropout,

@@ -136,7 +136,9 @@ class Rotary(RotaryEmbedding):
 
             with torch.device("cpu"):  # also when the model is constructed on the meta device
                 # The package returns no frequency for a single pair; it is theta^0.
-                self._freqs[dim] = [1.0] if dim == 2 else upstream.RotaryEmbedding(dim, theta=self.theta).freqs.tolist()
+                # cache_max_seq_len: the package allocates its cache at once
+                embedding = upstream.RotaryEmbedding(dim, theta=self.theta, cache_max_seq_len=1)
+                self._freqs[dim] = [1.0] if dim == 2 else embedding.freqs.tolist()
 
     def angles(self, start: int, stop: int, dim_head: int, device: torch.device) -> Tensor:
         freqs = torch.tensor(self._freqs[self._rotated(dim_head)], dtype=torch.float32, device=device)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from attention_zoo._checks import check_has_data
+
 
 class Projections(nn.Linear):
     """Named linear projections whose weights are consecutive rows of one matrix and whose outputs are concatenated.
@@ -31,6 +33,17 @@ class Projections(nn.Linear):
         names = list(self.sizes)
         start = sum(self.sizes[other] for other in names[: names.index(name)])
         return getattr(self, kind).data[start : start + self.sizes[name]]
+
+
+def project_logits(to_logits: nn.Module, x: Tensor) -> Tensor:
+    """Logits to_logits(x).
+
+    Raises:
+        RuntimeError: the weight is on the meta device and `x` is not. torch's linear operator returns uninitialised
+            memory there (as of 2.13).
+    """
+    check_has_data(to_logits, x)
+    return to_logits(x)
 
 
 # Plain torch, not einops: decoding calls both for every token.

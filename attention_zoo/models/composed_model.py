@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,6 +13,15 @@ from attention_zoo.generation import generate
 from attention_zoo.models.stack import Stack
 from attention_zoo.saving import SavedModel
 from attention_zoo.saving.encoding import is_plain
+
+# The argument and its value without effect, by the part that it gives to the blocks of a stack.
+UNUSED: dict[str, tuple[str, Any]] = {
+    "heads": ("heads", None),
+    "dim_head": ("dim_head", None),
+    "dropout": ("attn_dropout", 0.0),
+    "rotary": ("positions", None),
+    "bias": ("positions", None),
+}
 
 
 class ComposedModel(SavedModel):
@@ -29,6 +39,9 @@ class ComposedModel(SavedModel):
         for name, stack in self._own_stacks().items():
             if stack.is_replaced:
                 arguments[name] = _without_fixed(stack, stack.arguments["attention"])
+                if len(self.stacks) == 1:
+                    unused = [UNUSED[part] for part in stack.unused_parts() if part in UNUSED]
+                    arguments |= {argument: value for argument, value in unused if argument in arguments}
         return arguments
 
     def saved_arguments(self) -> dict[str, Any]:
@@ -43,7 +56,10 @@ class ComposedModel(SavedModel):
         recorded = super().arguments
         if recorded.get("stack") is not None:  # an argument itself
             return {}
-        return {name: getattr(self, stack) for name, stack in self.stacks.items() if hasattr(self, stack)}
+        parameters = inspect.signature(type(self)).parameters
+        variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        names = [name for name in self.stacks if variadic or name in parameters]  # a subclass may have no `attention`
+        return {name: getattr(self, self.stacks[name]) for name in names if hasattr(self, self.stacks[name])}
 
 
 def _without_fixed(stack: Stack, attention: list[Any]) -> list[Any]:

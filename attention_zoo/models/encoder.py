@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice, check_features, check_padding, check_positive
 from attention_zoo.layers.positions import LearnedPositions
+from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec
@@ -145,7 +146,7 @@ class Encoder(ComposedModel):
             x = x.masked_fill(~valid, 0.0).sum(1) / valid.sum(1).clamp(min=1)
         elif self.pooling == "mean":
             x = x.mean(1)
-        return x if self.to_logits is None else self.to_logits(x)
+        return x if self.to_logits is None else project_logits(self.to_logits, x)
 
     def loss(self, inputs: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Mean cross entropy, in nats, of the labels.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.generation import generate
+from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
@@ -131,7 +132,7 @@ class EncoderDecoder(ComposedModel):
             raise ValueError(
                 f"target must have the batch size of the source, got {target.shape[0]} and {source.shape[0]}"
             )
-        return self.to_logits(self.decoder(x, mask=target_mask, context=encoded, context_mask=mask))
+        return project_logits(self.to_logits, self.decoder(x, mask=target_mask, context=encoded, context_mask=mask))
 
     def loss(
         self, source: Tensor, target: Tensor, *, mask: Tensor | None = None, target_mask: Tensor | None = None
@@ -181,7 +182,7 @@ class EncoderDecoder(ComposedModel):
             raise ValueError("context must be given with the first step, got None; see encode() and read()")
         x = self._embed_target(tokens, state, mask, name="tokens")
         x, state = self.decoder.step(x, state, mask=mask, context=context, context_mask=context_mask)
-        return self.to_logits(x), state
+        return project_logits(self.to_logits, x), state
 
     def read(self, source: Tensor, *, mask: Tensor | None = None) -> TargetDecoder:
         """Encode a source and return the decoder of its target, which has `step`. Arguments as in `encode`."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.positions import LearnedPositions
+from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, check_state, register_state
 from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
@@ -243,7 +244,7 @@ class LanguageModel(GenerateMixin, ComposedModel):
         return x + self.positions(count), count[:, -1], documents
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.token_embedding.weight) if self.to_logits is None else self.to_logits(x)
+        return F.linear(x, self.token_embedding.weight) if self.to_logits is None else project_logits(self.to_logits, x)
 
 
 def _check_stack(stack: Any, arguments: Mapping[str, Any]) -> None:

@@ -15,7 +15,10 @@ from attention_zoo._checks import check_choice
 from attention_zoo.attention import BLOCKS
 from attention_zoo.layers.feedforward import FEEDFORWARDS
 
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 Make = Callable[..., nn.Module]
+# What a stack gives to a block besides the features, if its `forward` has an argument of the name.
+INPUTS = ("mask", "attn_mask", "context", "context_mask", "document_ids", "context_document_ids")
 # One block: a name in BLOCKS, a class, a function of dim that returns a module, either with options, or a module.
 BlockSpec = str | Make | nn.Module | tuple[str | Make, Mapping[str, Any]]
 # One layer: a block, or a list of blocks.
@@ -206,41 +209,43 @@ def saved_spec(block: Block, module: nn.Module, *, causal: bool | None, shared: 
     Raises:
         TypeError: the class of the block is not in BLOCKS, or an argument of its constructor is not known.
     """
-    if block.is_named:
-        options = {name: _live_part(module, name, value) for name, value in block.options.items()}
-        return (block.name, options) if options else block.name
     cls = type(module)
-    name = next((name for name, known in BLOCKS.items() if known is cls), None)
+    name = block.name if block.is_named else next((name for name, known in BLOCKS.items() if known is cls), None)
     if name is None:
         raise TypeError(
             f"attention must be made of registered blocks to be saved, got {cls.__name__}: call "
             f"attention_zoo.register_block({cls.__name__.lower()!r}, {cls.__name__}) before saving and loading"
         )
-    options = {}
-    given = _given(resolve_block(name), shared, causal)
-    for argument, parameter in _parameters(cls).items():
-        value = constructor_argument(module, argument, parameter.default)
-        default = given.get(argument, parameter.default)
-        if value is not default and (isinstance(value, nn.Module) or value != default):
-            options[argument] = _live_part(module, argument, value)
+    if block.is_named or block.make is cls:
+        options = dict(block.options)
+    else:
+        given = {**_defaults(cls), **_given(resolve_block(name), shared, causal)}
+        options = {
+            argument: value
+            for argument, value in constructor_arguments(module).items()
+            if argument not in given
+            or (value is not given[argument] and (isinstance(value, nn.Module) or value != given[argument]))
+        }
+    options = {argument: _live_part(module, argument, value) for argument, value in options.items()}
     return (name, options) if options else name
 
 
-def constructor_argument(module: nn.Module, name: str, default: Any) -> Any:
-    """The value of a constructor's argument: recorded, or the attribute of that name, or the default.
+def constructor_arguments(module: nn.Module) -> dict[str, Any]:
+    """The arguments of a block's constructor besides `dim`: those recorded, or the attributes of the same names.
 
     Raises:
-        TypeError: the argument has no default, and the module no such attribute.
+        TypeError: an argument has no default, and the module no such attribute.
     """
+    parameters = _parameters(type(module))
     if isinstance(module, RecordsArguments):
-        return module.arguments[name]
-    value = getattr(module, name, default)
-    if value is inspect.Parameter.empty:
+        first = next(name for name in inspect.signature(type(module)).parameters if name not in parameters)
+        return {name: value for name, value in module.arguments.items() if name not in (first, "dim")}
+    if missing := sorted(name for name in _required(parameters) if not hasattr(module, name)):
         raise TypeError(
-            f"{type(module).__name__} must keep its argument {name} as an attribute to be saved, or be given as "
-            f"(name, {{{name!r}: ...}})"
+            f"{type(module).__name__} must keep its argument {missing[0]} as an attribute to be saved, or be given as "
+            f"(name, {{{missing[0]!r}: ...}})"
         )
-    return value
+    return {name: getattr(module, name) for name in parameters if hasattr(module, name)}
 
 
 def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Module:
@@ -314,28 +319,30 @@ def _parameters(make: Make) -> dict[str, inspect.Parameter]:
 
 
 def _required(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name for name, one in parameters.items() if one.default is one.empty and one.kind not in variadic}
+    return {name for name, one in parameters.items() if one.default is one.empty and one.kind not in VARIADIC}
+
+
+def _defaults(make: Make) -> dict[str, Any]:
+    """The arguments of a constructor that have a default, besides `dim`."""
+    return {name: one.default for name, one in _parameters(make).items() if one.default is not one.empty}
 
 
 def _check_output(module: nn.Module, name: str, dim: int) -> None:
-    """Run a block of another package on two tokens and check the shape of its output.
+    """Run a block that is not of this package on two tokens and check the shape of its output.
 
     Raises:
-        TypeError: the output is no tensor.
-        ValueError: the output has another shape.
+        TypeError: the output is no tensor, or the block needs an input that a stack does not have.
+        ValueError: the block does not accept features (b, n, dim), or the output has another shape.
     """
-    if any(parameter.default is parameter.empty for parameter in _arguments_after_x(module)):
-        return  # it needs a context
-    parameter = next(module.parameters(), torch.empty(0))
-    modes = {part: part.training for part in module.modules()}
-    x = torch.zeros(1, 2, dim, device=parameter.device, dtype=parameter.dtype)
+    required = [parameter.name for parameter in _arguments_after_x(module) if parameter.default is parameter.empty]
+    if unknown := sorted(set(required) - set(INPUTS)):
+        raise TypeError(f"attention {name!r} must need no input besides x and {', '.join(INPUTS)}, got {unknown[0]!r}")
+    if required:
+        return  # it needs a context or packed rows
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            out = module.eval()(x)
-    finally:
-        for part, training in modes.items():
-            part.training = training
+        x, out = run_block(module, dim)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(f"attention {name!r} must accept features (b, n, dim) with {dim=}, got {error}") from error
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"attention {name!r} must return a tensor, got {type(out).__name__}")
     if out.shape != x.shape:
@@ -345,8 +352,22 @@ def _check_output(module: nn.Module, name: str, dim: int) -> None:
         )
 
 
+def run_block(module: nn.Module, dim: int) -> tuple[torch.Tensor, Any]:
+    """Fixed features (1, 2, d) or (1, s, 2, d) of two tokens, and what a block returns for them in eval mode."""
+    parameter = next(module.parameters(), torch.empty(0))
+    modes = {part: part.training for part in module.modules()}
+    streams = (module.streams,) if getattr(module, "streams", 1) != 1 else ()
+    x = torch.linspace(-1, 1, 2 * dim, device=parameter.device, dtype=parameter.dtype).view(2, dim)
+    x = x.expand(1, *streams, 2, dim)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return x, module.eval()(x)
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
 def _arguments_after_x(module: nn.Module) -> Iterator[inspect.Parameter]:
     parameters = iter(inspect.signature(module.forward).parameters.values())
     next(parameters, None)
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return (parameter for parameter in parameters if parameter.kind not in variadic)
+    return (parameter for parameter in parameters if parameter.kind not in VARIADIC)

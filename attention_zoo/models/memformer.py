@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.positions import RelativeBias, Rotary
+from attention_zoo.layers.projections import project_logits
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, BlockSpec, parse_layers, takes_part
 from attention_zoo.models.positions import check_length, embed_tokens
@@ -169,7 +170,7 @@ class Memformer(ComposedModel):
             )
         check_length(target, None, self.max_seq_len, name="target", limit="dec_max_seq_len")
         x = self.decoder(x, mask=target_mask, context=encoded, context_mask=mask)
-        return MemformerOutput(encoded, memory, self.to_logits(x))
+        return MemformerOutput(encoded, memory, project_logits(self.to_logits, x))
 
     def loss(
         self,
@@ -235,7 +236,7 @@ class Memformer(ComposedModel):
         check_padding(mask, tokens)
         check_length(tokens, state, self.max_seq_len, limit="dec_max_seq_len")
         x, state = self.decoder.step(x, state, mask=mask, context=context, context_mask=context_mask)
-        return self.to_logits(x), state
+        return project_logits(self.to_logits, x), state
 
     def read(self, source: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> TargetDecoder:
         """Encode a source segment and return the decoder of its target, from which `generate` samples.

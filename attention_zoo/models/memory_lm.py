@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
+from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, check_state, concat_masks, count_tokens, own_mask, register_state
 from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
@@ -146,7 +147,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         memory = self.initial_memory(segment.shape[0]) if memory is None else memory
         self.memory.check(memory, segment.shape[0])
         x = self.stack(x, mask=mask, context=memory)
-        return MemoryOutput(self.to_logits(x), self.update(memory, x, mask=mask))
+        return MemoryOutput(project_logits(self.to_logits, x), self.update(memory, x, mask=mask))
 
     def loss(self, tokens: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Mean cross entropy, in nats, of every valid token given the valid tokens before it.
@@ -207,7 +208,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         context = state.memory if state.stack is None else None
         x = embed_tokens(self.token_embedding, tokens, None, dim=self.stack.dim)
         x, stack = self.stack.step(x, state.stack, mask=mask, context=context)
-        logits, token_count = self.to_logits(x), count_tokens(state.token_count, tokens.shape[1])
+        logits, token_count = project_logits(self.to_logits, x), count_tokens(state.token_count, tokens.shape[1])
         if state.features is not None:
             mask = concat_masks(state.mask, mask, x.shape[0], state.features.shape[1], x.shape[1], x.device)
             x = torch.cat((state.features, x), dim=1)

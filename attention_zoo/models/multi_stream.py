@@ -125,8 +125,9 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
                 raise ValueError(
                     f"{name} must be taken by a block, but none of {attention!r} mixes heads, got {value!r}"
                 )
-            mixing = {}
-        elif cross_stream:
+        if scale is None:
+            del mixing["scale"]
+        if cross_stream:
             mixing["streams"] = streams
         self.stack = Stack(
             dim,

@@ -53,7 +53,7 @@ def embed_tokens(
         check_features(inputs_embeds, dim, name="inputs_embeds")  # type: ignore[arg-type]
         return inputs_embeds  # type: ignore[return-value]
     check_tokens(tokens, embedding.num_embeddings, name=name)  # type: ignore[arg-type]
-    return embedding(tokens.int() if tokens.dtype not in (torch.int64, torch.int32) else tokens)
+    return embedding(tokens if tokens.dtype in (torch.int64, torch.int32) else tokens.long())
 
 
 def count_valid_tokens(

@@ -29,6 +29,7 @@ from attention_zoo.models.layer_specs import (
     make_block,
     make_feedforward,
     resolve_layers,
+    run_block,
     saved_spec,
     takes,
 )
@@ -36,6 +37,7 @@ from attention_zoo.models.over_streams import OverStreams
 from attention_zoo.ops import TextImageLayout
 from attention_zoo.ops.documents import Documents, as_documents
 from attention_zoo.ops.masks import hide_masked
+from attention_zoo.saving.compare import is_foreign
 from attention_zoo.saving.encoding import PARTS, is_plain
 
 
@@ -259,6 +261,7 @@ class Stack(RecordsArguments, nn.Module):
         specs = resolve_layers(attention, depth)
         check_shared(shared, specs, attention)
         self._shared = {**(defaults or {}), **shared}
+        self._explicit = frozenset(shared)  # those that at least one block must take
         self.fixed_blocks = 0  # blocks at the end of every layer that a model adds, for itself
         self._replaced = False  # whether a block was replaced after construction
         attn_from = first_with_same_id(
@@ -320,7 +323,19 @@ class Stack(RecordsArguments, nn.Module):
         arguments = super().arguments
         if self._replaced:
             arguments["attention"] = self._per_layer(lambda sub: sub.spec.spec)
+            for name in self.unused_parts():
+                if name in ("heads", "dim_head"):
+                    arguments[name] = None
+                elif name == "dropout":
+                    arguments["attn_dropout"] = 0.0
+                else:
+                    del arguments[name]
         return arguments
+
+    def unused_parts(self) -> list[str]:
+        """The shared arguments that no block takes any more, because blocks were replaced."""
+        taken = {name for sub in self.sublayers() if sub.spec is not None for name in sub.spec.takes}
+        return sorted(self._explicit - taken)
 
     def saved_arguments(self) -> dict[str, Any]:
         arguments = self.arguments
@@ -462,6 +477,25 @@ class Stack(RecordsArguments, nn.Module):
                 y = sub(x, inputs, into=other if self.reversible else x)
                 other, x = x, y
         return maps
+
+    def output_difference(self, twin: Stack) -> str | None:
+        """The first block of another package that has not the output of that of `twin`, given its weights, or None.
+
+        A block is run on two tokens. The weights of the blocks of `twin` are overwritten.
+        """
+        for index, layer in enumerate(self.layers):
+            for place, sub in enumerate(layer.sublayers):  # type: ignore[arg-type]
+                block: Any = sub.attention
+                if block is None or not is_foreign(block) or "context" in sub.takes:
+                    continue
+                other: Any = twin.layers[index].sublayers[place].attention  # type: ignore[index, union-attr]
+                x, output = run_block(block, self.dim)
+                other.to(x.device).load_state_dict(block.state_dict(), assign=True)
+                try:
+                    torch.testing.assert_close(run_block(other, self.dim)[1], output, equal_nan=True)
+                except AssertionError:
+                    return f"layers.{index}.sublayers.{place}.block, a {type(block).__name__}"
+        return None
 
     def sublayers(self) -> list[Sublayer]:
         """All sub-layers, in the order in which they run."""

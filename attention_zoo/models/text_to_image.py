@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from attention_zoo._checks import check_choice, check_fraction, check_padding, check_positive, check_tokens
 from attention_zoo.layers.positions import TextImageRotary
+from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import check_state
 from attention_zoo.models.composed_model import ComposedModel
@@ -279,7 +280,7 @@ class TextToImageTransformer(ComposedModel):
         position = torch.arange(start, start + x.shape[1], device=x.device)
         is_image = torch.arange(self.num_tokens, device=x.device) >= self.num_text_ids
         excluded = is_image != (position >= self.layout.text_len - 1)[:, None]
-        return self.to_logits(x).masked_fill(excluded, -torch.inf)
+        return project_logits(self.to_logits, x).masked_fill(excluded, -torch.inf)
 
     def _sequence_mask(self, mask: Tensor | None, text: Tensor, tokens: Tensor) -> Tensor | None:
         if mask is None:

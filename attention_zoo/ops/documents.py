@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import INTEGERS
+from attention_zoo._checks import INTEGERS, SIGNED
 from attention_zoo.ops.implementation import in_reference_mode
 from attention_zoo.ops.masks import key_mask, restrict
 
@@ -48,6 +48,7 @@ class Documents:
             raise TypeError(f"document_ids must be an integer tensor, got {got}")
         if ids.ndim != 2:
             raise ValueError(f"document_ids must be (b, n), got shape {tuple(ids.shape)}")
+        ids = ids if ids.dtype in SIGNED else ids.long()  # torch 2.13 cannot compare wide unsigned integers
         self.ids = ids
         self.starts = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
         index = torch.arange(ids.shape[1], device=ids.device)

@@ -13,14 +13,21 @@ from attention_zoo.ops import TextImageLayout
 
 # Attributes that do not change what a module computes, or that are compared as weights and submodules.
 IGNORED = {*vars(nn.Module())}
+SCALARS = (bool, int, float, str)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module is neither of this package nor of torch."""
+    return not type(module).__module__.startswith(("attention_zoo.", "torch."))
 
 
 def first_difference(model: nn.Module, twin: nn.Module) -> str | None:
     """What differs first between a model and the one built from its configuration, or None.
 
     Compared are the classes of all submodules, the names, shapes and sharing of parameters and buffers, forward hooks,
-    and the attributes that are numbers, names, functions and collections of them.
+    and the attributes that are numbers, names, functions and collections of them. A module with a method
+    `output_difference` is asked as well, if the twin has memory; the weights of the twin may then be overwritten.
     """
     pairs: dict[int, Tensor] = {}  # by the id of a tensor of the model, that of the twin
     compared: set[tuple[int, int]] = set()
@@ -39,12 +46,15 @@ def first_difference(model: nn.Module, twin: nn.Module) -> str | None:
             compare_attributes(where, one, other)
             or compare_tensors(path, one, other)
             or compare_children(path, one, other)
+            or compare_outputs(path, one, other)
         )
 
     def compare_attributes(where: str, one: nn.Module, other: nn.Module) -> str | None:
         ours, theirs = vars(one), vars(other)
         for name in sorted((ours.keys() | theirs.keys()) - IGNORED):
-            if name.startswith("_"):  # caches and counters
+            if "cache" in name:
+                continue
+            if name.startswith("_") and not (is_foreign(one) and type(theirs.get(name)) in SCALARS):
                 continue
             if name not in theirs:
                 if callable(ours[name]) or hasattr(type(one), name):
@@ -68,6 +78,11 @@ def first_difference(model: nn.Module, twin: nn.Module) -> str | None:
                 if a is not None and b is not None and shared.setdefault(id(b), a) is not a:
                     return f"{where} has its own values, configured are those of another tensor"
         return None
+
+    def compare_outputs(path: str, one: Any, other: nn.Module) -> str | None:
+        on_meta = any(tensor.is_meta for tensor in [*other.parameters(), *other.buffers()])
+        found = None if on_meta or not hasattr(one, "output_difference") else one.output_difference(other)
+        return found and f"{_join(path, found)}, has another output than the configured one with the same weights"
 
     def compare_children(path: str, one: nn.Module, other: nn.Module) -> str | None:
         ours, theirs = one._modules, other._modules

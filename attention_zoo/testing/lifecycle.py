@@ -1,4 +1,4 @@
-"""Checks 11 to 13: saving and copying, argument validation, attention maps."""
+"""Saving and copying, argument validation, attention maps."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from attention_zoo.testing.expect import FLOAT32_ERROR, expect, expect_close, ex
 from attention_zoo.testing.report import NotApplicable
 from attention_zoo.testing.subject import BATCH, Padding, Subject
 
+MAX_COEFFICIENTS = 1024  # per output feature, of the linear map that `check_map` fits
+
 
 def check_saving(subject: Subject) -> None:
     """state_dict, deepcopy, and construction on the meta device with load_state_dict give an equal block."""
@@ -27,6 +29,7 @@ def check_saving(subject: Subject) -> None:
     torch.save(block.state_dict(), file)
     file.seek(0)
     other = subject.block(seed=4)
+    other(x, **others)  # what it computes from its weights before they are loaded must not be kept
     other.load_state_dict(torch.load(file, weights_only=True))
     expect_equal(other(x, **others), out, f"a new {subject.noun} that loads the state_dict gives other outputs")
     expect_equal(copy.deepcopy(block)(x, **others), out, "a deep copy gives other outputs")
@@ -54,7 +57,7 @@ def check_arguments(subject: Subject) -> None:
         ("mask", "float32", lambda: block(x, mask=mask.float(), **others)),
         ("mask", str(n + 1), lambda: block(x, mask=torch.cat((mask, mask[:, :1]), dim=1), **others)),
     ]
-    if subject.causal and callable(getattr(block, "step", None)):
+    if subject.has_step(block):
         _, state = block.step(x, **others)
         wrong.append(("state", str(BATCH), lambda: block.step(x[:1, ..., :1, :], state)))
         wrong.append(("state", "str", lambda: block.step(x[..., :1, :], "state")))
@@ -82,23 +85,61 @@ def _expect_error(call: Callable[[], object], name: str, value: str) -> None:
 
 
 def check_map(subject: Subject) -> None:
-    """attention_map is exactly 0 for later and masked keys, and times the values gives the operation's output."""
+    """attention_map is exactly 0 for later and masked keys, and times the values gives the operation's output.
+
+    Where forward is linear in a single token, some linear map gives its output from that of the operation, or for a
+    block without `values_and_output` from the sums of x weighted by the map.
+    """
     block: Any = subject.block()
     if not callable(getattr(block, "attention_map", None)):
         raise NotApplicable("the block has no attention_map")
+    exposes_values = callable(getattr(block, "values_and_output", None))
     for n in subject.lengths:
         x = subject.x(n)
         for padding in subject.paddings(n).values():
             with torch.no_grad():
-                weights = block.attention_map(x, **padding.extra)
+                try:
+                    weights = block.attention_map(x, **padding.extra)
+                except NotImplementedError as error:
+                    raise NotApplicable("the block has no attention_map") from error
             expect(weights.isfinite().all(), f"the attention map is not finite ({padding.where})")
             expect(weights.shape[-2] == n, f"the attention map is {tuple(weights.shape)}, not (b, h, i, j) (n={n})")
             _check_hidden(subject, weights, padding)
-            if callable(getattr(block, "values_and_output", None)):
+            if exposes_values:
                 with torch.no_grad():
-                    values, out = block.values_and_output(x, **padding.extra)
+                    try:
+                        values, out = block.values_and_output(x, **padding.extra)
+                    except NotImplementedError:
+                        exposes_values = False
+                        continue
                 what = f"the attention map times the values differs from the output ({padding.where})"
                 expect_close(weights.to(values.dtype) @ values, out, FLOAT32_ERROR, what)
+    if subject.inputs is None and subject.streams is None:
+        _check_linear_in_values(subject, exposes_values)
+
+
+@torch.no_grad()
+def _check_linear_in_values(subject: Subject, exposes_values: bool) -> None:
+    """Fit the output of forward by a linear map of (attention map) x, or of the exposed output of the operation."""
+    block: Any = subject.block(dtype=torch.float64)
+    a, b = (subject.x(1, dtype=torch.float64, seed=seed) for seed in (1, 5))
+    zero = block(torch.zeros_like(a))
+    n = max((n for n in subject.lengths if n <= 131), default=1)
+    heads = block.attention_map(a).shape[1]
+    if n == 1 or heads * subject.dim > MAX_COEFFICIENTS:
+        return
+    if (block(a + b) - block(a) - block(b) + zero).norm() > 1e-6 * block(a + b).norm():
+        return  # a gate or a norm: the output is no linear map of the values
+    batch = -(-4 * heads * subject.dim // n)
+    x = 3 * subject.x(n, batch=batch, dtype=torch.float64)
+    sums = block.values_and_output(x).output if exposes_values else block.attention_map(x).double() @ x[:, None]
+    sums = sums.double().transpose(1, 2).flatten(2).flatten(0, 1)
+    sums = torch.cat((sums, torch.ones_like(sums[:, :1])), dim=1)
+    out = block(x).flatten(0, 1)
+    fitted = sums @ torch.linalg.lstsq(sums, out, driver="gelsd").solution
+    of = "values_and_output().output" if exposes_values else "the attention map times x"
+    what = f"the output of forward is no linear map of {of} (n={n})"
+    expect_close(fitted, out, 1e-3, what)
 
 
 def _check_hidden(subject: Subject, weights: Tensor, padding: Padding) -> None:

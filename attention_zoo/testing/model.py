@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from attention_zoo.generation import generate
+from attention_zoo.testing.basics import check_effects
 from attention_zoo.testing.expect import FLOAT32_ERROR, GRADIENT_ERROR, expect, expect_close, expect_equal, one_line
 from attention_zoo.testing.lifecycle import check_saving, expect_errors
 from attention_zoo.testing.report import NotApplicable, Note
@@ -36,8 +37,9 @@ class TokenModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         extra = {} if mask is None else {"mask": mask}
+        extra |= {} if document_ids is None else {"document_ids": document_ids}
         if not x.requires_grad:
             return logits_of(self.model(x[..., 0].long(), **extra))
         with _EmbeddingGradient(x):
@@ -88,6 +90,10 @@ def logits_of(out: Any) -> Tensor:
     return logits
 
 
+MODEL_LENGTHS = (1, 2, 7, 65)
+MODEL_LONG_LENGTHS = (255, 256, 257, 513)
+
+
 @dataclass(frozen=True)
 class ModelSubject(Subject):
     """A model and what the checks need to know about it. `dim` is the number of tokens v; the rest as in `Subject`."""
@@ -134,7 +140,7 @@ def make_model_subject(
     *,
     num_tokens: int,
     causal: bool = True,
-    lengths: Sequence[int] = (1, 2, 7, 65),
+    lengths: Sequence[int] = (),
     **options: Any,
 ) -> ModelSubject:
     """The subject of the checks of a model, with lengths cut to what it accepts: `max_seq_len` or `segment_len`."""
@@ -143,13 +149,16 @@ def make_model_subject(
     takes_mask = any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in parameters)
     limits = [getattr(model, name, None) for name in ("max_seq_len", "segment_len")]
     limit = min((limit for limit in limits if isinstance(limit, int)), default=None)
-    cut = sorted({n if limit is None else min(n, limit) for n in lengths})
+    cut = sorted({n if limit is None else min(n, limit) for n in lengths or MODEL_LENGTHS})
+    if not lengths and options.get("effort") != "quick":
+        options["long_lengths"] = [n for n in MODEL_LONG_LENGTHS if limit is None or n <= limit]
     return ModelSubject(make_model, num_tokens, causal, cut, takes_mask=takes_mask, max_seq_len=limit, **options)
 
 
 def check_logits(subject: ModelSubject) -> None:
     """Logits are (b, n, num_tokens) and floating point, tokens are not modified, and eval mode is deterministic."""
-    model: Any = subject.block().model
+    block = subject.block()
+    model: Any = block.model
     declared = getattr(model, "causal", subject.causal)
     expect(declared == subject.causal, f"the model says causal={declared}, but causal={subject.causal} was expected")
     for n in subject.lengths:
@@ -160,7 +169,7 @@ def check_logits(subject: ModelSubject) -> None:
         shape, want = tuple(logits.shape), (*tokens.shape, subject.dim)
         expect(shape == want, f"the logits are {shape}, not (b, n, num_tokens) = {want}")
         expect(logits.is_floating_point(), f"the logits are {logits.dtype}, not floating point")
-        expect_equal(logits_of(model(tokens)), logits, f"two runs in eval mode differ (n={n})")
+    check_effects(subject, block)
 
 
 def check_generation(subject: ModelSubject) -> None:

@@ -11,11 +11,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attention_zoo._checks import check_choice
 from attention_zoo.testing.report import Note
 
 MakeInputs = Callable[[int, int], Mapping[str, Tensor]]
 
 BATCH = 3
+LENGTHS = (1, 2, 7, 64, 65, 131)
+LONG_LENGTHS = (128, 255, 256, 257, 389, 511, 512, 513, 777, 1023, 1024, 1025, 1100)
 
 
 class Padding(NamedTuple):
@@ -36,6 +39,11 @@ class Padding(NamedTuple):
         """Keyword arguments of forward: the other arguments, and the mask unless it is None."""
         return self.others if self.mask is None else {**self.others, "mask": self.mask}
 
+    def rows(self, rows: slice) -> Padding:
+        """The same padding of some rows of the batch."""
+        others = {name: value[rows] for name, value in self.others.items()}
+        return Padding(self.where, None if self.mask is None else self.mask[rows], others)
+
     def replace_masked(self, x: Tensor, other: Tensor | float) -> Tensor:
         """Features (b, n, d) or (b, s, n, d) with those of `other` at masked tokens."""
         if self.mask is None:
@@ -51,7 +59,8 @@ class Subject:
         make_block: makes a new block for features of size `dim`, on the CPU, in float32.
         dim: features d.
         causal: whether the block is causal.
-        lengths: sequence lengths n to test; they should cross every tile boundary of the block.
+        lengths: sequence lengths n to test; they should cross every tile boundary of the block. Empty: 1 ... 131, and
+            with effort="full" some up to 1,100.
         inputs: `inputs(batch, length)` returns the block's other arguments by name, such as a context and
             `context_mask`.
         reference: makes the reference of a block that does not use this library's operations; it takes the state_dict
@@ -66,6 +75,8 @@ class Subject:
         bf16_error, fp16_error: largest relative 2-norm error against float64.
         strict: whether argument validation and other properties beyond a right result are checks. None: only for the
             classes of this library; for others a violation is a note in the report.
+        long_lengths: further lengths, for parts of some checks; set if `lengths` is empty and effort is "full".
+        effort: "quick", or "full" for more lengths, batch sizes and samples, in about ten times the time.
         device: device to run on.
     """
 
@@ -75,7 +86,7 @@ class Subject:
     make_block: Callable[[], nn.Module]
     dim: int
     causal: bool
-    lengths: Sequence[int] = (1, 2, 7, 64, 65, 131)
+    lengths: Sequence[int] = ()
     inputs: MakeInputs | None = None
     reference: Callable[[], nn.Module] | None = None
     streams: int | None = None
@@ -86,7 +97,27 @@ class Subject:
     bf16_error: float = 3e-2
     fp16_error: float = 4e-3
     strict: bool | None = None
+    effort: str = "full"
     device: str = "cpu"
+    long_lengths: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("effort", self.effort, ("quick", "full"))
+        if not self.lengths:
+            object.__setattr__(self, "lengths", LENGTHS)
+            object.__setattr__(self, "long_lengths", LONG_LENGTHS if self.thorough else ())
+
+    @property
+    def thorough(self) -> bool:
+        """Whether to run the slower part of each check."""
+        return self.effort == "full"
+
+    @property
+    def sampled_lengths(self) -> Sequence[int]:
+        """The lengths for variants of a check: all up to 131, or one of at least 4 tokens for quick effort."""
+        if self.thorough:
+            return [n for n in self.lengths if n <= 131]
+        return [next((n for n in self.lengths if n >= 4), self.lengths[-1])]
 
     def block(self, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         """A new block in eval mode, with perturbed weights so that none is 0 or 1 by initialisation."""
@@ -136,7 +167,7 @@ class Subject:
         """No mask, left padding, right padding and a mask with holes; every row has a valid token."""
         masks: dict[str, Tensor | None] = {"no mask": None}
         if length > 1:
-            counts = torch.tensor([length, length // 2, 1]).repeat(batch)[:batch]
+            counts = torch.tensor([length, length // 2, 1] if batch > 1 else [(length + 1) // 2]).repeat(batch)[:batch]
             left = torch.arange(length) >= length - counts[:, None]
             with seeded(3):
                 holes = torch.rand(batch, length) < 0.6
@@ -150,6 +181,18 @@ class Subject:
 
     def need_mask(self, block: nn.Module) -> None:
         """Raise NotApplicable if the block takes no mask."""
+
+    def has_step(self, block: nn.Module) -> bool:
+        """Whether the block decodes: it has a method `step` that is implemented."""
+        step = getattr(block, "step", None)
+        if not self.causal or not callable(step):
+            return False
+        try:
+            with torch.no_grad():
+                step(self.x(1), **self.others(1))
+        except NotImplementedError:
+            return False
+        return True
 
     def is_strict(self, block: nn.Module) -> bool:
         """Whether the block must also satisfy what is a note for a user's block; see `strict`."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import itertools
 import math
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from attention_zoo._checks import check_at_least, check_int, check_positive
+
+Content = TypeVar("Content")
 
 VALIDATION = 0.1  # fraction of a text that is held out for validation
 # Excluded from the standard library: third-party packages, tests, and tables written as Python.
@@ -39,41 +44,114 @@ class Text:
     validation_files: int
 
 
-def read_text(path: str | os.PathLike[str] | None = None) -> Text:
-    """Read a text and split it into training and validation.
+class FilePart(NamedTuple):
+    """Bytes start ... stop - 1 of a file."""
+
+    path: Path
+    start: int
+    stop: int
+
+    def read(self) -> bytes:
+        """The bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The files of a text split into training and validation, without their contents.
+
+    Attributes:
+        source: human-readable description of the origin.
+        training, validation: parts of files; of a single file, one part in each.
+    """
+
+    source: str
+    training: tuple[FilePart, ...]
+    validation: tuple[FilePart, ...]
+
+
+def find_text_files(path: str | os.PathLike[str] | None = None, *, progress: bool = False) -> TextFiles:
+    """Find the files of a text and split them into training and validation.
 
     The files of a folder are split by a hash of their relative paths: the split of a file does not depend on the other
     files. A single file is cut at 90 % of its bytes.
 
     Args:
-        path: a file, or a folder that is read recursively: all UTF-8 files without NUL bytes, except hidden files and
-            folders. None: the sources of Python's standard library, without its tests and tables.
+        path: a file, or a folder that is searched recursively: all UTF-8 files without NUL bytes, except hidden files
+            and folders. None: the sources of Python's standard library, without its tests and tables.
+        progress: whether to show a progress bar over the files, each of which is read once (needs tqdm, from the extra
+            `examples`).
 
     Raises:
         FileNotFoundError: `path` does not exist.
         ValueError: `path` contains no text.
+        ImportError: progress=True without tqdm.
     """
     if path is None:
         folder = Path(sysconfig.get_path("stdlib"))
-        files = _read_folder(folder, suffix=".py", excluded=EXCLUDED)
+        files = _find_in_folder(folder, suffix=".py", excluded=EXCLUDED, progress=progress)
         source = f"Python's standard library in {folder}"
     else:
         place = Path(path)
         if not place.exists():
             raise FileNotFoundError(f"path must be a file or a folder of text, but {place} does not exist")
-        files = _read_folder(place) if place.is_dir() else [(place.name, place.read_bytes())]
+        files = _find_in_folder(place, progress=progress) if place.is_dir() else [(place.name, _whole(place))]
         source = str(place)
-    if not any(data for _, data in files):
+    if not any(part.stop for _, part in files):
         raise ValueError(f"path must hold text (non-empty UTF-8 files), but there is none in {source}")
     if len(files) == 1:
-        data = files[0][1]
-        cut = int(len(data) * (1 - VALIDATION))
-        return Text(source, data[:cut], data[cut:], 1, 1)
+        whole = files[0][1]
+        cut = int(whole.stop * (1 - VALIDATION))
+        return TextFiles(source, (whole._replace(stop=cut),), (whole._replace(start=cut),))
     training, validation = split_files(files)
-    return Text(source, b"\n".join(training), b"\n".join(validation), len(training), len(validation))
+    return TextFiles(source, tuple(training), tuple(validation))
 
 
-def split_files(files: Sequence[tuple[str, bytes]]) -> tuple[list[bytes], list[bytes]]:
+def read_text(path: str | os.PathLike[str] | None = None) -> Text:
+    """Read a text and split it into training and validation. Argument and errors: see `find_text_files`."""
+    files = find_text_files(path)
+    training, validation = (b"\n".join(part.read() for part in parts) for parts in (files.training, files.validation))
+    return Text(files.source, training, validation, len(files.training), len(files.validation))
+
+
+def read_documents(
+    parts: Sequence[FilePart],
+    *,
+    epochs: int | None = 1,
+    generator: torch.Generator | None = None,
+    max_bytes: int = 2**24,
+) -> Iterator[bytes]:
+    """Read files one after the other, as the documents of `packed_batches`. Memory is that of one document.
+
+    Args:
+        parts: of a `TextFiles`.
+        epochs: number of passes over the files. None: without end.
+        generator: random number generator, on the CPU, that draws the order of the files in each epoch. None: as given.
+        max_bytes: a longer part is read in pieces of this size. Each starts with the last byte of the previous one, so
+            that a next-token loss predicts every byte but the file's first.
+
+    Raises:
+        TypeError, ValueError: `parts` holds no byte, `epochs` is below 1, or `max_bytes` is below 2; in the call.
+    """
+    check_positive(epochs=epochs)
+    check_at_least(2, max_bytes=max_bytes)
+    if not any(part.start < part.stop for part in parts):  # an endless iterator would yield nothing
+        raise ValueError(f"parts must hold at least one byte, got {len(parts)} empty parts")
+
+    def read() -> Iterator[bytes]:
+        for _ in itertools.count() if epochs is None else range(epochs):
+            order = range(len(parts)) if generator is None else torch.randperm(len(parts), generator=generator).tolist()
+            for index in order:
+                path, first, end = parts[index]
+                for start in range(first, max(end - 1, first + 1), max_bytes - 1):
+                    yield FilePart(path, start, min(start + max_bytes, end)).read()
+
+    return read()
+
+
+def split_files(files: Sequence[tuple[str, Content]]) -> tuple[list[Content], list[Content]]:
     """Split (relative path, content) pairs by a hash of the path, about one in ten for validation; order is kept.
 
     Args:
@@ -83,8 +161,8 @@ def split_files(files: Sequence[tuple[str, bytes]]) -> tuple[list[bytes], list[b
     chosen = sum(rank < VALIDATION for rank in ranks.values())
     chosen = min(max(chosen, 1), len(files) - 1)
     held_out = set(sorted(ranks, key=lambda name: ranks[name])[:chosen])
-    training = [data for name, data in files if name not in held_out]
-    return training, [data for name, data in files if name in held_out]
+    training = [content for name, content in files if name not in held_out]
+    return training, [content for name, content in files if name in held_out]
 
 
 def as_tokens(data: bytes) -> Tensor:
@@ -175,26 +253,45 @@ def _check_text(text: Tensor, length: int) -> None:
         raise ValueError(f"text must hold at least {length=} bytes, got {text.shape[0]} bytes")
 
 
-def _read_folder(root: Path, *, suffix: str = "", excluded: Collection[str] = ()) -> list[tuple[str, bytes]]:
-    """(relative path, content) of every text file below `root`, sorted by path."""
-    found = {}
+def _whole(path: Path) -> FilePart:
+    return FilePart(path, 0, path.stat().st_size)
+
+
+def _find_in_folder(
+    root: Path, *, suffix: str = "", excluded: Collection[str] = (), progress: bool
+) -> list[tuple[str, FilePart]]:
+    """(relative path, file) of every non-empty text file below `root`, sorted by path."""
+    paths = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in excluded and not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if name.startswith(".") or not name.endswith(suffix) or not path.is_file():
-                continue
-            data = path.read_bytes()
-            if data and _is_text(data):
-                found[path.relative_to(root).as_posix()] = data
+        paths += [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
+    found = {
+        path.relative_to(root).as_posix(): _whole(path)
+        for path in _with_bar(paths, progress)
+        if path.is_file() and path.stat().st_size and _is_text(path)
+    }
     return sorted(found.items())
 
 
-def _is_text(data: bytes) -> bool:
-    if b"\0" in data:
-        return False
+def _with_bar(paths: list[Path], progress: bool) -> Iterable[Path]:
+    if not progress:
+        return paths
     try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install attention-zoo[examples]") from error
+    return tqdm(paths, desc="files", unit="file")
+
+
+def _is_text(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        try:
+            while data := file.read(2**20):
+                if b"\0" in data:
+                    return False
+                decoder.decode(data)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
     return True

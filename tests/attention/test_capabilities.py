@@ -104,3 +104,19 @@ def test_constructor_arguments_agree_with_capabilities() -> None:
     for name, found in FOUND.items():
         for column, argument in columns.items():
             assert getattr(found, column) == (argument in inspect.signature(BLOCKS[name]).parameters)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_masks_of_pairs_and_documents_agree_with_capabilities(name: str) -> None:
+    case = subject(name)
+    block, x, others = case.block(), case.x(9), case.others(9)
+    keys = others["context"].shape[1] if "context" in others else 9
+    given = {"attn_mask": torch.ones(9, keys, dtype=torch.bool), "document_ids": torch.zeros(3, 9, dtype=torch.long)}
+    ids = {"context_document_ids": torch.zeros(3, keys, dtype=torch.long)} if "context" in others else {}
+    for argument, supported in (("attn_mask", FOUND[name].attn_mask), ("document_ids", FOUND[name].documents)):
+        extra = {argument: given[argument], **others, **(ids if argument == "document_ids" else {})}
+        if supported:
+            torch.testing.assert_close(block(x, **extra), block(x, **others))
+        else:
+            with pytest.raises(ValueError, match=f"{argument} must be None for {type(block).__name__}"):
+                block(x, **extra)

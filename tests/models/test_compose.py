@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -528,7 +529,7 @@ def test_embeddings_take_the_place_of_tokens() -> None:
         model(inputs_embeds=torch.zeros(2, 7, 5))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32])
 @pytest.mark.parametrize("name", [*COMPOSED, "Memformer"])
 def test_token_ids_may_have_any_integer_dtype(name: str, dtype: torch.dtype) -> None:
     model, inputs = memformer("full") if name == "Memformer" else (COMPOSED[name](), (tokens(2, 8),))
@@ -546,6 +547,114 @@ def test_a_state_of_another_batch_size_is_refused_by_a_multi_stream_model() -> N
     _, state = model.step(tokens(2, 3))
     with pytest.raises(ValueError, match="state must have the batch size of tokens, 1, got 2"):
         model.step(tokens(1, 1), state)
+
+
+class Hidden(Mean):
+    """A block that keeps no argument under its name, and takes more than it names."""
+
+    def __init__(self, dim: int, alpha: float = 1.0, **options: Any) -> None:
+        super().__init__(dim, 1.0)
+        self.f = lambda x: x * alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(super().forward(x))
+
+
+class Scaled(FullAttention):
+    def __init__(self, *args: Any, factor: float = 1.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.factor = factor
+
+    def forward(self, x: Tensor, **inputs: Any) -> Tensor:
+        return self.factor * super().forward(x, **inputs)
+
+
+@pytest.mark.parametrize(
+    ("cls", "spec"),
+    [
+        (Hidden, Hidden),
+        (Hidden, (Hidden, {"alpha": 3.0})),
+        (Hidden, lambda dim: Hidden(dim)),
+        (Scaled, Scaled),
+        (Scaled, (Scaled, {"factor": 3.0, "heads": 2})),
+        (Scaled, lambda dim: Scaled(dim, factor=3.0, heads=2)),
+    ],
+)
+def test_a_block_with_keyword_arguments_is_saved_with_its_options(
+    cls: type[nn.Module], spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BLOCKS, "own", cls)
+    model = LanguageModel(num_tokens=11, attention=spec, **SMALL).eval()
+    model.save(tmp_path)
+    assert torch.equal(LanguageModel.load(tmp_path).eval()(tokens(2, 9)), model(tokens(2, 9)))
+
+
+def test_a_module_with_hidden_arguments_is_not_saved_as_another_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BLOCKS, "hidden", Hidden)
+    model = LanguageModel(num_tokens=11, attention=[Hidden(DIM), Hidden(DIM, 3.0)], **SMALL)
+    with pytest.raises(ValueError, match=r"layers\.1\.sublayers\.0\.block, a Hidden, has another output"):
+        model.save(tmp_path)
+
+
+class Private(Mean):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self._window = 2
+
+
+def test_a_changed_private_number_of_a_users_block_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BLOCKS, "private", Private)
+    model = LanguageModel(num_tokens=11, attention="private", **SMALL)
+    model.stack.sublayers()[0].block._window = 4
+    with pytest.raises(ValueError, match="_window is 4, configured is 2"):
+        model.save(tmp_path)
+
+
+@pytest.mark.parametrize("block", [nn.MultiheadAttention(DIM, 2), nn.Linear(5, DIM)])
+def test_a_module_that_does_not_take_the_features_alone_is_refused(block: nn.Module) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"must need no input besides|must accept features"):
+        LanguageModel(num_tokens=11, attention=[block, "full"], **SMALL)
+
+
+@pytest.mark.parametrize(
+    "attention", ["full", [TalkingHeadsAttention(DIM, streams=2), TalkingHeadsAttention(DIM, streams=2)]]
+)
+def test_talking_heads_mix_all_streams_as_modules_and_replacements(attention: Any, tmp_path: Path) -> None:
+    model = MultiStreamTransformer(num_tokens=11, attention=attention, **SMALL).eval()
+    replace_block(model, 0, "talking_heads")
+    assert model.stack.sublayers()[0].attention.streams == 2
+    model.save(tmp_path)
+    assert torch.equal(MultiStreamTransformer.load(tmp_path).eval()(tokens(2, 9)), model(tokens(2, 9)))
+
+
+def test_a_multi_stream_model_gives_cosine_sim_its_own_scale() -> None:
+    model = MultiStreamTransformer(num_tokens=11, attention=["cosine_sim", "talking_heads"], **SMALL)
+    assert model(tokens(2, 9)).shape == (2, 9, 11)
+
+
+@pytest.mark.parametrize("shared", [{"heads": 2}, {"positions": "t5"}, {"positions": "rotary"}, {"attn_dropout": 0.1}])
+def test_a_shared_argument_that_no_block_takes_after_a_replacement_is_not_saved(shared: Any, tmp_path: Path) -> None:
+    model = LanguageModel(num_tokens=11, attention="full", **shared, **SMALL).eval()
+    for layer in range(2):
+        replace_block(model, layer, "mean")
+    model.save(tmp_path)
+    assert torch.equal(LanguageModel.load(tmp_path).eval()(tokens(2, 9)), model(tokens(2, 9)))
+
+
+def test_a_subclass_may_pass_on_all_arguments(tmp_path: Path) -> None:
+    class Own(LanguageModel):
+        def __init__(self, *args: Any, extra: int = 3, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.head = nn.Linear(extra, extra)
+
+    model = deepcopy(Own(num_tokens=11, extra=5, **SMALL)).eval()
+    replace_block(model, 0, "mean")
+    model.save(tmp_path)
+    assert torch.equal(Own.load(tmp_path).eval()(tokens(2, 9)), model(tokens(2, 9)))
 
 
 def test_a_stack_shares_another_packages_rotary_embedding_and_saves_it(tmp_path: Path) -> None:
@@ -585,3 +694,10 @@ def test_a_tree_of_drafts_is_decoded_in_one_step() -> None:
     for index in range(2):
         alone, _ = model.step(drafts[:, index : index + 1], state)
         torch.testing.assert_close(both[:, index], alone[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_with_logits_on_the_meta_device_raises() -> None:
+    model = LanguageModel(num_tokens=11, **SMALL)
+    model.to_logits.to("meta")
+    with pytest.raises(RuntimeError, match="Linear must have its parameters loaded, got some on the meta device"):
+        model(tokens(1, 4))

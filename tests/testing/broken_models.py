@@ -222,11 +222,19 @@ class SavesWithoutItsNorm(GPT):
         return model
 
 
-class TakesAnyTokens(Base):
-    """Arguments are not validated."""
+class ScalesInTraining(GPT):
+    """Another scale in training mode."""
 
-    def _check(self, *args: Any) -> None:
-        """Accept everything."""
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x) * (1.1 if self.training else 1.0)
+
+
+class DropsWithoutRescaling(GPT):
+    """Dropout that does not scale up what it keeps."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits = super().logits(x)
+        return logits * (torch.rand_like(logits) > 0.1) if self.training else logits
 
 
 BROKEN_MODELS: list[tuple[type[nn.Module], str]] = [
@@ -255,5 +263,7 @@ BROKEN_MODELS: list[tuple[type[nn.Module], str]] = [
     (BranchesOnValues, "compile"),
     (ForgetsATensor, "saving"),
     (SavesWithoutItsNorm, "saving"),
-    (TakesAnyTokens, "arguments"),
+    (ScalesInTraining, "training"),
+    (DropsWithoutRescaling, "training"),
+    (GPT, "arguments"),
 ]

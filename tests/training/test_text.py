@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import builtins
+import itertools
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 
 from attention_zoo.training import (
+    FilePart,
     as_tokens,
+    find_text_files,
     gzip_bits_per_byte,
+    packed_batches,
     random_batch,
+    read_documents,
     read_text,
     unigram_entropy,
     windows,
@@ -114,6 +121,102 @@ def test_read_text_rejects_a_path_without_text(tmp_path: Path, make, error: type
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(error, match=message):
         read_text(make(tmp_path))
+
+
+@pytest.mark.parametrize("names", [NAMES, NAMES[:2], NAMES[:1]], ids=["many", "two", "one"])
+def test_documents_joined_by_newlines_are_the_text(tmp_path: Path, names: list[str]) -> None:
+    write_files(tmp_path, names)
+    files, text = find_text_files(tmp_path), read_text(tmp_path)
+    assert b"\n".join(read_documents(files.training)) == text.training
+    assert b"\n".join(read_documents(files.validation)) == text.validation
+    assert files.source == text.source
+
+
+def test_order_of_documents_depends_only_on_the_generator(tmp_path: Path) -> None:
+    write_files(tmp_path, NAMES)
+    parts = find_text_files(tmp_path).training
+    want = sorted(read_documents(parts))
+
+    def drawn(seed: int) -> list[bytes]:
+        return list(read_documents(parts, epochs=2, generator=torch.Generator().manual_seed(seed)))
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    first, second = drawn(0)[: len(parts)], drawn(0)[len(parts) :]
+    assert first != second
+    assert sorted(first) == sorted(second) == want
+
+
+def test_documents_without_end_repeat_the_files(tmp_path: Path) -> None:
+    write_files(tmp_path, NAMES[:3])
+    parts = find_text_files(tmp_path).training
+    once = list(read_documents(parts))
+    assert list(itertools.islice(read_documents(parts, epochs=None), 3 * len(once))) == once * 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 10, 11, 19, 20, 100])
+def test_large_files_are_read_in_pieces_that_share_one_byte(tmp_path: Path, size: int) -> None:
+    data = os.urandom(size)
+    (tmp_path / "file").write_bytes(b"before" + data + b"after")
+    pieces = list(read_documents([FilePart(tmp_path / "file", 6, 6 + size)], max_bytes=10))
+    assert b"".join([pieces[0], *(piece[1:] for piece in pieces[1:])]) == data
+    assert all(last[-1:] == piece[:1] for last, piece in itertools.pairwise(pieces))
+    assert {len(piece) for piece in pieces[:-1]} <= {10}
+    assert len(pieces[-1]) <= 10
+
+
+def test_memory_of_packing_files_does_not_grow_with_their_sizes(tmp_path: Path) -> None:
+    def peak(copies: int) -> int:
+        folder = tmp_path / str(copies)
+        folder.mkdir()
+        for index in range(copies):
+            (folder / f"{index}.txt").write_bytes(b"text\n" * 2_000)
+        tracemalloc.start()
+        stream = read_documents(find_text_files(folder).training, max_bytes=2**12)
+        # documents as lists, because tracemalloc does not see the memory of tensors
+        for batch in packed_batches((list(document) for document in stream), length=64, batch=8, buffer=16):
+            assert batch.tokens.shape[1] == 64
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(2)
+    assert peak(20) < 1.5 * peak(4)
+
+
+def test_progress_bar_counts_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    write_files(tmp_path, NAMES)
+    assert find_text_files(tmp_path, progress=True) == find_text_files(tmp_path)
+    assert "60/60" in capfd.readouterr().err
+
+
+def test_progress_bar_without_tqdm_names_the_extra_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path, NAMES)
+    original = builtins.__import__
+
+    def without_tqdm(name: str, *args: object, **kwargs: object) -> object:
+        if name.startswith("tqdm"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_tqdm)
+    with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install attention-zoo\[examples\]"):
+        find_text_files(tmp_path, progress=True)
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "message"),
+    [
+        (1, {"epochs": 0}, "epochs must be at least 1, got epochs=0"),
+        (1, {"max_bytes": 1}, "max_bytes must be at least 2, got max_bytes=1"),
+        (0, {}, "parts must hold at least one byte, got 0 empty parts"),
+    ],
+)
+def test_read_documents_checks_its_arguments_in_the_call(
+    tmp_path: Path, parts: int, options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_documents([FilePart(tmp_path / "none", 0, 5)] * parts, **options)
 
 
 def test_batch_rows_are_substrings_of_the_text() -> None:

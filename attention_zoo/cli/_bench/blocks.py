@@ -131,13 +131,13 @@ def measure_block(name: str, block: nn.Module, length: int, phase: str, setup: S
         causal = part.causal and part.mask is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=part.mask, is_causal=causal)
 
-    mixing_call = _call(phase, part.run, part.inputs, block)
-    sdpa_call = _call(phase, sdpa, head_inputs(length, setup) if part.whole else part.inputs)
+    mixing_call = timed_call(phase, part.run, part.inputs, block)
+    sdpa_call = timed_call(phase, sdpa, head_inputs(length, setup) if part.whole else part.inputs)
     mixing_time, sdpa_time, ratio = compare(mixing_call, sdpa_call, device, runs)
     mixing_peak, sdpa_peak = peak_bytes(mixing_call, device), peak_bytes(sdpa_call, device)
     block_time, block_peak = mixing_time, mixing_peak
     if not part.whole:
-        block_call = _call(phase, block, block_inputs(block, length, setup), block)
+        block_call = timed_call(phase, block, block_inputs(block, length, setup), block)
         block_time, block_peak = median_seconds(block_call, device, runs), peak_bytes(block_call, device)
     times = (block_time * 1000, mixing_time * 1000, sdpa_time * 1000, ratio)
     step = measure_step(block, length, setup) if phase == "forward" else (None, None)
@@ -177,7 +177,9 @@ def measure_blocks(names: Sequence[str], lengths: Sequence[int], setup: Setup) -
                 yield measure_block(name, block, length, phase, setup)
 
 
-def _call(phase: str, run: Callable[..., Tensor], inputs: Sequence[Tensor], block: nn.Module | None = None) -> Call:
+def timed_call(
+    phase: str, run: Callable[..., Tensor], inputs: Sequence[Tensor], block: nn.Module | None = None
+) -> Call:
     """A call of `run`; in training with the gradients of `inputs` and of the weights of `block`."""
     if phase == "forward":
         return torch.no_grad()(lambda: run(*inputs))

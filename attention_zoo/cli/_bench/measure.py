@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
@@ -38,16 +38,21 @@ def median_seconds(call: Call, device: torch.device, runs: int) -> float:
     return median(seconds(call, device) for _ in range(runs))
 
 
+def alternate(calls: Sequence[Call], device: torch.device, runs: int) -> list[list[float]]:
+    """Seconds of each call in each of `runs` rounds, after `WARM_UP` untimed rounds."""
+    for _ in range(WARM_UP):
+        for call in calls:
+            call()
+    return [[seconds(call, device) for call in calls] for _ in range(runs)]
+
+
 def compare(call: Call, baseline: Call, device: torch.device, runs: int) -> tuple[float, float, float]:
     """Time two calls alternately, so that a temporary slowdown of the machine affects both.
 
     Returns:
         The median seconds of each, and the median of call / baseline over the pairs.
     """
-    for _ in range(WARM_UP):
-        call()
-        baseline()
-    pairs = [(seconds(call, device), seconds(baseline, device)) for _ in range(runs)]
+    pairs = alternate((call, baseline), device, runs)
     first, second = zip(*pairs, strict=True)
     return median(first), median(second), median(a / b for a, b in pairs)
 
