@@ -84,17 +84,25 @@ def draw(model: MultiStreamTransformer, options: argparse.Namespace, path: Path)
     model(tokens)
     hook.remove()
     block = layer.block.block
-    maps = {"softmax": block.attention_map(inputs[0], mixed=False)[0], "mixed": block.attention_map(inputs[0])[0]}
-    heads = maps["softmax"].shape[0]
-    figure = Figure(figsize=(1.6 * heads, 4.2), layout="constrained")
+    maps = {"after the softmax": block.attention_map(inputs[0], mixed=False)[0]}
+    maps["mixed"] = block.attention_map(inputs[0])[0]
+    heads = maps["mixed"].shape[0]
+    figure = Figure(figsize=(2.1 * heads + 1, 5.4), layout="constrained")
     for (name, rows), axes in zip(maps.items(), figure.subplots(2, heads), strict=True):
         limit = float(rows.abs().quantile(0.995))
+        signed = bool((rows < 0).any())  # mixed weights may be negative
+        colors = {"cmap": "RdBu" if signed else "viridis", "vmin": -limit if signed else 0, "vmax": limit}
         for head, axis in enumerate(axes):
-            axis.imshow(rows[head], cmap="RdBu_r", vmin=-limit, vmax=limit)
-            axis.set(xticks=[], yticks=[], title=f"stream {head // block.heads}, head {head % block.heads}")
-            axis.title.set_fontsize(8)
-        axes[0].set_ylabel(name)
-    figure.suptitle(f"layer {options.depth // 2}: attention maps of {SENTENCE[:24].decode()!r} ...", fontsize=10)
+            shown = axis.imshow(rows[head], **colors)
+            axis.set_title(f"stream {head // block.heads}, head {head % block.heads}", fontsize=8)
+            axis.set_xlabel("key (byte)", fontsize=7)
+            axis.tick_params(labelsize=6)
+        axes[0].set_ylabel(f"{name}\nquery (byte)")
+        extend = "both" if signed else "max"
+        label = "weight (red: negative)" if signed else "weight"
+        figure.colorbar(shown, ax=list(axes), label=label, extend=extend)
+    title = f"layer {options.depth // 2} after {options.steps} steps: attention of {SENTENCE[:24].decode()!r} ..."
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
 

@@ -9,6 +9,7 @@ from attention_zoo.cli._figure import new_figure
 from attention_zoo.cli._table import format_number, print_rows
 
 KIB, MIB = 2**10, 2**20
+MARKERS = "osv^DPX<>*hpd"
 NUMBERS = (
     "block ms", "mixing ms", "SDPA ms", " ratio", "block MiB", "mixing MiB", "SDPA MiB", " tokens/s", "step ms",
     "state KiB",
@@ -66,7 +67,9 @@ def draw_costs(costs: Sequence[BlockCost], machine: str, path: str) -> None:
         chosen = [cost for cost in costs if cost.phase == phase]
         for k, block in enumerate(dict.fromkeys(cost.block for cost in chosen)):
             points = sorted((c.length, getattr(c, f"block_{field}") / scale) for c in chosen if c.block == block)
-            axis.plot(*zip(*points, strict=True), "osv^DPX"[k % 7] + "-", color=f"C{k % 10}", label=block, markersize=4)
+            axis.plot(
+                *zip(*points, strict=True), color=_color(k), marker=MARKERS[k % len(MARKERS)], label=block, markersize=4
+            )
         sdpa = {cost.length: getattr(cost, f"sdpa_{field}") / scale for cost in chosen if not cost.whole}
         if sdpa:
             axis.plot(*zip(*sorted(sdpa.items()), strict=True), "--", color="gray", label="SDPA alone")
@@ -79,6 +82,13 @@ def draw_costs(costs: Sequence[BlockCost], machine: str, path: str) -> None:
     figure.axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(machine, fontsize=9)
     figure.savefig(path, dpi=100, format="png")
+
+
+def _color(k: int) -> tuple[float, ...]:
+    """One of twenty colours: the ten dark ones first, then their light variants."""
+    from matplotlib import colormaps
+
+    return tuple(colormaps["tab20"]((2 * k + k // 10 % 2) % 20))
 
 
 def _ratio(cost: BlockCost) -> str:
