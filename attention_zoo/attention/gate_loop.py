@@ -160,6 +160,8 @@ class GateLoopAttention(AttentionBlock):
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The recurrence: outputs (b, n, h e) and the hidden state (b, h, e, e) after the last token."""
+        if self.norm is not None and q.dtype == torch.float16:  # the outputs may overflow before the norm
+            q, k, v, z = q.float(), k.float(), v.float(), None if z is None else z.float()
         if self.dim_head == 1 and z is not None:
             state = None if state is None else state[..., 0, 0]
             out, state = channel_gate_loop(q, k, v, z, mask=mask, state=state, document_ids=documents)
@@ -188,12 +190,13 @@ class GateLoopAttention(AttentionBlock):
         gate = None if self.to_gate is None else self.to_gate(x)
         if torch.is_grad_enabled() and (self.norm is not None or gate is not None):
             # Norm, activation and product are recomputed in backward: they cost little and would triple what is saved.
-            return checkpoint(self._merge, out, gate, has_valid, use_reentrant=False, preserve_rng_state=False)
-        return self._merge(out, gate, has_valid)
+            arguments = out, gate, has_valid, x.dtype
+            return checkpoint(self._merge, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self._merge(out, gate, has_valid, x.dtype)
 
-    def _merge(self, out: Tensor, gate: Tensor | None, has_valid: Tensor | None) -> Tensor:
+    def _merge(self, out: Tensor, gate: Tensor | None, has_valid: Tensor | None, dtype: torch.dtype) -> Tensor:
         if self.norm is not None:
-            out = self.norm(out)
+            out = self.norm(out).to(dtype)
             if has_valid is not None:  # before the first valid token the output is 0, not the bias of the norm
                 out = out.masked_fill(~has_valid[..., None], 0.0)
         if self.to_gate is not None and gate is not None:

@@ -195,6 +195,9 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         check_state(state, MemoryState)
         if state is None:
             state = MemoryState(self.initial_memory(tokens.shape[0]), torch.tensor(0))
+        elif state.memory.shape[0] != tokens.shape[0]:
+            got = state.memory.shape[0]
+            raise ValueError(f"state must have the batch size of tokens, {tokens.shape[0]}, got {got}")
         self.memory.check(state.memory, tokens.shape[0])
         used = 0 if state.features is None else state.features.shape[1]
         logits = []

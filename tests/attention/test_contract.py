@@ -14,11 +14,6 @@ from tests.cases import CASES, DIM, Case
 # The only reasons for which a check may not apply to a layer of this library.
 REASONS = ("the block is not causal", "the block refuses document_ids: ")
 
-# Failures that are not fixed yet, by case and check.
-KNOWN = {
-    ("gate_loop: inner features, sub-norm", "half precision"): "large activations overflow before the sub-norm",
-}
-
 
 def case_and_check(case: Case, check: str) -> ParameterSet:
     """The checks that take longest run on variants among the slow tests, and on every layer by default."""
@@ -27,9 +22,7 @@ def case_and_check(case: Case, check: str) -> ParameterSet:
 
 
 @pytest.mark.parametrize(("case", "check"), [case_and_check(case, check) for case in CASES for check in CHECKS])
-def test_every_case_passes_every_check(case: Case, check: str, request: pytest.FixtureRequest) -> None:
-    if (reason := KNOWN.get((case.name, check))) is not None:
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_every_case_passes_every_check(case: Case, check: str) -> None:
     outcome = run_check(check, case.subject(strict=True, effort="quick"))
     assert outcome.status != FAILED, outcome.message
     if outcome.status == NOT_APPLICABLE:

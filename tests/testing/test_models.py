@@ -29,10 +29,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "streams": lambda: MultiStreamTransformer(**SIZES, **HEADS, max_seq_len=40),
     "memory": lambda: MemoryLanguageModel(**SIZES, **HEADS, memory_slots=2, segment_len=9, memory_heads=2),
 }
-# Reported by the check and not fixed yet.
-KNOWN = {
-    ("memory", "arguments"): "the error of a state of another batch size does not name state",
-}
 
 
 def model_and_check(name: str, check: str) -> ParameterSet:
@@ -42,9 +38,7 @@ def model_and_check(name: str, check: str) -> ParameterSet:
 
 
 @pytest.mark.parametrize(("name", "check"), [model_and_check(name, check) for name in MODELS for check in MODEL_CHECKS])
-def test_models_of_the_library_pass_every_check(name: str, check: str, request: pytest.FixtureRequest) -> None:
-    if (name, check) in KNOWN:
-        request.applymarker(pytest.mark.xfail(reason=KNOWN[name, check], strict=True))
+def test_models_of_the_library_pass_every_check(name: str, check: str) -> None:
     (outcome,) = check_model(
         MODELS[name], num_tokens=NUM_TOKENS, lengths=LENGTHS, effort="quick", checks=[check]
     ).outcomes
