@@ -10,6 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
+LARGEST = 2**40  # of sizes and other whole numbers
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 INTEGERS = (*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
@@ -28,6 +29,8 @@ def check_at_least(minimum: int, /, **sizes: int | None) -> None:
             raise TypeError(f"{name} must be an int, got {name}={size!r}")
         if size < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {name}={size}")
+        if size >= LARGEST:
+            raise ValueError(f"{name} must be below {LARGEST}, got {name}={size}")
 
 
 def check_positive(**sizes: int | None) -> None:
@@ -47,6 +50,7 @@ def check_fraction(**fractions: float) -> None:
         ValueError: a fraction is outside [0, 1).
     """
     for name, fraction in fractions.items():
+        check_number(**{name: fraction})
         if not 0.0 <= fraction < 1.0:
             raise ValueError(f"{name} must lie in [0, 1), got {name}={fraction}")
 

@@ -14,6 +14,7 @@ from attention_zoo._checks import (
     check_fraction,
     check_has_data,
     check_instance,
+    check_int,
     check_number,
     check_padding,
     check_positive,
@@ -73,7 +74,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
         self, dim: int, *, heads: int = 8, dim_head: int = 64, causal: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        check_positive(dim=dim, heads=heads, dim_head=dim_head)
+        check_int(1, dim=dim, heads=heads, dim_head=dim_head)
         check_flag(causal=causal)
         check_number(dropout=dropout)
         check_fraction(dropout=dropout)

@@ -8,7 +8,7 @@ are saved with the weights; padding masks and cached decoding.
 
 from __future__ import annotations
 
-from attention_zoo._checks import check_flag, check_instance, check_positive
+from attention_zoo._checks import check_flag, check_instance, check_int
 from attention_zoo.attention.base import SelfAttention
 from attention_zoo.layers.positions import RotaryArgument
 from attention_zoo.ops.sparse import BlockSparsePattern, TextImageLayout, choose_blocks
@@ -62,7 +62,7 @@ class BlockSparseAttention(SelfAttention):
     ) -> None:
         check_instance(TextImageLayout, layout=layout)
         check_flag(causal=causal)
-        check_positive(block_size=block_size)
+        check_int(1, block_size=block_size)
         blocks = choose_blocks(
             -(-layout.length // block_size),
             local_blocks=local_blocks,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attention_zoo._checks import check_number, check_positive
+from attention_zoo._checks import check_int, check_number
 from attention_zoo.attention.base import SelfAttention
 from attention_zoo.layers.positions import RelativeBias, RotaryArgument
 from attention_zoo.ops.cosine_sim import l2_normalize
@@ -62,7 +62,7 @@ class CosineSimAttention(SelfAttention):
             output_gate=output_gate,
             output_gate_per=output_gate_per,
         )
-        check_positive(groups=groups)
+        check_int(1, groups=groups)
         check_number(scale=scale)  # None, e^-0.5 in `SelfAttention`, is no scale of cosines
         if dim_head % groups:
             raise ValueError(f"groups must divide dim_head, got {groups=}, {dim_head=}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention_zoo._checks import check_flag, check_positive
+from attention_zoo._checks import check_flag, check_int, check_positive
 from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.gates import check_gate, gate_input
 from attention_zoo.layers.norms import LayerNorm
@@ -89,7 +89,8 @@ class GateLoopAttention(AttentionBlock):
         sub_norm: bool = False,
         gradient_fraction: float = 0.9,
     ) -> None:
-        check_positive(dim=dim, heads=heads, dim_inner=dim_inner)
+        check_int(1, dim=dim)
+        check_positive(heads=heads, dim_inner=dim_inner)
         inner = dim if dim_inner is None else dim_inner
         heads = inner if heads is None else heads
         if inner % heads:

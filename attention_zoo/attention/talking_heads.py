@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_choice, check_positive
+from attention_zoo._checks import check_choice, check_int
 from attention_zoo.attention.base import SelfAttention
 from attention_zoo.layers.positions import RotaryArgument
 from attention_zoo.ops.documents import Documents
@@ -96,7 +96,7 @@ class TalkingHeadsAttention(SelfAttention):
             output_gate=output_gate,
             output_gate_per=output_gate_per,
         )
-        check_positive(streams=streams)
+        check_int(1, streams=streams)
         for name, kind in (("pre_softmax", pre_softmax), ("post_softmax", post_softmax)):
             if kind is not None:
                 check_choice(name, kind, MIXES)

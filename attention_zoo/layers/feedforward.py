@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo._checks import check_flag, check_fraction, check_has_data, check_number, check_positive
+from attention_zoo._checks import check_flag, check_fraction, check_has_data, check_int, check_number
 
 
 class FeedForward(nn.Module):
@@ -32,7 +32,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, *, mult: float = 4, dropout: float = 0.0, bias: bool = False) -> None:
         super().__init__()
-        check_positive(dim=dim)
+        check_int(1, dim=dim)
         check_number(mult=mult, dropout=dropout)
         check_fraction(dropout=dropout)
         check_flag(bias=bias)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_number, check_positive
+from attention_zoo._checks import check_int, check_number
 
 
 class LayerScale(nn.Module):
@@ -21,7 +21,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, *, start: float = 0.1) -> None:
         super().__init__()
-        check_positive(dim=dim)
+        check_int(1, dim=dim)
         check_number(start=start)
         self.weight = nn.Parameter(torch.full((dim,), float(start)))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo._checks import check_choice, check_positive, check_positive_number
+from attention_zoo._checks import check_choice, check_instance, check_int, check_positive_number
 from attention_zoo.ops.precision import at_least_float32
 
 
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
         super().__init__()
-        check_positive(dim=dim)
+        check_int(1, dim=dim)
         check_positive_number(eps=eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -49,7 +49,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
         super().__init__()
-        check_positive(dim=dim)
+        check_int(1, dim=dim)
         check_positive_number(eps=eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -72,9 +72,13 @@ def make_norm(norm: str | Callable[[int], nn.Module], dim: int) -> nn.Module:
     """A norm by its name in NORMS, or made by a function of `dim`.
 
     Raises:
+        TypeError: `norm` is neither a name nor a function, or the function returns no module.
         ValueError: `norm` is not in NORMS.
     """
-    if callable(norm):
-        return norm(dim)
+    if callable(norm) and not isinstance(norm, nn.Module):
+        made = norm(dim)
+        check_instance(nn.Module, norm=made)
+        return made
+    check_instance(str, norm=norm)
     check_choice("norm", norm, NORMS)
-    return NORMS[norm](dim)
+    return NORMS[str(norm)](dim)

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._arguments import RecordsArguments
-from attention_zoo._checks import check_flag, check_instance, check_number, check_positive, check_positive_number
+from attention_zoo._checks import (
+    check_flag,
+    check_instance,
+    check_int,
+    check_number,
+    check_positive,
+    check_positive_number,
+)
 from attention_zoo.ops.precision import at_least_float32
 from attention_zoo.ops.rotary import rotate
 from attention_zoo.ops.softmax import DistanceBias
@@ -31,7 +38,7 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, max_seq_len: int, dim: int) -> None:
         super().__init__()
-        check_positive(max_seq_len=max_seq_len, dim=dim)
+        check_int(1, max_seq_len=max_seq_len, dim=dim)
         self.weight = nn.Parameter(torch.empty(max_seq_len, dim))
         nn.init.normal_(self.weight, std=0.02)
 
@@ -277,7 +284,7 @@ class RelativeBias(RecordsArguments, nn.Module):
 
     def __init__(self, heads: int, *, buckets: int = 32, max_distance: int = 128, causal: bool = True) -> None:
         super().__init__()
-        check_positive(heads=heads, buckets=buckets, max_distance=max_distance)
+        check_int(1, heads=heads, buckets=buckets, max_distance=max_distance)
         check_flag(causal=causal)
         exact = buckets // 2 if causal else buckets // 4
         if exact < 1 or max_distance <= exact:

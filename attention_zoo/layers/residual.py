@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_positive
+from attention_zoo._checks import check_int
 from attention_zoo.layers.layer_scale import LayerScale
 from attention_zoo.layers.norms import make_norm
 from attention_zoo.layers.projections import Projections
@@ -38,7 +38,7 @@ class Residual(nn.Module):
 
     def __init__(self, dim: int, *, norm: Norm = "layer", depth: int = 1, scale: float | None = None) -> None:
         super().__init__()
-        check_positive(dim=dim, depth=depth)
+        check_int(1, dim=dim, depth=depth)
         self.norm = make_norm(norm, dim)
         self.scale = None if scale is None else LayerScale(dim, start=scale)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_instance, check_positive
+from attention_zoo._checks import check_instance, check_int
 from attention_zoo.layers.state import (
     State,
     check_state,
@@ -64,7 +64,7 @@ class TokenShift(nn.Module):
 
     def __init__(self, block: nn.Module, dim: int, *, layout: TextImageLayout) -> None:
         super().__init__()
-        check_positive(dim=dim)
+        check_int(1, dim=dim)
         check_instance(TextImageLayout, layout=layout)
         if dim % 4:
             raise ValueError(f"dim must be divisible by 4 for token shift, got {dim=}")

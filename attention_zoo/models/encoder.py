@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_choice, check_features, check_padding, check_positive
+from attention_zoo._checks import check_choice, check_features, check_int, check_padding, check_positive
 from attention_zoo.layers.positions import LearnedPositions
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
@@ -73,7 +73,8 @@ class Encoder(ComposedModel):
         checkpoint_layers: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(dim=dim, num_tokens=num_tokens, patch_dim=patch_dim, num_classes=num_classes)
+        check_int(1, dim=dim)
+        check_positive(num_tokens=num_tokens, patch_dim=patch_dim, num_classes=num_classes)
         check_positive(max_seq_len=max_seq_len)
         if (num_tokens is None) == (patch_dim is None):
             raise ValueError(f"num_tokens must be given exactly if patch_dim is not, got {num_tokens=}, {patch_dim=}")
@@ -206,7 +207,7 @@ def image_to_patches(images: Tensor, size: int) -> Tensor:
     Raises:
         ValueError: `images` has another number of axes, or `size` does not divide height and width.
     """
-    check_positive(size=size)
+    check_int(1, size=size)
     if images.ndim != 4 or images.shape[2] % size or images.shape[3] % size:
         raise ValueError(f"images must be (b, c, height, width), divisible by {size=}, got shape {tuple(images.shape)}")
     return rearrange(images, "b c (row p) (column q) -> b (row column) (p q c)", p=size, q=size)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_padding, check_positive, check_tokens
+from attention_zoo._checks import check_int, check_padding, check_positive, check_tokens
 from attention_zoo.generation import generate
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
@@ -73,7 +73,8 @@ class EncoderDecoder(ComposedModel):
         checkpoint_layers: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(num_tokens=num_tokens, source_num_tokens=source_num_tokens, max_seq_len=max_seq_len)
+        check_int(1, num_tokens=num_tokens, dim=dim)
+        check_positive(source_num_tokens=source_num_tokens, max_seq_len=max_seq_len)
         self.num_tokens = num_tokens
         self.max_seq_len = max_seq_len
         self.source_embedding = nn.Embedding(num_tokens if source_num_tokens is None else source_num_tokens, dim)

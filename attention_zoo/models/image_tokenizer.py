@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_at_least, check_positive, check_token_range
+from attention_zoo._checks import check_at_least, check_int, check_token_range
 
 
 class ImageTokenizer(Protocol):
@@ -33,7 +33,7 @@ class GreyTokenizer:
     """
 
     def __init__(self, *, height: int, width: int, levels: int) -> None:
-        check_positive(height=height, width=width)
+        check_int(1, height=height, width=width)
         check_at_least(2, levels=levels)
         self.height = height
         self.width = width

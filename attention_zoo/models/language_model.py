@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo._checks import check_padding, check_positive, check_tokens
+from attention_zoo._checks import check_flag, check_int, check_padding, check_positive, check_tokens
 from attention_zoo.layers.positions import LearnedPositions
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
@@ -89,7 +89,9 @@ class LanguageModel(GenerateMixin, ComposedModel):
         stack: Stack | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_tokens=num_tokens, dim=dim, depth=depth, max_seq_len=max_seq_len)
+        check_int(1, num_tokens=num_tokens)
+        check_flag(tie_embeddings=tie_embeddings, checkpoint_layers=checkpoint_layers)
+        check_positive(dim=dim, depth=depth, max_seq_len=max_seq_len)
         if stack is None:
             if dim is None or depth is None:
                 raise ValueError(f"dim and depth must be given without a stack, got {dim=}, {depth=}")

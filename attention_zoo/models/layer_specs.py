@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from attention_zoo._arguments import RecordsArguments
-from attention_zoo._checks import check_choice
+from attention_zoo._checks import check_choice, check_instance
 from attention_zoo.attention import BLOCKS
 from attention_zoo.layers.feedforward import FEEDFORWARDS
 
@@ -255,8 +255,10 @@ def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Mod
         TypeError: `spec` is not a feedforward spec.
         ValueError: a name or an option is unknown.
     """
-    if callable(spec):
-        return spec(dim)
+    if callable(spec) and not isinstance(spec, nn.Module):
+        made = spec(dim)
+        check_instance(nn.Module, feedforward=made)
+        return made
     if not isinstance(spec, str) and not has_options(spec):
         raise TypeError(f"feedforward must be a name, (name, options), a callable or None, got {spec!r}")
     name, options = (spec, {}) if isinstance(spec, str) else spec  # type: ignore[misc]
@@ -280,7 +282,7 @@ def first_with_same_id(name: str, ids: Sequence[int] | None, specs: Sequence[Any
     """
     if ids is None:
         return list(range(len(specs)))
-    if not all(isinstance(key, int) for key in ids):
+    if not isinstance(ids, Sequence) or not all(isinstance(key, int) for key in ids):
         raise TypeError(f"{name} must be ints, got {ids!r}")
     if not ids:
         raise ValueError(f"{name} must hold at least one id, got {ids!r}")

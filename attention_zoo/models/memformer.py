@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_padding, check_positive, check_tokens
+from attention_zoo._checks import check_int, check_padding, check_positive, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.positions import RelativeBias, Rotary
 from attention_zoo.layers.projections import project_logits
@@ -102,7 +102,8 @@ class Memformer(ComposedModel):
             raise ValueError(f"dec_depth must be given with dec_num_tokens, got {dec_depth=}, {dec_num_tokens=}")
         if dec_num_tokens is None and dec_max_seq_len is not None:
             raise ValueError(f"dec_max_seq_len must come with a decoder, got {dec_max_seq_len=}, {dec_num_tokens=}")
-        check_positive(enc_num_tokens=enc_num_tokens, dec_num_tokens=dec_num_tokens)
+        check_int(1, enc_num_tokens=enc_num_tokens)
+        check_positive(dec_num_tokens=dec_num_tokens)
         check_positive(enc_max_seq_len=enc_max_seq_len, dec_max_seq_len=dec_max_seq_len)
         options = {"ff_mult": ff_mult, "attn_dropout": attn_dropout, "ff_dropout": ff_dropout}
         self.enc_num_tokens = enc_num_tokens
@@ -310,7 +311,7 @@ def _make_stack(
     causal: bool,
     **options: Any,
 ) -> Stack:
-    check_positive(dim=dim, **{name: heads})
+    check_int(1, dim=dim, **{name: heads})
     if dim % heads:
         raise ValueError(f"{name} must divide dim, got {name}={heads}, {dim=}")
     positions: dict[str, Any] = {"bias": RelativeBias(heads, causal=causal)}

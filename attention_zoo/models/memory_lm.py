@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_padding, check_positive, check_tokens
+from attention_zoo._checks import check_int, check_padding, check_tokens
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
@@ -100,7 +100,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         ff_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_positive(num_tokens=num_tokens, segment_len=segment_len)
+        check_int(1, num_tokens=num_tokens, segment_len=segment_len)
         layers = parse_layers(attention)
         self.num_tokens = num_tokens
         self.segment_len = segment_len

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from attention_zoo._checks import check_padding, check_positive, check_tokens
+from attention_zoo._checks import check_flag, check_int, check_padding, check_tokens
 from attention_zoo.layers.norms import RMSNorm
 from attention_zoo.layers.state import State, check_state, register_state
 from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
@@ -106,7 +106,9 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
         ff_mult: float = 4,
     ) -> None:
         super().__init__()
-        check_positive(num_tokens=num_tokens, dim=dim, depth=depth, streams=streams, max_seq_len=max_seq_len)
+        check_int(1, num_tokens=num_tokens, dim=dim, depth=depth, streams=streams, max_seq_len=max_seq_len)
+        check_flag(causal=causal, cross_stream=cross_stream, separate_embeddings=separate_embeddings)
+        check_flag(tie_embeddings=tie_embeddings)
         if tie_embeddings and separate_embeddings:
             raise ValueError("tie_embeddings needs separate_embeddings=False, got separate_embeddings=True")
         self.num_tokens = num_tokens

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention_zoo._arguments import RecordsArguments
-from attention_zoo._checks import check_choice, check_features, check_fraction, check_padding, check_positive
+from attention_zoo._checks import (
+    check_choice,
+    check_features,
+    check_flag,
+    check_fraction,
+    check_instance,
+    check_int,
+    check_padding,
+    check_positive,
+)
 from attention_zoo.layers.layer_scale import layer_scale_start
 from attention_zoo.layers.norms import make_norm
 from attention_zoo.layers.positions import as_rotary
@@ -39,6 +48,8 @@ from attention_zoo.ops.documents import Documents, as_documents
 from attention_zoo.ops.masks import hide_masked
 from attention_zoo.saving.compare import is_foreign
 from attention_zoo.saving.encoding import PARTS, is_plain
+
+DEEPEST = 2**16  # layers; more would take hours to build
 
 
 class BlockInputs(NamedTuple):
@@ -240,7 +251,13 @@ class Stack(RecordsArguments, nn.Module):
         **shared: Any,
     ) -> None:
         super().__init__()
-        check_positive(dim=dim, depth=depth, heads=heads, dim_head=dim_head)
+        check_int(1, dim=dim, depth=depth)
+        check_positive(heads=heads, dim_head=dim_head)
+        if depth > DEEPEST:
+            raise ValueError(f"depth must be at most {DEEPEST}, got {depth=}")
+        check_flag(layer_scale=layer_scale, reversible=reversible, checkpoint_layers=checkpoint_layers)
+        check_instance(Mapping, type(None), defaults=defaults)
+        check_instance(TextImageLayout, type(None), token_shift=token_shift)
         check_choice("residual", residual, RESIDUALS)
         check_fraction(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
         if ff_dropout and (feedforward is None or callable(feedforward)):

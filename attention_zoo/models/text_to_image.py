@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo._checks import check_choice, check_fraction, check_padding, check_positive, check_tokens
+from attention_zoo._checks import (
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_int,
+    check_number,
+    check_padding,
+    check_tokens,
+)
 from attention_zoo.layers.positions import TextImageRotary
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
@@ -93,8 +101,10 @@ class TextToImageTransformer(ComposedModel):
         tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(num_text_tokens=num_text_tokens, text_len=text_len, num_image_tokens=num_image_tokens)
+        check_int(1, num_text_tokens=num_text_tokens, text_len=text_len, num_image_tokens=num_image_tokens)
+        check_flag(bias=bias, token_shift=token_shift, tie_embeddings=tie_embeddings)
         check_choice("positions", positions, ("rotary", "learned"))
+        check_number(image_loss_weight=image_loss_weight)
         if not image_loss_weight >= 0:
             raise ValueError(f"image_loss_weight must be at least 0, got {image_loss_weight=}")
         self.num_text_tokens = num_text_tokens

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_at_least, check_positive
+from attention_zoo._checks import check_int
 from attention_zoo.ops.sparse.pattern import Pattern, check_table
 from attention_zoo.ops.sparse.tiles import Tile, tiled_operator
 
@@ -50,8 +50,8 @@ def choose_blocks(
         TypeError: a number is not an int.
         ValueError: `local_blocks` is below 1, or `global_blocks` or `random_blocks` below 0.
     """
-    check_positive(local_blocks=local_blocks)
-    check_at_least(0, global_blocks=global_blocks, random_blocks=random_blocks)
+    check_int(1, local_blocks=local_blocks)
+    check_int(0, global_blocks=global_blocks, random_blocks=random_blocks, seed=seed)
     row = torch.arange(count, device="cpu")
     blocks = row[:, None] // local_blocks == row // local_blocks
     blocks[:, :global_blocks] = True
@@ -112,7 +112,7 @@ class BlockSparsePattern(Pattern):
     length: int
 
     def __post_init__(self) -> None:
-        check_positive(block_size=self.block_size)
+        check_int(1, block_size=self.block_size)
         check_table("blocks", self.blocks)
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_choice, check_instance, check_positive
+from attention_zoo._checks import check_choice, check_instance, check_int
 from attention_zoo.ops.sparse.image_layout import TextImageLayout
 from attention_zoo.ops.sparse.pattern import Pattern
 from attention_zoo.ops.sparse.tiles import MIN_ROWS, Tile, text_tiles, tiled_operator
@@ -144,7 +144,7 @@ def _rows_above(kernel_size: int, dilation: int, window: str) -> int:
 
 
 def _check_window(kernel_size: int, dilation: int, window: str) -> None:
-    check_positive(kernel_size=kernel_size, dilation=dilation)
+    check_int(1, kernel_size=kernel_size, dilation=dilation)
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size=}")
     check_choice("window", window, WINDOWS)
