@@ -8,14 +8,14 @@ Trains on 1,400 of scikit-learn's 8 x 8 digits and measures the accuracy on the 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from attention_zoo import Encoder, image_to_patches
+from attention_zoo import Encoder, image_to_patches, training
 
 TRAIN = 1400  # images; the others measure the accuracy
 
@@ -41,33 +41,37 @@ def main() -> None:
     """Train, measure and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attention", default="full", help="name of a block that need not be causal (default: full)")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=800, help="training steps (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("digits_classifier"), help="folder of the model")
-    options = parser.parse_args()
+    options = training.parse_options(parser)
     torch.manual_seed(0)
     patches, labels = digits()
-    model = Encoder(
-        patch_dim=4,
-        dim=64,
-        depth=3,
-        heads=4,
-        dim_head=16,
-        num_classes=10,
-        attention=options.attention,
-        positions="learned",
-        max_seq_len=16,
-        ff_dropout=0.1,
-    )
+    try:
+        model = Encoder(
+            patch_dim=4,
+            dim=64,
+            depth=3,
+            heads=4,
+            dim_head=16,
+            num_classes=10,
+            attention=options.attention,
+            positions="learned",
+            max_seq_len=16,
+            ff_dropout=0.1,
+        )
+    except ValueError as error:  # unknown or unfit attention
+        sys.exit(f"error: {error}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=options.steps)
-    for _ in (bar := tqdm(range(options.steps), unit="step")):
-        rows = torch.randint(TRAIN, (64,))
-        loss = model.loss(patches[rows], labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    with training.Progress(options.steps) as progress:
+        for _ in range(options.steps):
+            rows = torch.randint(TRAIN, (64,))
+            loss = model.loss(patches[rows], labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update(f"loss {loss.item():.3f}")
     model.eval()
     model.save(options.out)
     print(f"accuracy on {len(labels) - TRAIN} unseen digits: {accuracy(model, patches[TRAIN:], labels[TRAIN:]):.1%}")

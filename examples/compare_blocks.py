@@ -21,6 +21,7 @@ import argparse
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -33,7 +34,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from attention_zoo import BLOCKS, LanguageModel, MemoryLanguageModel, training
 from attention_zoo.cli._bench.measure import peak_bytes
@@ -171,14 +171,14 @@ def train(model: nn.Module, size: Size, backward: Callable[[], float], name: str
         optimizer, lambda step: min((step + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * step / size.steps)))
     )
     losses = []
-    bar = tqdm(range(size.steps), desc=name, unit="step", dynamic_ncols=True, leave=False)
-    for _ in bar:
-        optimizer.zero_grad()
-        losses.append(backward())
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+    with training.Progress(size.steps, name=name) as progress:
+        for _ in range(size.steps):
+            optimizer.zero_grad()
+            losses.append(backward())
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.update(f"loss {losses[-1]:.3f}")
     return losses
 
 
@@ -305,9 +305,9 @@ def plot(results: Results, sizes: dict[str, Size], path: Path) -> None:
         scores = [[100 * cell["score"] for cell in found[task]] for task in tasks]
         positions = [task + (k - len(results) / 2 + 0.5) * 0.8 / len(results) for task in range(len(tasks))]
         errors = [stdev(values) if len(values) > 1 else 0.0 for values in scores]
-        right.bar(
-            positions, [mean(values) for values in scores], 0.8 / len(results), yerr=errors, color=color, label=name
-        )
+        means = [mean(values) for values in scores]
+        upper = [min(error, 100 - value) for value, error in zip(means, errors, strict=True)]  # no accuracy above 100 %
+        right.bar(positions, means, 0.8 / len(results), yerr=(errors, upper), color=color, label=name)
     left.set(xlabel="millions of training bytes", ylabel="bits per byte, training", yscale="log", title="text")
     left.yaxis.set_major_formatter("{x:.1f}")
     left.yaxis.set_minor_formatter("{x:.1f}")
@@ -324,7 +324,7 @@ def run(options: argparse.Namespace, sizes: dict[str, Size]) -> Results:
     folder.mkdir(parents=True, exist_ok=True)
     results: Results = {name: {task: [] for task in sizes} for name in options.blocks}
     cells = [(seed, task, name) for seed in range(options.seeds) for task in sizes for name in options.blocks]
-    for seed, task, name in tqdm(cells, desc="all", unit="model", dynamic_ncols=True):
+    for index, (seed, task, name) in enumerate(cells, 1):
         path = folder / f"{name} - {task} - {seed}.json".replace(" ", "_")
         label, size, layers = f"{name}, {task}, seed {seed}", sizes[task], MODELS[name]
         config = {"blocks": list(layers), "size": size._asdict(), "source": text.source if task == "text" else None}
@@ -340,7 +340,7 @@ def run(options: argparse.Namespace, sizes: dict[str, Size]) -> Results:
             temporary = path.with_suffix(".new")  # renamed, so that an interrupted run leaves no partial file
             temporary.write_text(json.dumps({**cell, "config": config}))
             temporary.replace(path)
-            tqdm.write(f"{label}: {cell['score']:.3f}")
+            print(f"model {index} of {len(cells)}: {label}: {cell['score']:.3f}", flush=True)
         results[name][task].append(cell)
     return results
 
@@ -360,7 +360,7 @@ def parse_options() -> argparse.Namespace:
     add("--steps", type=int, help="training steps of every task (default: set per task)")
     add("--data", help="text file, or folder of text files (Python's standard library)")
     add("--out", type=Path, help="output folder (runs/compare_blocks; with --quick runs/compare_blocks_quick)")
-    options = parser.parse_args()
+    options = training.parse_options(parser)
     for name, known in (("blocks", MODELS), ("tasks", FULL)):
         chosen = getattr(options, name).split(",")
         unknown = [item for item in chosen if item not in known]
@@ -368,8 +368,6 @@ def parse_options() -> argparse.Namespace:
             parser.error(f"--{name} must be among {', '.join(known)}, got {unknown[0]!r}")
         setattr(options, name, chosen)
     options.seeds = (1 if options.quick else 3) if options.seeds is None else options.seeds
-    if options.seeds < 1 or (options.steps is not None and options.steps < 1):
-        parser.error(f"--seeds and --steps must be at least 1, got {options.seeds} and {options.steps}")
     options.out = options.out or Path("runs/compare_blocks_quick" if options.quick else "runs/compare_blocks")
     return options
 
@@ -385,6 +383,8 @@ def main() -> None:
         results = run(options, sizes)
     except KeyboardInterrupt:
         raise SystemExit("\nStopped. The same command continues with the missing models.") from None
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
     lines = table(results, measure(options.blocks, known["text"]))
     (options.out / "compare_blocks.md").write_text(lines + "\n")
     plot(results, sizes, options.out / "compare_blocks.png")

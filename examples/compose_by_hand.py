@@ -10,7 +10,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from attention_zoo import Rotary, Stack
+from attention_zoo import Rotary, Stack, training
 from attention_zoo.testing import check_block
 
 
@@ -54,24 +54,26 @@ class Classifier(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=250)
-    steps = parser.parse_args().steps
+    parser.add_argument("--steps", type=int, default=250, help="training steps (%(default)s)")
+    steps = training.parse_options(parser).steps
     torch.manual_seed(0)
     model = Classifier(num_tokens=16, classes=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(1, steps + 1):  # the class is the token after the first 0
-        tokens = torch.randint(0, 16, (64, 24))
-        tokens[:, 12] = 0
-        first = (tokens == 0).int().argmax(dim=1).clamp(max=22)
-        loss = nn.functional.cross_entropy(model(tokens), tokens[torch.arange(64), first + 1])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0:
-            print(f"step {step}: loss {loss.item():.3f}")
+    with training.Progress(steps) as progress:
+        for step in range(1, steps + 1):  # the class is the token after the first 0
+            tokens = torch.randint(0, 16, (64, 24))
+            tokens[:, 12] = 0
+            first = (tokens == 0).int().argmax(dim=1).clamp(max=22)
+            loss = nn.functional.cross_entropy(model(tokens), tokens[torch.arange(64), first + 1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            progress.update(f"loss {loss.item():.3f}")
+            if step % 50 == 0:
+                progress.write(f"step {step}: loss {loss.item():.3f}")
 
     print("\nContract checks of MovingAverage:")
-    print(check_block(lambda: MovingAverage(32), dim=32, causal=True, lengths=(1, 2, 7, 65)))
+    print(check_block(lambda: MovingAverage(32), dim=32, causal=True, lengths=(1, 2, 7, 65), strict=True))
     print("The failed check is what remains to be written: errors for invalid arguments.")
 
 

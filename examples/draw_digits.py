@@ -25,7 +25,6 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from attention_zoo import GreyTokenizer, TextToImageTransformer, generate_images, training
 
@@ -62,12 +61,9 @@ def parse_options() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device (%(default)s)")
     add("--out", type=Path, default=Path("runs/digits"), help="output folder (%(default)s)")
-    options = parser.parse_args()
-    if options.heads < 1 or options.dim % options.heads:
+    options = training.parse_options(parser)
+    if options.dim % options.heads:
         parser.error(f"--heads must divide --dim, got {options.heads} and {options.dim}")
-    for name in ("steps", "samples", "batch"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     return options
 
 
@@ -114,8 +110,7 @@ def train(model: TextToImageTransformer, train_set: Digits, held_out: Digits, op
         {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},  # norms and biases
     ]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95))
-    bar = tqdm(total=options.steps, unit="step", dynamic_ncols=True, smoothing=0.05)
-    with training.StopRequest() as stop, bar:
+    with training.StopRequest() as stop, training.Progress(options.steps) as progress:
         for step in range(options.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options)
@@ -125,13 +120,12 @@ def train(model: TextToImageTransformer, train_set: Digits, held_out: Digits, op
             loss.backward()
             clip_grad_norm_(weights, 1.0)
             optimizer.step()
-            bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
-            bar.update()
+            progress.update(f"loss {loss.item():.3f}")
             if (step + 1) % max(1, options.steps // 6) == 0:
-                loss = evaluate(model, held_out, tokenizer, options.device)
-                bar.write(f"step {step + 1}: loss {loss:.3f} on held-out digits")
+                score = evaluate(model, held_out, tokenizer, options.device)
+                progress.write(f"step {step + 1}: loss {score:.3f} on held-out digits")
             if stop.made:
-                bar.write(f"stopped after step {step + 1}")
+                progress.write(f"stopped after step {step + 1}")
                 return
 
 

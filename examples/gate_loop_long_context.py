@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from itertools import pairwise
 
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from attention_zoo import LanguageModel, gate_loop_lm, training
 
@@ -39,20 +39,21 @@ def parse_options() -> argparse.Namespace:
     add("--steps", type=int, default=900, help="training steps (%(default)s)")
     add("--lr", type=float, default=2e-3, help="learning rate (%(default)s)")
     add("--data", help="text file, or folder of text files (Python's standard library)")
-    return parser.parse_args()
+    return training.parse_options(parser)
 
 
 def train(model: LanguageModel, text: Tensor, options: argparse.Namespace, name: str) -> None:
     """Train on random sequences of text."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
     generator = torch.Generator().manual_seed(0)
-    for _ in (bar := tqdm(range(options.steps), desc=name)):
-        loss = model.loss(training.random_batch(text, options.batch, options.train_len + 1, generator=generator))
-        optimizer.zero_grad()
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix_str(f"{loss.item() / math.log(2):.2f} bits/byte")
+    with training.Progress(options.steps, name=name) as progress:
+        for _ in range(options.steps):
+            loss = model.loss(training.random_batch(text, options.batch, options.train_len + 1, generator=generator))
+            optimizer.zero_grad()
+            loss.backward()
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            progress.update(f"{loss.item() / math.log(2):.2f} bits/byte")
 
 
 @torch.no_grad()
@@ -75,9 +76,12 @@ def evaluate(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, list[tuple[i
 def main() -> None:
     """Train and evaluate both models, and print the tables."""
     options = parse_options()
-    text = training.read_text(options.data)
     sizes = {"num_tokens": 256, "dim": options.dim, "depth": options.depth}
-    long_texts = training.windows(training.as_tokens(text.validation), options.long_len + 1, at_most=4)
+    try:
+        text = training.read_text(options.data)
+        long_texts = training.windows(training.as_tokens(text.validation), options.long_len + 1, at_most=4)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
     found = {}
     heads = {"dim_head": max(4, options.dim // 8)}
     for name, make, own in (("gate loop", gate_loop_lm, {}), ("full attention", LanguageModel, heads)):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from attention_zoo import MultiStreamTransformer, training
 
@@ -44,8 +44,8 @@ def train(model: MultiStreamTransformer, text: Tensor, options: argparse.Namespa
         optimizer,
         lambda step: min((step + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * step / options.steps))),
     )
-    with tqdm(range(options.steps), desc=name, unit="step", dynamic_ncols=True) as bar:
-        for _ in bar:
+    with training.Progress(options.steps, name=name) as progress:
+        for _ in range(options.steps):
             tokens = training.random_batch(text, options.batch, options.seq_len, generator=generator)
             loss = training.masked_token_loss(model, tokens, MASK, probability=options.hidden, generator=generator)
             optimizer.zero_grad()
@@ -53,7 +53,7 @@ def train(model: MultiStreamTransformer, text: Tensor, options: argparse.Namespa
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            progress.update(f"loss {loss.item():.3f}")
 
 
 @torch.no_grad()
@@ -84,17 +84,25 @@ def draw(model: MultiStreamTransformer, options: argparse.Namespace, path: Path)
     model(tokens)
     hook.remove()
     block = layer.block.block
-    maps = {"softmax": block.attention_map(inputs[0], mixed=False)[0], "mixed": block.attention_map(inputs[0])[0]}
-    heads = maps["softmax"].shape[0]
-    figure = Figure(figsize=(1.6 * heads, 4.2), layout="constrained")
+    maps = {"after the softmax": block.attention_map(inputs[0], mixed=False)[0]}
+    maps["mixed"] = block.attention_map(inputs[0])[0]
+    heads = maps["mixed"].shape[0]
+    figure = Figure(figsize=(2.1 * heads + 1, 5.4), layout="constrained")
     for (name, rows), axes in zip(maps.items(), figure.subplots(2, heads), strict=True):
         limit = float(rows.abs().quantile(0.995))
+        signed = bool((rows < 0).any())  # mixed weights may be negative
+        colors = {"cmap": "RdBu" if signed else "viridis", "vmin": -limit if signed else 0, "vmax": limit}
         for head, axis in enumerate(axes):
-            axis.imshow(rows[head], cmap="RdBu_r", vmin=-limit, vmax=limit)
-            axis.set(xticks=[], yticks=[], title=f"stream {head // block.heads}, head {head % block.heads}")
-            axis.title.set_fontsize(8)
-        axes[0].set_ylabel(name)
-    figure.suptitle(f"layer {options.depth // 2}: attention maps of {SENTENCE[:24].decode()!r} ...", fontsize=10)
+            shown = axis.imshow(rows[head], **colors)
+            axis.set_title(f"stream {head // block.heads}, head {head % block.heads}", fontsize=8)
+            axis.set_xlabel("key (byte)", fontsize=7)
+            axis.tick_params(labelsize=6)
+        axes[0].set_ylabel(f"{name}\nquery (byte)")
+        extend = "both" if signed else "max"
+        label = "weight (red: negative)" if signed else "weight"
+        figure.colorbar(shown, ax=list(axes), label=label, extend=extend)
+    title = f"layer {options.depth // 2} after {options.steps} steps: attention of {SENTENCE[:24].decode()!r} ..."
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
 
@@ -113,9 +121,18 @@ def main() -> None:
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
     add("--data", help="text file, or folder of text files (Python's standard library)")
     add("--out", type=Path, default=Path("runs/multi_stream"), help="output folder (%(default)s)")
-    options = parser.parse_args()
+    options = training.parse_options(parser)
+    if options.dim % options.heads:
+        parser.error(f"--heads must divide --dim, got {options.heads} and {options.dim}")
+    if not 0 < options.hidden < 1:
+        parser.error(f"--hidden must lie between 0 and 1, got {options.hidden}")
+    try:
+        text = training.read_text(options.data)
+        for part in (text.training, text.validation):
+            training.windows(training.as_tokens(part), options.seq_len)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
-    text = training.read_text(options.data)
     train_text, validation_text = training.as_tokens(text.training), training.as_tokens(text.validation)
     entropy, bigrams = training.unigram_entropy(text.validation), bigram_bits(train_text, validation_text)
     print(f"bits per byte of validation text: byte frequencies {entropy:.3f}, bigrams {bigrams:.3f}")

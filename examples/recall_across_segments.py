@@ -20,7 +20,6 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from attention_zoo import Memformer, training
 
@@ -83,8 +82,8 @@ def train(options: argparse.Namespace, *, remember: bool) -> Memformer:
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
     longest, correct = 0 if remember else options.distance, 0.0
     name = "with memory" if remember else "without"
-    bar = tqdm(range(1, options.steps + 1), desc=name, unit="step", dynamic_ncols=True)
-    for step in bar:
+    progress = training.Progress(options.steps, name=name)
+    for step in range(1, options.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, step / 100, 10 * (1 - (step - 1) / options.steps))
         distance = longest if step % 2 else int(torch.randint(longest + 1, ()))
@@ -98,9 +97,7 @@ def train(options: argparse.Namespace, *, remember: bool) -> Memformer:
             correct = accuracy(model, longest, remember=True, count=512)
             if correct >= MASTERED and longest < options.distance:
                 longest += 1
-        bar.set_postfix_str(
-            f"loss {float(loss):.3f}, k = {longest}" + f", accuracy {correct:.1%}" * remember, refresh=False
-        )
+        progress.update(f"loss {float(loss):.3f}, k = {longest}" + f", accuracy {correct:.1%}" * remember)
     return model
 
 
@@ -129,9 +126,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device (%(default)s)")
     add("--out", type=Path, default=Path("runs/recall"), help="output folder (%(default)s)")
-    options = parser.parse_args()
-    if options.distance < 1 or options.steps < 1:
-        parser.error(f"--distance and --steps must be at least 1, got {options.distance} and {options.steps}")
+    options = training.parse_options(parser)
     model = train(options, remember=True)
     baseline = train(options, remember=False)
     distances = range(2 * options.distance + 1)

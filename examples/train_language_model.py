@@ -29,15 +29,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from attention_zoo import BLOCKS, LanguageModel, generate_stream, training
 
 CHECKPOINT = "checkpoint.pt"
 SHARDS = "checkpoint"  # folder of the checkpoint of several processes
-FREE = ("resume", "device", "strategy", "out", "card")  # options that may differ in a resumed run
+# Options that may differ in a resumed run.
+FREE = ("resume", "overwrite", "threads", "device", "strategy", "out", "card")
 BUFFER = 2**15  # sequences that are shuffled together: 1,024 would come from about sixteen files
-SAMPLE = 600  # bytes of text generated after training, prompt included
+EVALUATIONS = 6  # during training, the last one after the last step
+SAMPLE, SHORT_SAMPLE = 600, 100  # bytes of text generated after training and during it, prompt included
 Checkpoint = training.Checkpoint | training.ShardedCheckpoint
 
 
@@ -71,25 +72,33 @@ def parse_options() -> tuple[argparse.Namespace, Checkpoint | None]:
     add("--out", type=Path, default=Path("runs/language_model"), help="output folder (%(default)s)")
     add("--card", action="store_true", help="also write a model card for the Hugging Face hub (needs the extra `hub`)")
     add("--resume", action="store_true", help="continue from the checkpoint in --out, with its options")
-    options, checkpoint = parser.parse_args(), None
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    options, checkpoint = training.parse_options(parser), None
     try:
         if options.resume:
             checkpoint = read_newest(options.out)
             saved = checkpoint.extra["options"]
             parser.set_defaults(**saved)
-            options = parser.parse_args()
+            options = training.parse_options(parser)
             for name in saved:
                 if getattr(options, name) != saved[name]:
                     raise ValueError(f"--{name} must be omitted or {saved[name]!r}, as in the run to resume")
-        if options.heads < 1 or options.dim % options.heads:
+        elif not options.overwrite and holds_run(options.out):
+            raise ValueError(f"{options.out} holds a run: continue it with --resume, or replace it with --overwrite")
+        if options.dim % options.heads:
             raise ValueError(f"--heads must divide --dim, got {options.heads} and {options.dim}")
         if options.card and find_spec("huggingface_hub") is None:
             raise ValueError("--card needs huggingface_hub: pip install attention-zoo[hub]")
-        if options.steps < 1 or not options.prompt:
-            raise ValueError(f"--steps must be at least 1 and --prompt not empty, got {options.steps}")
+        if not options.prompt:
+            raise ValueError("--prompt must not be empty")
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     return options, checkpoint
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has a checkpoint or a model."""
+    return any((folder / name).exists() for name in (CHECKPOINT, f"{SHARDS}/run.pt", "model.safetensors"))
 
 
 def read_newest(folder: Path) -> Checkpoint:
@@ -196,41 +205,55 @@ class Run:
 def train(run: Run, files: training.TextFiles, validation_text: Tensor) -> bool:
     """Train for the remaining steps, or until Ctrl-C. Returns whether training is complete."""
     options = run.options
-    style = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "disable": not run.world.first}
-    bar = tqdm(total=options.steps, initial=run.step, **style)
     batches = run.batches(files)
-    with training.StopRequest() as stop, bar:
-        while run.step < options.steps and not run.world.any(stop.made):
+    if run.step == options.steps:  # a complete run that is resumed: a checkpoint of this strategy
+        run.save()
+    progress = training.Progress(options.steps, start=run.step, quiet=not run.world.first)
+    with training.StopRequest() as stop, progress:
+        while run.step < options.steps:
+            if run.world.any(stop.made):
+                run.save()
+                return False
             loss = run.learn(next(batches))
-            speed = (bar.format_dict.get("rate") or 0) * options.batch * options.seq_len
-            bar.set_postfix_str(f"loss {loss:.3f}, {loss / math.log(2):.2f} bits/byte, {speed:,.0f} tokens/s", False)
-            bar.update()
-            if run.step % max(1, options.steps // 6) == 0 or run.step == options.steps:
+            speed = progress.rate * options.batch * options.seq_len
+            progress.update(f"loss {loss:.3f}, {loss / math.log(2):.2f} bits/byte, {speed:,.0f} tokens/s")
+            if run.step * EVALUATIONS // options.steps > (run.step - 1) * EVALUATIONS // options.steps:
                 bits = run.evaluate(validation_text)
                 run.curves["validation"].append((run.step, bits))
-                bar.write(f"step {run.step}: {bits:.3f} bits per byte of validation text")
                 run.save()
-        run.save()
-    return run.step == options.steps
+                progress.write(f"step {run.step}: {bits:.3f} bits per byte of validation text")
+                model = whole_model(run)
+                if model is not None and run.step < options.steps:
+                    text_so_far = "".join(sample(model, options.prompt, options.seed, SHORT_SAMPLE))
+                    progress.write(f"  sample: {text_so_far!r}")
+    return True
 
 
-def print_sample(model: LanguageModel, prompt: str, seed: int) -> None:
-    """Generate text and print it token by token."""
+def whole_model(run: Run) -> LanguageModel | None:
+    """A copy of the model, unsharded, on the first process, and None on the others. Every process must call this."""
+    weights = training.gather_weights(run.model)
+    if not run.world.first:
+        return None
+    with torch.random.fork_rng():  # a resumed run draws the same numbers
+        model = LanguageModel(**run.model.arguments).to(run.world.device)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def sample(model: LanguageModel, prompt: str, seed: int, length: int) -> Iterator[str]:
+    """Generate text of `length` bytes, token by token, the prompt first."""
     device = model.token_embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may consist of several bytes
     text = torch.tensor([list(prompt.encode())], device=device)
-    print(prompt, end="")
-    while text.shape[1] < SAMPLE:
-        context = text[
-            :, -max(1, model.max_seq_len // 2) :
-        ]  # half of the model's positions for context, half for new text
-        for token in generate_stream(
-            model, context, model.max_seq_len - context.shape[1] + 1, temperature=0.8, generator=generator
-        ):
+    yield prompt
+    while text.shape[1] < length:
+        # half of the model's positions for context, half for new text
+        context = text[:, -max(1, model.max_seq_len // 2) :]
+        most = min(model.max_seq_len - context.shape[1] + 1, length - text.shape[1])
+        for token in generate_stream(model, context, most, temperature=0.8, generator=generator):
             text = torch.cat((text, token[:, None]), dim=1)
-            print(decoder.decode(bytes([int(token)])), end="", flush=True)
-    print()
+            yield decoder.decode(bytes([int(token)]))
 
 
 def plot(run: Run, baselines: dict[str, float], path: Path) -> None:
@@ -265,15 +288,17 @@ def main() -> None:
             sys.exit(f"error: {error}")
         baselines = baseline_bits(validation)
         describe(run, files, {"model": before, **baselines})
+        if checkpoint is not None:
+            print(f"resuming at step {run.step}")
         try:
             if not train(run, files, training.as_tokens(validation)):
                 print(
                     f"Stopped after step {run.step}. Continue with: python {sys.argv[0]} --resume --out {options.out}"
                 )
                 return
-            weights = training.gather_weights(run.model)
-            if world.first:
-                finish(run, weights, files, baselines)
+            model = whole_model(run)
+            if model is not None:
+                finish(run, model, files, baselines)
         except OSError as error:  # e.g. a full disk
             sys.exit(f"error: {error}. The previous checkpoint is intact.")
 
@@ -298,10 +323,9 @@ def baseline_bits(data: bytes) -> dict[str, float]:
     return {"byte frequencies": training.unigram_entropy(data), "gzip": training.gzip_bits_per_byte(data)}
 
 
-def finish(run: Run, weights: dict[str, Tensor], files: training.TextFiles, baselines: dict[str, float]) -> None:
+def finish(run: Run, model: LanguageModel, files: training.TextFiles, baselines: dict[str, float]) -> None:
     """Save the unsharded model, plot its losses and print a sample."""
-    out, model = run.options.out, LanguageModel(**run.model.arguments).to(run.world.device)
-    model.load_state_dict(weights)
+    out = run.options.out
     if run.options.card:
         score = f"{run.curves['validation'][-1][1]:.3f} bits per byte of validation text"
         others = ", ".join(f"{name} need {value:.3f}" for name, value in baselines.items())
@@ -314,7 +338,9 @@ def finish(run: Run, weights: dict[str, Tensor], files: training.TextFiles, base
     plot(run, baselines, out / "loss.png")
     print(f"The model, its checkpoint and loss.png are in {out}. A sample:\n")
     with suppress(KeyboardInterrupt):
-        print_sample(model, run.options.prompt, run.options.seed)
+        for piece in sample(model, run.options.prompt, run.options.seed, SAMPLE):
+            print(piece, end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def parse_options() -> argparse.Namespace:
     add("--data", help="text file, or folder of text files (Python's standard library)")
     add("--cpu", action="store_true", help="do not use a GPU")
     add("--out", type=Path, default=Path("runs/with_accelerate"), help="output folder (%(default)s)")
-    return parser.parse_args()
+    return training.parse_options(parser)
 
 
 def main() -> None:
@@ -45,12 +46,17 @@ def main() -> None:
     options = parse_options()
     accelerator = Accelerator(cpu=options.cpu)
     set_seed(0)
-    text = training.read_text(options.data)
     length = options.seq_len + 1
-    train_set = TensorDataset(training.windows(training.as_tokens(text.training), length))
-    validation_set = TensorDataset(training.windows(training.as_tokens(text.validation), length, at_most=256))
     attention = [name if "gate_loop" in name else (name, {"dim_head": 32}) for name in options.attention.split(",")]
-    model = LanguageModel(num_tokens=256, dim=options.dim, depth=options.depth, attention=attention)
+    try:
+        text = training.read_text(options.data)
+        train_set = TensorDataset(training.windows(training.as_tokens(text.training), length))
+        validation_set = TensorDataset(training.windows(training.as_tokens(text.validation), length, at_most=256))
+        if len(train_set) < options.batch:
+            raise ValueError(f"--data must hold {options.batch} training sequences, got {len(train_set)}")
+        model = LanguageModel(num_tokens=256, dim=options.dim, depth=options.depth, attention=attention)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     model, optimizer, schedule, batches, validation_batches = accelerator.prepare(
@@ -72,8 +78,8 @@ def main() -> None:
         return float(torch.cat(losses).mean()) / math.log(2)
 
     accelerator.print(f"before: {bits_per_byte():.3f} bits per byte of validation text")
-    step = 0
-    while step < options.steps:
+    progress = training.Progress(options.steps, quiet=not accelerator.is_main_process)
+    while progress.done < options.steps:
         for (tokens,) in batches:
             loss = next_token_loss(model(tokens[:, :-1]), tokens)
             accelerator.backward(loss)
@@ -81,11 +87,9 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            step += 1
-            if step == options.steps:
+            progress.update(f"{loss.item() / math.log(2):.3f} bits per byte")
+            if progress.done == options.steps:
                 break
-            if step % 50 == 0:
-                accelerator.print(f"step {step}: {loss.item() / math.log(2):.3f} bits per byte")
     accelerator.print(f"after: {bits_per_byte():.3f} bits per byte of validation text")
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save(options.out)

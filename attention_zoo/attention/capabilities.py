@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attention_zoo.attention.base import AttentionBlock
 from attention_zoo.ops.sparse import TextImageLayout
@@ -76,14 +77,17 @@ def capabilities_of(cls: type[nn.Module]) -> Capabilities:
     block = _tiny(cls)
     step = _has(cls, "step")
     causal = "always" if getattr(block, "causal", None) else ""
+    with _ShapesOnly():  # type: ignore[no-untyped-call]
+        state = _state_growth(block) if step else ""
+        double_backward = _has_second_derivative(block)
     return Capabilities(
         causal="optional" if takes.keys() & {"causal", "reverse"} else causal,
         mask="mask" in reads,
         step=step,
-        state=_state_growth(block) if step else "",
+        state=state,
         map=_has(cls, "attention_map"),
         compile=getattr(cls, "compiles", True),
-        double_backward=_has_second_derivative(block),
+        double_backward=double_backward,
         context="context" in reads,
         image="layout" in takes,
         streams="streams" in takes,
@@ -94,6 +98,19 @@ def capabilities_of(cls: type[nn.Module]) -> Capabilities:
         attn_mask="attn_mask" in reads and getattr(block, "no_attn_mask", None) is None,
         documents="document_ids" in reads and getattr(block, "no_documents", None) is None,
     )
+
+
+class _ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs the shape function of each operator of this package instead of its kernel, which may take 20 s to compile.
+
+    The results are zeros. Which derivatives exist is decided above the kernels, and stays as it is.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "attention_zoo":
+            return func(*args, **(kwargs or {}))
+        given = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args)
+        return tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device="cpu"), func(*given))
 
 
 def _has(cls: type[nn.Module], method: str) -> bool:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+import attention_zoo
 from attention_zoo.cli import bench, check, convert, gallery
 from attention_zoo.cli import list as listing
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: that of the command, or 2 if an argument is invalid, with one line on stderr.
     """
     parser = argparse.ArgumentParser(prog="attention-zoo", description="Interchangeable attention layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"attention_zoo {attention_zoo.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         doc = inspect.getdoc(command) or ""

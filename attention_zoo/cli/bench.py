@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         new_figure(1, 1)  # raises early if matplotlib is missing
     with measuring(args) as (setup, machine):
-        costs = print_costs(measure_blocks(names, lengths, setup))
+        costs = print_costs(measure_blocks(names, lengths, setup), names)
     write_json(args, machine, blocks=[asdict(cost) for cost in costs])
     title = format_machine(machine)
     if args.markdown is not None:
@@ -94,6 +94,6 @@ def run_packed(args: argparse.Namespace) -> int:
     sizes = document_lengths(lengths, args.documents)
     with measuring(args) as (setup, machine):
         print("\n".join(describe_documents(length, sizes[length]) for length in sizes), end="\n\n")
-        costs = print_packed(measure_packed(names, sizes, setup))
+        costs = print_packed(measure_packed(names, sizes, setup), names)
     write_json(args, machine, packed=[asdict(cost) for cost in costs])
     return 0

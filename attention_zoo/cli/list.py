@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from dataclasses import fields
+import textwrap
 
 from torch import nn
 
@@ -14,7 +14,15 @@ from attention_zoo.attention.capabilities import Capabilities, capabilities
 from attention_zoo.cli._compatibility import compatibility_table
 from attention_zoo.cli._table import print_table
 
-SHORT = {"double_backward": "2nd deriv.", "kv_heads": "kv heads"}
+WIDTH = 100  # characters of a line
+NOTES = """
+causal: always, or optional. mask: padding of keys, or also attn_mask for pairs of query and key. docs: packed
+documents.
+state: growth of the decoding state with the number of tokens. 2nd: second derivatives of the fast
+implementation;
+inside attention_zoo.reference() every layer has them. takes: an argument that the layer has beyond the features.
+rope: rotary position embedding. kv: grouped key/value heads.
+drop: dropout of the attention weights."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +35,17 @@ def run(args: argparse.Namespace) -> int:
     if args.models:
         print(compatibility_table(), end="")
         return 0
-    columns = [field.name for field in fields(Capabilities)]
-    rows = [("block", "class", *(SHORT.get(name, name) for name in columns), "what it is")]
-    for name, found in capabilities().items():
-        cells = (_cell(column, getattr(found, column)) for column in columns)
-        rows.append((name, BLOCKS[name].__name__, *cells, describe(BLOCKS[name])))
+    names = max(map(len, BLOCKS))
+    classes = max(len(cls.__name__) for cls in BLOCKS.values())
+    rows = [("block", "class", "what it is")]
+    for name, cls in BLOCKS.items():
+        first, *others = textwrap.wrap(describe(cls), max(40, WIDTH - names - classes - 4))
+        rows += [(name, cls.__name__, first), *(("", "", line) for line in others)]
     print_table(rows)
-    print("\nstate: growth of the decoding state with the number of tokens. 2nd deriv.: of the fast implementation;")
-    print("inside attention_zoo.reference() every layer has second derivatives.")
+    print()
+    found = {name: _cells(can) for name, can in capabilities().items()}
+    print_table([("block", *next(iter(found.values()))), *((name, *cells.values()) for name, cells in found.items())])
+    print("\n".join(["", *textwrap.wrap(NOTES.strip(), WIDTH)]))
     return 0
 
 
@@ -45,7 +56,22 @@ def describe(cls: type[nn.Module]) -> str:
     return doc.partition("\n")[0]
 
 
-def _cell(column: str, value: str | bool) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "-"
-    return f"O({value})" if column == "state" and value else value or "-"
+def _cells(can: Capabilities) -> dict[str, str]:
+    """The cells of a layer by column."""
+    taken = {"context": can.context, "layout": can.image, "streams": can.streams}
+    cells = {
+        "causal": can.causal.replace("optional", "opt"),
+        "mask": "pair" if can.attn_mask else "key" if can.mask else "",
+        "docs": can.documents,
+        "step": can.step,
+        "state": can.state and f"O({can.state})",
+        "map": can.map,
+        "compile": can.compile,
+        "2nd": can.double_backward,
+        "takes": ", ".join(name for name, takes in taken.items() if takes),
+        "rope": can.rotary,
+        "bias": can.bias,
+        "kv": can.kv_heads,
+        "drop": can.dropout,
+    }
+    return {title: "yes" if cell is True else str(cell or "-") for title, cell in cells.items()}

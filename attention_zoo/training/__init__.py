@@ -1,4 +1,5 @@
-"""Training utilities: byte-level text, packing, masked tokens, memory replay, distributed training, checkpoints."""
+"""Training utilities: byte-level text, packing, masked tokens, memory replay, distributed training, checkpoints,
+and options and progress of scripts."""
 
 from attention_zoo.training.checkpoint import (
     Checkpoint,
@@ -19,6 +20,7 @@ from attention_zoo.training.distributed import (
 from attention_zoo.training.masked_tokens import mask_tokens, masked_token_loss
 from attention_zoo.training.memory_replay import Replayed, memory_replay
 from attention_zoo.training.packing import PackedBatch, pack_documents, packed_batches
+from attention_zoo.training.progress import Progress, parse_options
 from attention_zoo.training.stop_request import StopRequest
 from attention_zoo.training.tensor_parallel import tensor_parallel_plan
 from attention_zoo.training.text import (
@@ -41,6 +43,7 @@ __all__ = [
     "DataParallelLoss",
     "FilePart",
     "PackedBatch",
+    "Progress",
     "Replayed",
     "ShardedCheckpoint",
     "StopRequest",
@@ -57,6 +60,7 @@ __all__ = [
     "memory_replay",
     "pack_documents",
     "packed_batches",
+    "parse_options",
     "random_batch",
     "read_checkpoint",
     "read_documents",

@@ -75,10 +75,12 @@ def memory_replay(
         scaler: gradient scaler for float16.
 
     Raises:
-        TypeError: a segment is not a tensor.
+        TypeError: the model has no memory, or a segment is not a tensor.
         ValueError: `segments` is empty, the numbers of arguments per segment differ, or there is neither a target nor
             a loss.
     """
+    if not callable(getattr(model, "initial_memory", None)):
+        raise TypeError(f"model must have initial_memory, as models with memory do, got {type(model).__name__}")
     count = len(segments)
     if not count:
         raise ValueError("segments must hold at least one segment, got none")

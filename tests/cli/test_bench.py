@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +18,7 @@ from attention_zoo.attention import BLOCKS, AttentionBlock, CosineSimAttention
 from attention_zoo.cli import main
 from attention_zoo.cli._bench.blocks import PHASES, BlockCost, build_block, measure_block, mixing
 from attention_zoo.cli._bench.packed import PackedCost, describe_documents, document_lengths, make_documents
+from attention_zoo.cli._bench.results import draw_costs
 from attention_zoo.cli._bench.setup import Setup, describe_machine
 
 CPU = torch.device("cpu")
@@ -139,6 +142,17 @@ def test_ratio_of_a_whole_layer_is_marked_with_a_star(
     assert lines[-1].startswith("* the whole block")
 
 
+def test_columns_are_aligned_with_long_names_of_user_defined_layers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BLOCKS, "a_layer_with_a_rather_long_name", Averaging)
+    assert main(["bench", "a_layer_with_a_rather_long_name", "full", "--lengths", "6", *TINY_OPTIONS]) == 0
+    header, *lines = [line for line in capsys.readouterr().out.split("\n\n")[1].splitlines() if line]
+    for title in ("length", "block ms", "SDPA MiB"):  # aligned to the right
+        end = header.index(title) + len(title)
+        assert all(line[end - 1] != " " and line[end] == " " for line in lines)
+
+
 def test_number_of_threads_is_restored() -> None:
     before = torch.get_num_threads()
     assert main(["bench", "full", "--lengths", "4", "--threads", str(before + 1), *TINY_OPTIONS]) == 0
@@ -158,6 +172,17 @@ def test_bench_writes_a_markdown_table_and_a_plot(tmp_path: Path) -> None:
     assert {len(row) for row in rows} == {10}
     assert rows[2][3].endswith("*")
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_of_the_plot_differ_in_colour_and_marker(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
+    cost = measure_block("full", build_block("full", 4, TINY), 4, "training", TINY)
+    costs = [replace(cost, block=name, phase=phase) for name in BLOCKS for phase in PHASES]
+    draw_costs(costs, "machine", "plot.png")
+    lines = saved[0].axes[0].get_lines()[: len(BLOCKS)]
+    assert len({to_hex(line.get_color()) for line in lines}) == len(BLOCKS)
+    assert len({line.get_marker() for line in lines}) == len(BLOCKS)
 
 
 def test_state_size_is_that_of_the_layer(tmp_path: Path) -> None:

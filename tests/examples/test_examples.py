@@ -67,16 +67,68 @@ def run(call: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(call, env=environment(), capture_output=True, encoding="utf-8", timeout=TIMEOUT, check=False)
 
 
+@pytest.mark.slow
 @examples
 def test_training_example_writes_its_files(example: Example, tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "6", *example.options]
     done = run(command(example, tmp_path, "out", *fresh))
     assert done.returncode == 0, done.stderr
+    steps = re.findall(r"^step (\d+): [\d.]+ bits per byte of validation text$", done.stdout, re.M)
+    assert steps == ["1", "2", "3", "4", "5", "6"]  # each evaluated once
+    assert done.stdout.count("  sample: ") == 5
+    assert [line.partition(",")[0] for line in done.stderr.splitlines()] == [f"step {step}/6" for step in range(1, 7)]
     assert tuple(sorted(path.name for path in (tmp_path / "out").iterdir())) == example.files
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     saved, loaded = read_checkpoint(tmp_path / "out" / "checkpoint.pt"), example.load(tmp_path / "out")
     assert saved.step == 6
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.contents["model"].items())
+
+
+@pytest.mark.slow
+def test_second_run_in_the_same_folder_is_refused_unless_it_resumes_or_overwrites(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()  # an empty folder holds no run
+    fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "2", *TINY]
+    assert run(command(CASES[0], tmp_path, "out", *fresh)).returncode == 0
+    before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    done = run(command(CASES[0], tmp_path, "out", *fresh))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        f"error: {tmp_path / 'out'} holds a run: continue it with --resume, or replace it with --overwrite"
+    )
+    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == before
+    resumed = run(command(CASES[0], tmp_path, "out", "--resume", "--device", "cpu"))
+    assert "\nresuming at step 2\n" in resumed.stdout
+    again = run(command(CASES[0], tmp_path, "out", *fresh, "--steps", "3", "--overwrite"))
+    assert again.returncode == 0, again.stderr
+    assert read_checkpoint(tmp_path / "out" / "checkpoint.pt").step == 3
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_every_example_has_an_option_for_threads_and_tells_when_steps_are_slow(script: Path) -> None:
+    source = script.read_text()
+    assert "training.parse_options(parser)" in source
+    assert "training.Progress(" in source
+    assert "tqdm" not in source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("multi_stream.py", ["--steps", "0"], "--steps must be at least 1, got 0"),
+        ("multi_stream.py", ["--data", "nowhere"], "nowhere does not exist"),
+        ("train_with_accelerate.py", ["--attention", "ful"], "did you mean 'full'"),
+        ("classify_digits.py", ["--attention", "ful"], "did you mean 'full'"),
+        ("gate_loop_long_context.py", ["--data", "nowhere"], "nowhere does not exist"),
+        ("compare_blocks.py", ["--data", "nowhere"], "nowhere does not exist"),
+        ("compose_by_hand.py", ["--threads", "0"], "--threads must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_reported_in_one_sentence(script: str, options: list[str], message: str) -> None:
+    done = run([sys.executable, str(EXAMPLES / script), *options])
+    assert done.returncode != 0
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -88,7 +140,7 @@ def test_model_card_states_data_score_and_command(tmp_path: Path) -> None:
     assert f"{bits} bits per byte of validation text; byte frequencies need" in card
     assert f"3,960 bytes of {tmp_path / 'text.txt'}" in card
     assert f"python {EXAMPLES / 'train_language_model.py'} --out" in card
-    run(command(CASES[0], tmp_path, "out", *fresh, "--depth", "1"))
+    assert run(command(CASES[0], tmp_path, "out", *fresh, "--depth", "1", "--overwrite")).returncode == 0
     assert '"depth": 1' in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -106,7 +158,18 @@ def test_recall_example_writes_model_and_plot(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_digits_example_generates_and_classifies(tmp_path: Path) -> None:
     options = ["--steps", "3", "--dim", "16", "--heads", "2", "--batch", "4", "--samples", "2", "--device", "cpu"]
-    done = run([sys.executable, str(EXAMPLES / "draw_digits.py"), *options, "--out", str(tmp_path)])
+    # a warning of torch about the conversion of a loss is an error
+    done = run(
+        [
+            sys.executable,
+            "-W",
+            "error:Converting a tensor",
+            str(EXAMPLES / "draw_digits.py"),
+            *options,
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert done.returncode == 0, done.stderr
     assert "of 20 generated digits" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "digits.png", "model.safetensors"]
@@ -152,7 +215,7 @@ def test_streams_example_scores_both_models_and_writes_a_plot(tmp_path: Path) ->
 @pytest.mark.slow
 def test_accelerate_example_trains_an_unmodified_model(tmp_path: Path) -> None:
     call = command(Example("train_with_accelerate.py", (), (), LanguageModel.load), tmp_path, "out", "--cpu")
-    sizes = ["--dim", "32", "--depth", "2", "--seq-len", "16", "--steps", "60"]
+    sizes = ["--dim", "32", "--depth", "2", "--seq-len", "16", "--steps", "60", "--threads", "1"]
     done = run([*call, "--data", str(tmp_path / "text.txt"), *sizes])
     assert done.returncode == 0, done.stderr
     before, after = (
@@ -209,6 +272,7 @@ def test_full_disk_is_reported_and_leaves_the_checkpoint_intact(tmp_path: Path, 
     if strategy == "ddp":
         call[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     assert run(call).returncode == 0
+    call.append("--overwrite")
     # no file may grow beyond 20 KiB, a tenth of a checkpoint
     done = run(["bash", "-c", 'ulimit -f 20 && exec "$@"', "bash", *call])
     assert done.returncode != 0
@@ -221,7 +285,7 @@ def test_full_disk_is_reported_and_leaves_the_checkpoint_intact(tmp_path: Path, 
 def test_resume_takes_the_most_recent_checkpoint(tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", *TINY]
     assert run(command(CASES[0], tmp_path, "out", *fresh, "--steps", "9")).returncode == 0
-    python, *call = command(CASES[0], tmp_path, "out", *fresh, "--steps", "3", "--strategy", "ddp")
+    python, *call = command(CASES[0], tmp_path, "out", *fresh, "--steps", "3", "--strategy", "ddp", "--overwrite")
     assert run([python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *call]).returncode == 0
     done = run(command(CASES[0], tmp_path, "out", "--resume", "--device", "cpu", "--strategy", "single"))
     assert done.returncode == 0, done.stderr

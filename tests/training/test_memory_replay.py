@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attention_zoo import Memformer, MemoryLanguageModel
+from attention_zoo import LanguageModel, Memformer, MemoryLanguageModel
 from attention_zoo.cli._bench.measure import peak_bytes
 from attention_zoo.ops.losses import masked_cross_entropy, next_token_loss
 from attention_zoo.training import memory_replay
@@ -154,5 +154,8 @@ def test_replay_rejects_invalid_arguments() -> None:
         memory_replay(model, SEGMENTS, TARGETS, masks=MASKS[:1])
     with pytest.raises(ValueError, match="loss must be given"):
         memory_replay(Memformer(**SIZES).double(), SEGMENTS, TARGETS)
+    without_memory = LanguageModel(num_tokens=8, dim=16, depth=1)
+    with pytest.raises(TypeError, match="model must have initial_memory, as models with memory do, got LanguageModel"):
+        memory_replay(without_memory, SEGMENTS, TARGETS)
     with pytest.raises(TypeError, match="nonsense"):
         memory_replay(model, SEGMENTS, TARGETS, nonsense=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attention_zoo import LanguageModel
 from attention_zoo.training import (
     FilePart,
     as_tokens,
@@ -301,3 +302,11 @@ def test_gzip_compresses_repetition_and_not_noise() -> None:
 def test_baselines_reject_empty_data(baseline) -> None:
     with pytest.raises(ValueError, match="data must hold at least one byte"):
         baseline(b"")
+
+
+def test_model_takes_the_bytes_of_as_tokens() -> None:
+    model = LanguageModel(num_tokens=256, dim=16, depth=1, heads=2, dim_head=8)
+    tokens = as_tokens(b"a line of text")[None]
+    assert tokens.dtype == torch.uint8
+    assert torch.equal(model.loss(tokens), model.loss(tokens.long()))
+    assert model.generate(tokens, 3).shape == (1, 3)

@@ -23,7 +23,7 @@ from attention_zoo.training import find_text_files, pack_documents
 
 BYTES_PER_TOKEN = 4  # about that of subword tokenizers
 WAYS = ("packed", "padded", "separate")
-PACKED_COLUMNS = {name: COLUMNS[name] for name in ("block", "length", "phase")} | {
+PACKED_COLUMNS = {name: COLUMNS[name] for name in ("length", "phase")} | {
     title: f">{len(title)}"
     for title in (*(f"{way} tokens/s" for way in WAYS), "packed over padded", "packed over separate")
 }
@@ -139,15 +139,16 @@ def _measure(block: nn.Module, documents: Documents, phase: str, setup: Setup) -
     return [median(times) for times in zip(*alternate(calls, setup.device, setup.runs), strict=True)]
 
 
-def print_packed(costs: Iterable[PackedCost]) -> list[PackedCost]:
-    """Print one row per cost, as soon as it is measured. Returns the costs."""
+def print_packed(costs: Iterable[PackedCost], names: Sequence[str]) -> list[PackedCost]:
+    """Print one row per cost of the layers `names`, as soon as it is measured. Returns the costs."""
+    columns = {"block": f"<{max(map(len, names))}", **PACKED_COLUMNS}
 
     def cells(cost: PackedCost) -> Sequence[str | float]:
         speeds = [int(getattr(cost, f"{way}_tokens_per_second")) for way in WAYS]
         ratios = (f"{format_number(time / cost.packed_ms)}x" for time in (cost.padded_ms, cost.separate_ms))
         return (cost.block, cost.length, cost.phase, *speeds, *ratios)
 
-    return print_rows(PACKED_COLUMNS, costs, cells)
+    return print_rows(columns, costs, cells)
 
 
 def describe_documents(length: int, sizes: Sequence[int]) -> str:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from attention_zoo.attention import BLOCKS
 from attention_zoo.cli._bench.blocks import BlockCost
 from attention_zoo.cli._figure import new_figure
 from attention_zoo.cli._table import format_number, print_rows
 
 KIB, MIB = 2**10, 2**20
+MARKERS = "osv^DPX<>*hpd"
 NUMBERS = (
     "block ms", "mixing ms", "SDPA ms", " ratio", "block MiB", "mixing MiB", "SDPA MiB", " tokens/s", "step ms",
     "state KiB",
 )  # fmt: skip
-COLUMNS = {"block": f"<{max(map(len, BLOCKS))}", "length": ">6", "phase": "<8"} | {
-    title: f">{len(title)}" for title in NUMBERS
-}
+COLUMNS = {"length": ">7", "phase": "<8"} | {title: f">{max(8, len(title))}" for title in NUMBERS}
 MARKDOWN_COLUMNS = (
     "block", "tokens", "forward ms", "over SDPA", "training ms", "over SDPA", "tokens/s in training",
     "peak MiB in training", "step ms", "state KiB",
 )  # fmt: skip
 
 
-def print_costs(costs: Iterable[BlockCost]) -> list[BlockCost]:
-    """Print one row per cost, as soon as it is measured. Returns the costs."""
+def print_costs(costs: Iterable[BlockCost], names: Sequence[str]) -> list[BlockCost]:
+    """Print one row per cost of the layers `names`, as soon as it is measured. Returns the costs."""
+    columns = {"block": f"<{max(map(len, names))}", **COLUMNS}
 
     def cells(cost: BlockCost) -> Sequence[str | float]:
         times = (cost.block_ms, cost.mixing_ms, cost.sdpa_ms)
@@ -32,7 +31,7 @@ def print_costs(costs: Iterable[BlockCost]) -> list[BlockCost]:
         last = (int(cost.tokens_per_second), *_decoding(cost))
         return (cost.block, cost.length, cost.phase, *times, _ratio(cost), *peaks, *last)
 
-    printed = print_rows(COLUMNS, costs, cells)
+    printed = print_rows(columns, costs, cells)
     if any(cost.whole for cost in printed):
         print("\n* the whole block, projections included, over SDPA without any")
     return printed
@@ -68,7 +67,9 @@ def draw_costs(costs: Sequence[BlockCost], machine: str, path: str) -> None:
         chosen = [cost for cost in costs if cost.phase == phase]
         for k, block in enumerate(dict.fromkeys(cost.block for cost in chosen)):
             points = sorted((c.length, getattr(c, f"block_{field}") / scale) for c in chosen if c.block == block)
-            axis.plot(*zip(*points, strict=True), "osv^DPX"[k % 7] + "-", color=f"C{k % 10}", label=block, markersize=4)
+            axis.plot(
+                *zip(*points, strict=True), color=_color(k), marker=MARKERS[k % len(MARKERS)], label=block, markersize=4
+            )
         sdpa = {cost.length: getattr(cost, f"sdpa_{field}") / scale for cost in chosen if not cost.whole}
         if sdpa:
             axis.plot(*zip(*sorted(sdpa.items()), strict=True), "--", color="gray", label="SDPA alone")
@@ -81,6 +82,13 @@ def draw_costs(costs: Sequence[BlockCost], machine: str, path: str) -> None:
     figure.axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(machine, fontsize=9)
     figure.savefig(path, dpi=100, format="png")
+
+
+def _color(k: int) -> tuple[float, ...]:
+    """One of twenty colours: the ten dark ones first, then their light variants."""
+    from matplotlib import colormaps
+
+    return tuple(colormaps["tab20"]((2 * k + k // 10 % 2) % 20))
 
 
 def _ratio(cost: BlockCost) -> str:

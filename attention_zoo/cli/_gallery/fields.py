@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attention_zoo._checks import check_features
-from attention_zoo.cli._targets import Make, accepted, layout_for, reads_context
-from attention_zoo.models import LanguageModel
+from attention_zoo._checks import check_choice, check_features
+from attention_zoo.cli._targets import Make, accepted, reads_context
+from attention_zoo.models import LanguageModel, MultiStreamTransformer, TextToImageTransformer
 from attention_zoo.ops import TextImageLayout
+from attention_zoo.saving.model_file import read_model
 from attention_zoo.testing.subject import seeded
 from attention_zoo.training import as_tokens, random_batch
 
@@ -21,6 +23,8 @@ TOKENS = 40  # tokens of the receptive field of a layer without image layout
 DRAWS = 4  # random inputs over which a receptive field is averaged
 HEADS = 4
 BATCH = 16  # sequences per training step
+LEVELS = 8  # grey levels of images
+MOST_BYTES = 64  # of a text, so that each can be read on the axes
 LAYOUT = TextImageLayout(text_len=8, height=9, width=11)
 
 
@@ -66,7 +70,7 @@ def receptive_field(block: Any, dim: int, *, seed: int = 0) -> Field:
     """
     layout: TextImageLayout | None = getattr(block, "layout", None)
     length = TOKENS if layout is None else layout.length
-    queries = range(length) if layout is None else _some_tokens(layout)
+    queries = range(length) if layout is None else some_tokens(layout)
     streams = getattr(block, "streams", 1)
     generator = torch.Generator().manual_seed(seed)
     shape = (DRAWS, length, dim) if streams == 1 else (DRAWS, streams, length, dim)
@@ -87,28 +91,45 @@ def receptive_field(block: Any, dim: int, *, seed: int = 0) -> Field:
     return Field(strength / strength.max().clamp(min=1e-30), list(queries), layout, bool(context))
 
 
-def _some_tokens(layout: TextImageLayout) -> list[int]:
+def some_tokens(layout: TextImageLayout) -> list[int]:
     """The last text token, and image tokens in the middle, at an edge and at the end."""
     pixels = [(layout.height // 2, layout.width // 2), (layout.height - 2, 0), (layout.height - 1, layout.width - 1)]
     return [layout.text_len - 1, *(layout.text_len + row * layout.width + column for row, column in pixels)]
 
 
-def sentence_map(make: Make, sentence: bytes, *, dim: int, steps: int, text: bytes) -> tuple[Tensor, int] | None:
-    """The attention map of the last layer of a small language model, or of a layer with random weights if it needs a
-    context.
+class Drawn(NamedTuple):
+    """An attention map to draw.
+
+    Attributes:
+        weights: (h, i, j).
+        steps: training steps of the model; 0 for random weights.
+        layout: text and image that the tokens are, for an image layer.
+        image: (height, width), its image.
+    """
+
+    weights: Tensor
+    steps: int
+    layout: TextImageLayout | None = None
+    image: Tensor | None = None
+
+
+def trained_map(make: Make, sentence: bytes, *, dim: int, steps: int, text: bytes) -> Drawn | None:
+    """The attention map of the last layer of a small trained model.
+
+    A layer that needs a context has random weights. An image layer is trained on pictures of discs and mapped over one
+    of them, any other layer on text.
 
     Args:
         make: makes the layer from `dim` and keyword arguments.
-        sentence: input of the model, one token per byte.
+        sentence: input of a language model, one token per byte.
         dim: number of features.
-        steps: training steps on `text`; 0 for random weights.
+        steps: training steps; 0 for random weights.
         text: training text.
 
     Returns:
-        The map (h, n, n) and the number of training steps of the model; None for a layer without `attention_map` or
-        with several streams.
+        The map, or None for a layer without `attention_map` or with several streams.
     """
-    options = small_sizes(make, dim, layout_for(len(sentence)))
+    options = small_sizes(make, dim, LAYOUT)
     tokens = torch.tensor([list(sentence)])
     with seeded(0):
         block: Any = make(dim, **options)
@@ -116,21 +137,77 @@ def sentence_map(make: Make, sentence: bytes, *, dim: int, steps: int, text: byt
             return None
         if reads_context(block):  # the sentence is its own context
             embedded = torch.randn(256, dim)[tokens]
-            return block.attention_map(embedded, embedded)[0].detach(), 0
+            return Drawn(block.attention_map(embedded, embedded)[0].detach(), 0)
+        if "layout" in options:
+            return _image_map(partial(make, **options), dim, steps)
         model = LanguageModel(num_tokens=256, dim=dim, depth=2, attention=partial(make, **options))
-        _train(model, text, len(sentence), steps)
-    last: Any = [sublayer for sublayer in model.stack.sublayers() if not sublayer.tokenwise][-1].block
-    inputs: list[Tensor] = []
-    with torch.no_grad(), last.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
-        model.eval()(tokens)
-        return last.attention_map(inputs[0])[0], steps
+        data = as_tokens(text)
+        _train(model, lambda: model.loss(random_batch(data, BATCH, len(sentence))), steps)
+        with torch.no_grad():
+            return Drawn(model.eval().attention_maps(tokens)[-1][0], steps)
 
 
-def _train(model: LanguageModel, text: bytes, length: int, steps: int) -> None:
+def _image_map(make: Make, dim: int, steps: int) -> Drawn:
+    height, width = LAYOUT.height, LAYOUT.width
+    model = TextToImageTransformer(
+        num_text_tokens=2,
+        text_len=LAYOUT.text_len,
+        num_image_tokens=LEVELS,
+        height=height,
+        width=width,
+        dim=dim,
+        depth=2,
+        attention=make,
+        positions="learned",
+    )
+
+    def discs(count: int) -> Tensor:
+        """Images (count, height * width) of a bright disc each."""
+        centre = torch.rand(count, 2, 1, 1) * torch.tensor([height, width])[:, None, None]
+        place = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+        distance = (place - centre).square().sum(1).sqrt()
+        return ((1 - distance / 5).clamp(0, 0.99) * LEVELS).long().flatten(1)
+
+    text = torch.ones(BATCH, LAYOUT.text_len, dtype=torch.long)
+    _train(model, lambda: model.loss(text, discs(BATCH)), steps)
+    image = discs(1)
+    with torch.no_grad():
+        weights = model.eval().attention_maps(text[:1], image)[-1][0]
+    return Drawn(weights, steps, LAYOUT, image.view(height, width))
+
+
+def model_maps(folder: Path, text: bytes) -> tuple[bytes, list[Tensor]]:
+    """The attention maps of every layer of a saved model of bytes.
+
+    Args:
+        folder: written by `save` of a LanguageModel or MultiStreamTransformer.
+        text: input; its first bytes are used.
+
+    Returns:
+        The bytes used, and a map (h, n, n) per layer.
+
+    Raises:
+        ValueError: the model is of another class or has fewer than 256 tokens, or the text is empty.
+    """
+    classes = {cls.__name__: cls for cls in (LanguageModel, MultiStreamTransformer)}
+    config = read_model(folder).config
+    name: Any = config.get("class") if isinstance(config, dict) else None
+    check_choice("class of the model", name, classes)
+    model: Any = classes[name].load(folder).eval()
+    if model.num_tokens < 256:
+        raise ValueError(f"model must have at least 256 tokens, one per byte, got {model.num_tokens}")
+    most = getattr(model, "max_seq_len", None) or MOST_BYTES
+    used = text[: min(MOST_BYTES, most)]
+    if not used:
+        raise ValueError("text must hold at least one byte, got an empty file")
+    with torch.no_grad():
+        return used, [weights[0] for weights in model.attention_maps(as_tokens(used)[None])]
+
+
+def _train(model: nn.Module, loss: Callable[[], Tensor], steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    tokens = as_tokens(text)
     for _ in range(steps):
         optimizer.zero_grad()
-        model.loss(random_batch(tokens, BATCH, length)).backward()  # type: ignore[no-untyped-call]
+        loss().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_choice
+from attention_zoo._checks import check_choice, check_instance
 from attention_zoo.ops.sparse.image_layout import TextImageLayout
 from attention_zoo.ops.sparse.pattern import Pattern
 from attention_zoo.ops.sparse.tiles import MIN_ROWS, Tile, text_tiles, tiled_operator
@@ -44,8 +44,10 @@ def axial_mask(
         (stop - start, stop) bool, True where the query (row) attends to the key (column).
 
     Raises:
+        TypeError: `layout` is not a TextImageLayout.
         ValueError: `axis` is neither "row" nor "column", or `stop` exceeds the layout.
     """
+    check_instance(TextImageLayout, layout=layout)
     check_choice("axis", axis, AXES)
     down, right = layout.offsets(start, stop, device)
     return layout.add_text(down == 0 if axis == "row" else right == 0)
@@ -65,6 +67,7 @@ class AxialPattern(Pattern):
     axis: str = "row"
 
     def __post_init__(self) -> None:
+        check_instance(TextImageLayout, layout=self.layout)
         check_choice("axis", self.axis, AXES)
 
     def check(self, tokens: int, *, name: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_choice, check_positive
+from attention_zoo._checks import check_choice, check_instance, check_positive
 from attention_zoo.ops.sparse.image_layout import TextImageLayout
 from attention_zoo.ops.sparse.pattern import Pattern
 from attention_zoo.ops.sparse.tiles import MIN_ROWS, Tile, text_tiles, tiled_operator
@@ -50,9 +50,10 @@ def conv_mask(
         (stop - start, stop) bool, True where the query (row) attends to the key (column).
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: `layout` is not a TextImageLayout, or a size is not an int.
         ValueError: `kernel_size` is even, a size is below 1, `window` is unknown, or `stop` exceeds the layout.
     """
+    check_instance(TextImageLayout, layout=layout)
     _check_window(kernel_size, dilation, window)
     down, right = layout.offsets(start, stop, device)
     side = (kernel_size - 1) * dilation
@@ -79,6 +80,7 @@ class ConvPattern(Pattern):
     window: str = "quadrant"
 
     def __post_init__(self) -> None:
+        check_instance(TextImageLayout, layout=self.layout)
         _check_window(self.kernel_size, self.dilation, self.window)
 
     def check(self, tokens: int, *, name: str) -> None:

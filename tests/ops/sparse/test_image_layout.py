@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from attention_zoo.ops.sparse import TextImageLayout
+from attention_zoo.attention import AxialRowAttention, BlockSparseAttention, ConvAttention
+from attention_zoo.ops.sparse import TextImageLayout, axial_attention, axial_mask, conv_attention, conv_mask
 
 
 def test_rows_and_columns_follow_row_major_order_after_the_text() -> None:
@@ -48,3 +50,20 @@ def test_text_keys_are_allowed_and_later_keys_are_not() -> None:
 def test_invalid_layout_arguments_raise(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda layout, q: conv_mask(layout),
+        lambda layout, q: axial_mask(layout, axis="row"),
+        lambda layout, q: conv_attention(q, q, q, layout=layout),
+        lambda layout, q: axial_attention(q, q, q, layout=layout, axis="row"),
+        lambda layout, q: ConvAttention(8, layout=layout),
+        lambda layout, q: AxialRowAttention(8, layout=layout),
+        lambda layout, q: BlockSparseAttention(8, layout=layout),
+    ],
+)
+def test_layout_of_another_type_is_rejected_by_name(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"layout must be of type TextImageLayout.*, got list"):
+        call([4, 3, 3], torch.zeros(1, 1, 13, 4))
