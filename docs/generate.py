@@ -6,8 +6,10 @@ measurement, the gallery's. Equations between dollar signs become MathML, so tha
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
 import pkgutil
 import re
 import sys
@@ -241,10 +243,23 @@ def checks_table(checks: dict[str, Any]) -> str:
     return "\n".join(["| check | what must hold |", "|---|---|", *rows])
 
 
+def command_line_page() -> str:
+    """The help of every command."""
+    from attention_zoo.cli import COMMANDS, main
+
+    parts = ["# Command line", "`attention-zoo COMMAND`, or `python -m attention_zoo COMMAND`."]
+    for command in COMMANDS:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+            main([command, "--help"])
+        parts.append(f"## {command}\n\n```text\n{printed.getvalue()}```")
+    return "\n\n".join(parts)
+
+
 def pages() -> dict[str, str]:
     """All generated pages by path."""
     blocks = {f"blocks/{name}.md": block_page(name) for name in BLOCKS}
-    return blocks | {f"reference/{name}": text for name, text in reference_pages().items()}
+    reference = {"command_line.md": command_line_page(), **reference_pages()}
+    return blocks | {f"reference/{name}": text for name, text in reference.items()}
 
 
 # ------------------------------------------------------------------------------------------------ hooks of MkDocs
