@@ -77,7 +77,7 @@ def capabilities_of(cls: type[nn.Module]) -> Capabilities:
     block = _tiny(cls)
     step = _has(cls, "step")
     causal = "always" if getattr(block, "causal", None) else ""
-    with _ShapesOnly():
+    with _ShapesOnly():  # type: ignore[no-untyped-call]
         state = _state_growth(block) if step else ""
         double_backward = _has_second_derivative(block)
     return Capabilities(
@@ -100,7 +100,7 @@ def capabilities_of(cls: type[nn.Module]) -> Capabilities:
     )
 
 
-class _ShapesOnly(TorchDispatchMode):
+class _ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs the shape function of each operator of this package instead of its kernel, which may take 20 s to compile.
 
     The results are zeros. Which derivatives exist is decided above the kernels, and stays as it is.
