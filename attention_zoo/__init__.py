@@ -1,4 +1,4 @@
-"""Interchangeable attention blocks for PyTorch, every one of them verified."""
+"""Interchangeable attention layers for PyTorch, with contract checks that run on any layer."""
 
 from attention_zoo.attention import (
     BLOCKS,

@@ -18,7 +18,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from itertools import islice
@@ -36,6 +36,7 @@ CHECKPOINT = "checkpoint.pt"
 SHARDS = "checkpoint"  # folder of the checkpoint of several processes
 # Options that may differ in a resumed run.
 FREE = ("resume", "overwrite", "threads", "device", "strategy", "out", "card")
+BUFFER = 2**15  # sequences that are shuffled together: 1,024 would come from about sixteen files
 EVALUATIONS = 6  # during training, the last one after the last step
 SAMPLE, SHORT_SAMPLE = 600, 100  # bytes of text generated after training and during it, prompt included
 Checkpoint = training.Checkpoint | training.ShardedCheckpoint
@@ -149,18 +150,17 @@ class Run:
             return (step + 1) / warmup
         return 0.05 + 0.475 * (1 + math.cos(math.pi * (step - warmup) / (self.options.steps - warmup)))
 
-    def batches(self, text: Tensor) -> Iterator[dict[str, Tensor]]:
+    def batches(self, files: training.TextFiles) -> Iterator[dict[str, Tensor]]:
         """Arguments of the loss for each of the remaining steps, the same in every process."""
         batch, length = self.options.batch, self.options.seq_len + 1
         if not self.options.packed:
+            text = training.as_tokens(join(files.training))
             while True:
                 yield {"tokens": training.random_batch(text, batch, length, generator=self.generator)}
         generator = torch.Generator().manual_seed(self.options.seed)  # the stream starts anew when training resumes
-        files = training.find_text_files(self.options.data).training
-        documents = training.read_documents(files, epochs=None, generator=generator)
-        stream = training.packed_batches(documents, length=length, batch=batch, generator=generator)
-        for packed in islice(stream, self.step, None):
-            yield packed._asdict()
+        documents = training.read_documents(files.training, epochs=None, generator=generator)
+        packed = training.packed_batches(documents, length=length, batch=batch, buffer=BUFFER, generator=generator)
+        yield from (part._asdict() for part in islice(packed, self.step, None))
 
     def learn(self, batch: dict[str, Tensor]) -> float:
         """Take one step on a batch, sharded over the processes. Returns the loss in nats."""
@@ -202,11 +202,10 @@ class Run:
         save(self.options.out / name, **self.parts(), step=self.step, extra=extra)
 
 
-def train(run: Run, text: training.Text) -> bool:
+def train(run: Run, files: training.TextFiles, validation_text: Tensor) -> bool:
     """Train for the remaining steps, or until Ctrl-C. Returns whether training is complete."""
     options = run.options
-    train_text, validation_text = training.as_tokens(text.training), training.as_tokens(text.validation)
-    batches = run.batches(train_text)
+    batches = run.batches(files)
     if run.step == options.steps:  # a complete run that is resumed: a checkpoint of this strategy
         run.save()
     progress = training.Progress(options.steps, start=run.step, quiet=not run.world.first)
@@ -281,51 +280,56 @@ def main() -> None:
         if not world.first:  # only the first process prints
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         try:
-            text = training.read_text(options.data)
+            files = training.find_text_files(options.data, progress=world.first)
+            validation = join(files.validation)
             run = Run(options, checkpoint, world)
-            before = run.evaluate(training.as_tokens(text.validation))  # also checks that text and layers fit
+            before = run.evaluate(training.as_tokens(validation))  # also checks that text and layers fit
         except (ValueError, TypeError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
-        baselines = baseline_bits(text)
-        describe(run, text, {"model": before, **baselines})
+        baselines = baseline_bits(validation)
+        describe(run, files, {"model": before, **baselines})
         if checkpoint is not None:
             print(f"resuming at step {run.step}")
         try:
-            if not train(run, text):
+            if not train(run, files, training.as_tokens(validation)):
                 print(
                     f"Stopped after step {run.step}. Continue with: python {sys.argv[0]} --resume --out {options.out}"
                 )
                 return
             model = whole_model(run)
             if model is not None:
-                finish(run, model, text, baselines)
+                finish(run, model, files, baselines)
         except OSError as error:  # e.g. a full disk
             sys.exit(f"error: {error}. The previous checkpoint is intact.")
 
 
-def describe(run: Run, text: training.Text, bits: dict[str, float]) -> None:
+def join(parts: Sequence[training.FilePart]) -> bytes:
+    """The contents of files, joined by newlines."""
+    return b"\n".join(part.read() for part in parts)
+
+
+def describe(run: Run, files: training.TextFiles, bits: dict[str, float]) -> None:
     """Print sizes of data and model, and bits per byte before training and of the baselines."""
-    print(f"text: {text.source}")
-    print(f"  training: {text.training_files} files, {len(text.training):,} bytes")
-    print(f"  validation: {text.validation_files} files, {len(text.validation):,} bytes")
+    print(f"text: {files.source}")
+    print(f"  training: {len(files.training)} files, {files.training_bytes:,} bytes")
+    print(f"  validation: {len(files.validation)} files, {files.validation_bytes:,} bytes")
     where = f"{run.world.size} x {run.world.device.type}" if run.world.size > 1 else run.world.device
     print(f"model: {sum(weight.numel() for weight in run.model.parameters()):,} parameters on {where}")
     print("bits per byte of validation text: " + ", ".join(f"{name} {value:.3f}" for name, value in bits.items()))
 
 
-def baseline_bits(text: training.Text) -> dict[str, float]:
+def baseline_bits(data: bytes) -> dict[str, float]:
     """Bits per byte of validation text of baselines without a model."""
-    data = text.validation
     return {"byte frequencies": training.unigram_entropy(data), "gzip": training.gzip_bits_per_byte(data)}
 
 
-def finish(run: Run, model: LanguageModel, text: training.Text, baselines: dict[str, float]) -> None:
+def finish(run: Run, model: LanguageModel, files: training.TextFiles, baselines: dict[str, float]) -> None:
     """Save the unsharded model, plot its losses and print a sample."""
     out = run.options.out
     if run.options.card:
         score = f"{run.curves['validation'][-1][1]:.3f} bits per byte of validation text"
         others = ", ".join(f"{name} need {value:.3f}" for name, value in baselines.items())
-        data = f"{len(text.training):,} bytes of {text.source}"
+        data = f"{files.training_bytes:,} bytes of {files.source}"
         program = "python" if run.world.size == 1 else f"torchrun --nproc-per-node {run.world.size}"
         (out / "README.md").unlink(missing_ok=True)  # of an earlier run
         model.save_pretrained(out, data=data, score=f"{score}; {others}", command=f"{program} {' '.join(sys.argv)}")

@@ -122,7 +122,7 @@ class Documents:
         if batches.tiles is not None:  # documents of one length fill the rows
             rows = (self.ids.shape[0] * self.ids.shape[1] // batches.tiles, batches.tiles)
             parts = [tensor.transpose(1, 2).reshape(*rows, *_heads(tensor)).transpose(1, 2) for tensor in tensors]
-            out = function(*parts, mask=None if mask is None else mask.reshape(rows))
+            out = function(*parts, mask=None if mask is None or bool(mask.all()) else mask.reshape(rows))
             return out.transpose(1, 2).reshape(*self.ids.shape, *_heads(out)).transpose(1, 2)
         flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors]  # (b n, h, e)
         taken = [_rearrange(tensor, batches.index, batches.inverse) for tensor in flat]
@@ -133,6 +133,8 @@ class Documents:
         for shape, padded in zip(batches.shapes, batches.padded, strict=True):
             part = slice(start, start + shape[0] * shape[1])
             own = valid[part].view(shape) if mask is not None or (padded and not causal) else None
+            if own is not None and (causal or not padded) and bool((own | (batches.index[part] < 0).view(shape)).all()):
+                own = None  # no document of the batch has a masked token; kernels are faster without a mask
             parts = [tensor[part].view(*shape, *tensor.shape[1:]).transpose(1, 2) for tensor in taken]
             outs.append(function(*parts, mask=own).transpose(1, 2).flatten(0, 1))
             start = part.stop

@@ -86,7 +86,8 @@ def packed_batches(
     Args:
         documents, length, pad_id, split: see `pack_documents`; arguments other than documents are checked in the call.
         batch: rows per batch b. Only the last batch of the stream may have fewer.
-        buffer: number of rows that are packed at once, at least `batch`.
+        buffer: number of rows that are packed at once, at least `batch`. The pieces of a long document are mostly in
+            one buffer: to mix many documents in a batch, a buffer must hold many.
         generator: random number generator, on the CPU, that shuffles the rows of each buffer. None: rows with less free
             space come first.
 

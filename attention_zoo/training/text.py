@@ -71,6 +71,16 @@ class TextFiles:
     training: tuple[FilePart, ...]
     validation: tuple[FilePart, ...]
 
+    @property
+    def training_bytes(self) -> int:
+        """Size of the training files."""
+        return sum(part.stop - part.start for part in self.training)
+
+    @property
+    def validation_bytes(self) -> int:
+        """Size of the validation files."""
+        return sum(part.stop - part.start for part in self.validation)
+
 
 def find_text_files(path: str | os.PathLike[str] | None = None, *, progress: bool = False) -> TextFiles:
     """Find the files of a text and split them into training and validation.

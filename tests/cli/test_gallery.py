@@ -163,6 +163,7 @@ def test_snippet_runs(name: str) -> None:
     assert scope["out"].shape == (1, 3, 512)
 
 
+@pytest.mark.slow
 def test_page_embeds_every_picture_and_links_only_to_papers(tmp_path: Path) -> None:
     assert main(["gallery", "full", "conv", "--dim", "16", "--steps", "1", "--out", str(tmp_path)]) == 0
     names = ["conv_field", "conv_map", "full_field", "full_map", "overview"]
@@ -174,6 +175,7 @@ def test_page_embeds_every_picture_and_links_only_to_papers(tmp_path: Path) -> N
     assert '<meta name="viewport"' in page
 
 
+@pytest.mark.slow
 def test_gallery_of_image_layers_has_no_overview(tmp_path: Path) -> None:
     assert main(["gallery", "conv", "--dim", "16", "--steps", "0", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"conv_field.png", "conv_map.png", "index.html"}

@@ -71,6 +71,7 @@ def run(call: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(call, env=environment(), capture_output=True, encoding="utf-8", timeout=TIMEOUT, check=False)
 
 
+@pytest.mark.slow
 @examples
 def test_training_example_writes_its_files(example: Example, tmp_path: Path) -> None:
     fresh = ["--data", str(tmp_path / "text.txt"), "--device", "cpu", "--steps", "6", *example.options]

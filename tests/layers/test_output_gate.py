@@ -66,6 +66,7 @@ def test_output_gate_of_each_layer_by_default(name: str, gate: tuple[str, str] |
     assert not any("to_gate" in key for key in without.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "activation", "per"),
     [

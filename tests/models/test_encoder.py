@@ -78,6 +78,7 @@ def test_loss_is_the_cross_entropy_of_valid_labels(pooling: str | None) -> None:
     torch.testing.assert_close(model.loss(rows, labels, mask=mask), want)
 
 
+@pytest.mark.slow
 def test_an_encoder_trains_on_masked_tokens() -> None:
     torch.manual_seed(0)
     model = Encoder(num_tokens=12, num_classes=12, pooling=None, **SMALL)
@@ -195,6 +196,7 @@ def test_saved_encoder_decoders_compute_the_same(name: str, tmp_path: Any) -> No
     assert torch.equal(loaded(tokens(2, 9), tokens(2, 7)), model(tokens(2, 9), tokens(2, 7)))
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_learns_to_copy() -> None:
     torch.manual_seed(0)
     model = pair(source_num_tokens=11).train()

@@ -34,6 +34,7 @@ def test_each_defect_fails_its_check_with_a_message_of_one_line(block: type[nn.M
     assert outcome.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "check"), BROKEN_LONG, ids=lambda value: getattr(value, "__name__", value))
 def test_a_defect_of_long_sequences_is_found_with_the_default_lengths_only(block: type[nn.Module], check: str) -> None:
     report = check_block(block, dim=DIM, causal=True, lengths=LENGTHS, strict=True, checks=[check])

@@ -131,6 +131,8 @@ def test_documents_joined_by_newlines_are_the_text(tmp_path: Path, names: list[s
     assert b"\n".join(read_documents(files.training)) == text.training
     assert b"\n".join(read_documents(files.validation)) == text.validation
     assert files.source == text.source
+    assert files.training_bytes == sum(map(len, read_documents(files.training)))
+    assert files.validation_bytes == sum(map(len, read_documents(files.validation)))
 
 
 def test_order_of_documents_depends_only_on_the_generator(tmp_path: Path) -> None:

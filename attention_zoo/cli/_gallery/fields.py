@@ -191,7 +191,7 @@ def model_maps(folder: Path, text: bytes) -> tuple[bytes, list[Tensor]]:
     """
     classes = {cls.__name__: cls for cls in (LanguageModel, MultiStreamTransformer)}
     config = read_model(folder).config
-    name = str(config.get("class")) if isinstance(config, dict) else "None"
+    name: Any = config.get("class") if isinstance(config, dict) else None
     check_choice("class of the model", name, classes)
     model: Any = classes[name].load(folder).eval()
     if model.num_tokens < 256:

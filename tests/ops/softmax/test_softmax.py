@@ -341,6 +341,7 @@ def test_a_second_derivative_through_fused_kernels_is_right_or_raises(case: str,
         assert "derivative for aten::_scaled_dot_product" in str(error)  # noqa: PT017  # either outcome is right
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("path", [*PATHS, "auto"])
 def test_every_path_compiles_as_one_graph(path: str) -> None:
