@@ -10,6 +10,8 @@ The same in a test:
 from __future__ import annotations
 
 import argparse
+import inspect
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,11 +19,22 @@ from torch import Tensor
 
 from attention_zoo._checks import check_choice, check_positive
 from attention_zoo.cli._table import print_rows
-from attention_zoo.cli._targets import MODELS, find_block, make_block, make_model, read_arguments, reads_context
+from attention_zoo.cli._targets import (
+    MODELS,
+    find_block,
+    layout_for,
+    make_block,
+    make_model,
+    read_arguments,
+    reads_context,
+)
+from attention_zoo.ops import TextImageLayout
 from attention_zoo.testing import CHECKS, MODEL_CHECKS, Subject, make_model_subject, run_check
 from attention_zoo.testing.report import FAILED
+from attention_zoo.testing.subject import LENGTHS, LONG_LENGTHS
 
 COLUMNS = {"check": f"<{max(map(len, [*CHECKS, *MODEL_CHECKS]))}", "outcome": f"<{len('not applicable')}", "what": "<4"}
+LAYOUT_LENGTH = 300  # tokens of the layout of an image layer: more than layers compute without tiles
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +87,19 @@ def _model(args: argparse.Namespace) -> Subject:
 def _block(args: argparse.Namespace) -> Subject:
     arguments = read_arguments(args.arguments)
     dim = arguments.get("dim", args.dim)
-    build = partial(make_block, find_block(args.target), args.target, dim, arguments)
+    make = find_block(args.target)
+    parameter = inspect.signature(make).parameters.get("layout")
+    if parameter is not None and parameter.default is parameter.empty and "layout" not in arguments:
+        arguments["layout"] = layout_for(max(args.lengths or [LAYOUT_LENGTH]))
+    build = partial(make_block, make, args.target, dim, arguments)
     block = build()
+    lengths: Sequence[int] = args.lengths or ()
+    long_lengths: Sequence[int] = ()
+    layout = getattr(block, "layout", None)
+    if isinstance(layout, TextImageLayout) and not lengths:  # those that fit, and the whole layout
+        fit = sorted({n for n in (*LENGTHS, *LONG_LENGTHS, layout.length) if n <= layout.length})
+        lengths = [n for n in fit if n <= max(LENGTHS)]
+        long_lengths = [n for n in fit if n > max(LENGTHS)] if args.effort == "full" else ()
     streams = getattr(block, "streams", 1)
 
     def context(batch: int, length: int) -> dict[str, Tensor]:
@@ -85,7 +109,8 @@ def _block(args: argparse.Namespace) -> Subject:
         build,
         dim=dim,
         causal=not args.bidirectional and bool(getattr(block, "causal", True)),
-        lengths=args.lengths or (),
+        lengths=lengths,
+        long_lengths=long_lengths,
         inputs=context if reads_context(block) else None,
         streams=streams if streams > 1 else None,
         shift_invariant=getattr(block, "layout", None) is None,

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from attention_zoo.cli import main
+from attention_zoo.cli import check, main
+from attention_zoo.testing import Subject
+from attention_zoo.testing.report import Outcome
 
 OWN = '''
 import torch
@@ -81,6 +83,33 @@ def test_leak_is_reported_with_its_size_and_status_1(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("block", ["full", "cross", "gate_loop"])
 def test_built_in_layer_is_checked_by_name(block: str) -> None:
     assert main(["check", block, "--lengths", "1", "7", *FAST]) == 0
+
+
+@pytest.mark.parametrize("block", ["conv", "axial_row", "axial_col", "block_sparse"])
+def test_image_layer_has_a_default_layout_and_lengths_that_fit(block: str) -> None:
+    assert main(["check", block, "--checks", "shapes", "causality", "--effort", "quick"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [
+        ([], {1, 2, 131, 300}),
+        (["--effort", "quick"], {1, 2, 131}),
+        (["--lengths", "5", "400"], {5, 400}),
+        (["--arguments", '{"layout": {"text_len": 4, "height": 3, "width": 3}}'], {1, 2, 13}),
+    ],
+)
+def test_lengths_of_image_layers_fit_the_layout(
+    options: list[str], lengths: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subjects: list[Subject] = []
+    monkeypatch.setattr(
+        check, "run_check", lambda name, subject: subjects.append(subject) or Outcome(name, "passed", "")
+    )
+    assert main(["check", "conv", "--checks", "shapes", *options]) == 0
+    found = {*subjects[0].lengths, *subjects[0].long_lengths}
+    assert lengths <= found
+    assert max(found) == max(lengths) <= subjects[0].make_block().layout.length
 
 
 def test_image_layer_takes_its_layout_as_an_object() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from attention_zoo import Encoder, LanguageModel, Memformer, TextToImageTransformer
 from attention_zoo.training import read_checkpoint, read_sharded
@@ -109,6 +113,44 @@ def test_every_example_has_an_option_for_threads_and_tells_when_steps_are_slow(s
     assert "training.parse_options(parser)" in source
     assert "training.Progress(" in source
     assert "tqdm" not in source
+
+
+def example_module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved during a test."""
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
+    return saved
+
+
+def test_error_bars_of_accuracies_end_at_100_percent(figures: list[Figure]) -> None:
+    results = {"full": {"task": [{"score": score} for score in (1.0, 1.0, 0.7)]}}
+    example_module("compare_blocks").plot(results, {}, Path("arena.png"))
+    (bars,) = figures[0].axes[1].containers[-1:]
+    low, high = bars.errorbar.lines[2][0].get_segments()[0][:, 1]
+    assert high == pytest.approx(100)
+    assert low == pytest.approx(90 - 10 * 3**0.5)  # mean - standard deviation
+
+
+def test_maps_of_streams_have_axis_titles_and_colour_bars(figures: list[Figure]) -> None:
+    module = example_module("multi_stream")
+    options = Namespace(dim=16, depth=2, heads=2, seq_len=16, steps=7)
+    module.draw(module.build(2, options), options, Path("heads.png"))
+    *maps, first_bar, second_bar = figures[0].axes
+    assert {axes.get_xlabel() for axes in maps} == {"key (byte)"}
+    assert [axes.get_ylabel() for axes in maps[::4]] == ["after the softmax\nquery (byte)", "mixed\nquery (byte)"]
+    assert maps[0].images[0].get_cmap().name == "viridis"  # weights after the softmax are positive
+    assert all(bar.get_ylabel().startswith("weight") for bar in (first_bar, second_bar))
+    assert "after 7 steps" in figures[0].get_suptitle()
 
 
 @pytest.mark.slow
