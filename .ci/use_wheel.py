@@ -22,6 +22,8 @@ with TemporaryDirectory() as folder:
     loaded = LanguageModel.load(folder)
 prompt = tokens[:, :5]
 assert torch.equal(generate(model, prompt, 8, temperature=0), generate(loaded, prompt, 8, temperature=0))
-report = check_block(lambda: attention_zoo.FullAttention(32, heads=2), dim=32, causal=True, lengths=(1, 7))
-report.raise_for_failures()
+full = attention_zoo.FullAttention(32, heads=2)
+recurrence = attention_zoo.GateLoopAttention(32, gradient_fraction=1.0)  # without numba where it is not installed
+for block in (full, recurrence):
+    check_block(lambda block=block: block, dim=32, causal=True, lengths=(1, 7)).raise_for_failures()
 print(f"attention_zoo {attention_zoo.__version__} works from the wheel")
