@@ -143,7 +143,7 @@ def test_invalid_inputs_raise() -> None:
     with pytest.raises(TypeError, match="state must be a MemoryState"):
         model.step(TOKENS, 3)
     _, state = model.step(TOKENS)
-    with pytest.raises(ValueError, match="memory must be"):
+    with pytest.raises(ValueError, match="state must have the batch size of tokens, 1, got 2"):
         model.step(TOKENS[:1], state)
     with pytest.raises(TypeError, match="nonsense"):
         small(nonsense=1)
