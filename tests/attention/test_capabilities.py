@@ -40,6 +40,7 @@ def subject(name: str, *, causal: bool = True) -> Subject:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize(("capability", "check"), [("mask", "padding"), ("step", "steps"), ("map", "map")])
 def test_capabilities_agree_with_the_contract_checks(name: str, capability: str, check: str) -> None:
@@ -79,6 +80,7 @@ def test_state_growth_agrees_with_capabilities(name: str) -> None:
         assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_second_derivatives_agree_with_capabilities(name: str) -> None:
     tested = subject(name)

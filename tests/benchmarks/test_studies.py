@@ -57,6 +57,7 @@ def test_state_of_a_recurrence_is_constant_and_a_cache_grows(tmp_path: Path) -> 
     assert conv["late_bytes"] == full["late_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_studies")
 def test_memory_study_shows_constant_peak_of_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = results(tmp_path, "memory")["memory"]
@@ -77,6 +78,7 @@ def test_recurrence_study_covers_every_size(tmp_path: Path, capsys: pytest.Captu
     assert "scan: gate loop, beside a tree" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_studies")
 def test_all_studies_run_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = results(tmp_path)

@@ -85,6 +85,7 @@ def test_built_in_layer_is_checked_by_name(block: str) -> None:
     assert main(["check", block, "--lengths", "1", "7", *FAST]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", ["conv", "axial_row", "axial_col", "block_sparse"])
 def test_image_layer_has_a_default_layout_and_lengths_that_fit(block: str) -> None:
     assert main(["check", block, "--checks", "shapes", "causality", "--effort", "quick"]) == 0

@@ -123,11 +123,13 @@ def test_overview_has_a_colour_bar(figures: list[Figure]) -> None:
     assert figures[0].get_supxlabel() == "input token"
 
 
+@pytest.mark.slow
 def test_untrained_maps_are_labelled(tmp_path: Path) -> None:
     assert main(["gallery", "cross", "--dim", "16", "--steps", "1", "--out", str(tmp_path)]) == 0
     assert "untrained: random weights" in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_maps_of_a_saved_model_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     LanguageModel(num_tokens=256, dim=16, depth=2, max_seq_len=8, **SMALL).save(tmp_path / "model")
     (tmp_path / "text").write_text("def function(x):")

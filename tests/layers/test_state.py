@@ -315,6 +315,7 @@ def test_relative_gate_attention_drops_weights_in_steps_of_training_mode() -> No
     assert not torch.equal(block.eval().step(x)[0], dropped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
 @torch.no_grad()
 def test_a_compiled_step_with_a_relative_bias_is_not_recompiled_for_every_token(size: int) -> None:

@@ -21,6 +21,7 @@ def test_mask_tokens_replaces_valid_tokens_only() -> None:
     assert 0.2 < which.sum() / mask.sum() < 0.45
 
 
+@pytest.mark.slow
 def test_bidirectional_model_learns_masked_tokens() -> None:
     model = small(causal=False).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

@@ -242,6 +242,7 @@ def test_dropout_drops_its_share_of_the_weights_and_scales_the_rest(path: str) -
     assert len(set(map(tuple, kept.flatten(0, 2).tolist()))) == 2 * 3 * n
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("compiled", [False, True])
