@@ -42,7 +42,10 @@ def test_models_of_the_library_pass_every_check(name: str, check: str) -> None:
     (outcome,) = check_model(
         MODELS[name], num_tokens=NUM_TOKENS, lengths=LENGTHS, effort="quick", checks=[check]
     ).outcomes
-    assert outcome.status == PASSED, outcome.message
+    if (name, check) == ("memory", "packed documents"):
+        assert (outcome.status, outcome.message) == (NOT_APPLICABLE, "forward has no argument document_ids")
+    else:
+        assert outcome.status == PASSED, outcome.message
 
 
 @pytest.mark.parametrize("check", MODEL_CHECKS)
