@@ -12,13 +12,12 @@ from attention_zoo.testing.report import FAILED, NOT_APPLICABLE
 from tests.cases import CASES, DIM, Case
 
 # The only reasons for which a check may not apply to a layer of this library.
-QUICK = ("causality", "packed documents")  # of variants in the default run
 REASONS = ("the block is not causal", "the block refuses document_ids: ")
 
 
 def case_and_check(case: Case, check: str) -> ParameterSet:
-    """Every check but compile runs on every layer by default; variants run most checks among the slow tests."""
-    slow = check == "compile" or (":" in case.name and check not in QUICK)
+    """Every check but compile runs on every layer by default; variants of layers run theirs among the slow tests."""
+    slow = check == "compile" or ":" in case.name
     return pytest.param(case, check, id=f"{case.name}-{check}", marks=[pytest.mark.slow] if slow else [])
 
 

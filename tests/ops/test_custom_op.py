@@ -98,6 +98,7 @@ def test_an_operator_differentiates_every_floating_point_tensor_of_its_inputs(ca
     assert torch.autograd.gradcheck(lambda *leaves: polynomial(build(case, mask, *leaves))[0], leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiled_operator_equals_the_eager_one(case: str, dynamic: bool) -> None:

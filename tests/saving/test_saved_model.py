@@ -464,6 +464,7 @@ def test_model_saved_in_bfloat16_is_loaded_in_bfloat16(tmp_path: Path) -> None:
         assert loaded.state_dict()[name].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of a file")
 def test_full_disk_raises_os_error_and_keeps_the_old_files(tmp_path: Path) -> None:
     code = f"""

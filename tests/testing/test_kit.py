@@ -68,6 +68,7 @@ def test_a_layer_around_a_correct_one_passes_every_check(block: type[nn.Module],
     assert run_check(check, Subject(block, dim=DIM, causal=True, lengths=LENGTHS)).status != FAILED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [check for check in CHECKS if check != "compile"])
 @pytest.mark.parametrize("block", PLAIN)
 def test_modules_of_torch_as_users_wrap_them_do_not_fail(block: type[nn.Module], check: str) -> None:

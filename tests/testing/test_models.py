@@ -37,6 +37,7 @@ def model_and_check(name: str, check: str) -> ParameterSet:
     return pytest.param(name, check, id=f"{name}-{check}", marks=[pytest.mark.slow] if slow else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "check"), [model_and_check(name, check) for name in MODELS for check in MODEL_CHECKS])
 def test_models_of_the_library_pass_every_check(name: str, check: str) -> None:
     (outcome,) = check_model(

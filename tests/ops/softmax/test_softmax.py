@@ -483,6 +483,7 @@ def test_mask_of_padding_cannot_be_additive() -> None:
         softmax_attention(q, k, v, mask=torch.zeros(B, 3, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv", [KV, H])
