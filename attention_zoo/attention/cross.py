@@ -22,7 +22,7 @@ from attention_zoo.layers.state import (
     register_state,
 )
 from attention_zoo.ops.documents import Documents, as_documents
-from attention_zoo.ops.masks import combine_masks, hide_masked, restrict
+from attention_zoo.ops.masks import combine_masks, hide_keys, hide_masked, restrict
 from attention_zoo.ops.softmax import softmax_attention, softmax_attention_weights
 
 
@@ -170,9 +170,7 @@ class CrossAttention(AttentionBlock):
         own = as_documents(documents[0], x)
         theirs = as_documents(documents[1], context, name="context_document_ids")
         if own is not None and theirs is not None:
-            same = (own.ids[:, :, None] == theirs.ids[:, None, :])[:, None]
-            allowed = combine_masks(context_mask, same)
-            assert allowed is not None
+            allowed = hide_keys(own.ids[:, :, None] == theirs.ids[:, None, :], context_mask)
             pairs = allowed if attn_mask is None else restrict(attn_mask, allowed)
         return self.project_queries(x), k, v, pairs
 

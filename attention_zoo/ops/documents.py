@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attention_zoo._checks import INTEGERS, SIGNED
 from attention_zoo.ops.implementation import in_reference_mode
-from attention_zoo.ops.masks import key_mask, restrict
+from attention_zoo.ops.masks import hide_keys, restrict
 
 SHORT = 16  # tokens; shorter documents share a batch
 
@@ -83,7 +83,7 @@ class Documents:
         Returns:
             Four axes that broadcast to (b, h, n, n), of the dtype of `attn_mask`, or boolean.
         """
-        pairs = self.pairs[:, None] if mask is None else self.pairs[:, None] & key_mask(mask)
+        pairs = hide_keys(self.pairs, mask)
         return pairs if attn_mask is None else restrict(attn_mask, pairs)
 
     def restart(self, count: Tensor) -> Tensor:
@@ -125,21 +125,19 @@ class Documents:
             out = function(*parts, mask=None if mask is None or bool(mask.all()) else mask.reshape(rows))
             return out.transpose(1, 2).reshape(*self.ids.shape, *_heads(out)).transpose(1, 2)
         flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors]  # (b n, h, e)
-        taken = [_rearrange(tensor, batches.index, batches.inverse) for tensor in flat]
-        valid = batches.index >= 0
-        if mask is not None:
-            valid = valid & mask.flatten()[batches.index.clamp(min=0)]
+        taken = [_Take.apply(tensor, batches) for tensor in flat]  # type: ignore[no-untyped-call]
+        masked = None if mask is None else ~mask.flatten()[batches.index] & batches.valid
         outs, start = [], 0
         for shape, padded in zip(batches.shapes, batches.padded, strict=True):
             part = slice(start, start + shape[0] * shape[1])
-            own = valid[part].view(shape) if mask is not None or (padded and not causal) else None
-            if own is not None and (causal or not padded) and bool((own | (batches.index[part] < 0).view(shape)).all()):
-                own = None  # no document of the batch has a masked token; kernels are faster without a mask
+            own = batches.valid[part].view(shape) if padded and not causal else None
+            if masked is not None and bool(masked[part].any()):  # kernels are faster without a mask
+                own = (batches.valid & ~masked)[part].view(shape)
             parts = [tensor[part].view(*shape, *tensor.shape[1:]).transpose(1, 2) for tensor in taken]
             outs.append(function(*parts, mask=own).transpose(1, 2).flatten(0, 1))
             start = part.stop
-        out = _rearrange(torch.cat(outs), batches.inverse, batches.index)
-        return out.view(*self.ids.shape, *out.shape[1:]).transpose(1, 2)
+        put: Tensor = _Put.apply(torch.cat(outs), batches)  # type: ignore[no-untyped-call]
+        return put.view(*self.ids.shape, *put.shape[1:]).transpose(1, 2)
 
     @property
     def batches(self) -> Batches:
@@ -153,24 +151,25 @@ class Documents:
         lengths = torch.diff(starts, append=starts.new_tensor([self.starts.numel()]))
         shortest, longest = (int(end) for end in lengths.aminmax()) if lengths.numel() else (0, 0)
         if shortest == longest:
-            return Batches(lengths, lengths, [], [], longest)
+            return Batches(lengths, lengths, lengths, lengths, [], [], longest)
         # rounded up to three significant bits, so that padding is at most a quarter of a batch
         unit = 2 ** (lengths.clamp(min=SHORT).log2().floor().long() - 2)
         rounded = (lengths.clamp(min=SHORT) + unit - 1) // unit * unit
-        index, shapes, padded = [], [], []
+        index, valid, shapes, padded = [], [], [], []
         for length in sorted(set(rounded.tolist())):
             members = rounded == length
             size = int(lengths[members].max())
             offset = torch.arange(size)
             part = starts[members][:, None] + offset
-            outside = offset >= lengths[members][:, None]
-            index.append(part.masked_fill(outside, -1).flatten())
+            inside = offset < lengths[members][:, None]
+            index.append(part.where(inside, 0).flatten())
+            valid.append(inside.flatten())
             shapes.append((part.shape[0], size))
-            padded.append(bool(outside.any()))
-        both = torch.cat(index)
+            padded.append(not bool(inside.all()))
+        places, is_token = torch.cat(index), torch.cat(valid)
         inverse = torch.empty(self.starts.numel(), dtype=torch.long)
-        inverse[both[both >= 0]] = (both >= 0).nonzero()[:, 0]
-        return Batches(both, inverse, shapes, padded, None)
+        inverse[places[is_token]] = is_token.nonzero()[:, 0]
+        return Batches(places, is_token, (~is_token).nonzero()[:, 0], inverse, shapes, padded, None)
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,9 @@ class Batches:
     """Documents as batches.
 
     Attributes:
-        index: (m,) the token in (b n) of each place in the batches, one batch after the other; -1 for padding.
+        index: (m,) the token in (b n) of each place in the batches, one batch after the other; 0 for padding.
+        valid: (m,) bool, True = a token, False = padding.
+        missing: the places of padding.
         inverse: (b n,) the place of each token.
         shapes: (documents, length) of each batch.
         padded: whether a batch has padding, at the end of its documents.
@@ -186,6 +187,8 @@ class Batches:
     """
 
     index: Tensor
+    valid: Tensor
+    missing: Tensor
     inverse: Tensor
     shapes: list[tuple[int, int]]
     padded: list[bool]
@@ -203,8 +206,11 @@ def as_documents(document_ids: Tensor | Documents | None, x: Tensor, *, name: st
         TypeError: `document_ids` is not an integer tensor.
         ValueError: it is not (b, n), or on another device than `x`.
     """
-    if document_ids is None:
-        return None
+    return None if document_ids is None else to_documents(document_ids, x, name=name)
+
+
+def to_documents(document_ids: Tensor | Documents, x: Tensor, *, name: str = "document_ids") -> Documents:
+    """As `as_documents`, for ids that are given."""
     documents = document_ids if isinstance(document_ids, Documents) else Documents(document_ids)
     if documents.ids.shape != x.shape[:2]:
         raise ValueError(f"{name} must be (b, n) = {tuple(x.shape[:2])}, got shape {tuple(documents.ids.shape)}")
@@ -222,29 +228,33 @@ def documents_of(document_ids: Tensor | Documents, q: Tensor, k: Tensor) -> Docu
     """
     if q.shape[-2] != k.shape[-2]:
         raise ValueError(f"document_ids must be None with {q.shape[-2]} queries of {k.shape[-2]} keys")
-    documents = as_documents(document_ids, q[:, 0])
-    assert documents is not None
-    return documents
+    return to_documents(document_ids, q[:, 0])
 
 
-class _Rearrange(torch.autograd.Function):
-    """Rows x[index], 0 where index is -1. Each row of x occurs exactly once, at `inverse`: backward is a gather too."""
+class _Take(torch.autograd.Function):
+    """Rows (b n, ...) of tokens to rows (m, ...) of `Batches`, 0 for padding. Backward is `_Put`: both are gathers."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(index, inverse)
-        rows = x.index_select(0, index.clamp(min=0))
-        missing = (index < 0).nonzero()[:, 0]
-        return rows.index_fill_(0, missing, 0) if missing.numel() else rows
+    def forward(ctx: Any, x: Tensor, batches: Batches) -> Tensor:
+        ctx.batches = batches
+        return x.index_select(0, batches.index).index_fill_(0, batches.missing, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        index, inverse = ctx.saved_tensors
-        return _rearrange(grad, inverse, index), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Put.apply(grad, ctx.batches), None  # type: ignore[no-untyped-call]
 
 
-def _rearrange(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    return _Rearrange.apply(x, index, inverse)  # type: ignore[no-untyped-call]
+class _Put(torch.autograd.Function):
+    """The inverse of `_Take`, which drops padding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, batches: Batches) -> Tensor:
+        ctx.batches = batches
+        return x.index_select(0, batches.inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Take.apply(grad, ctx.batches), None  # type: ignore[no-untyped-call]
 
 
 def _heads(x: Tensor) -> tuple[int, int]:

@@ -220,7 +220,7 @@ def test_batches_of_documents_hold_every_token_once_with_little_padding(longest:
     generator = torch.Generator().manual_seed(longest)
     ids = torch.randint(longest, (3, 1000), generator=generator).sort(dim=1).values
     batches = Documents(ids).batches
-    index = torch.arange(3000) if batches.tiles is not None else batches.index[batches.index >= 0]
+    index = torch.arange(3000) if batches.tiles is not None else batches.index[batches.valid]
     assert sorted(index.tolist()) == list(range(3000))
     if batches.tiles is None:
         assert batches.index[batches.inverse].tolist() == list(range(3000))

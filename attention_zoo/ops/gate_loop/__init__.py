@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.documents import Documents, as_documents
+from attention_zoo.ops.documents import Documents, to_documents
 from attention_zoo.ops.gate_loop import recurrence
 from attention_zoo.ops.gate_loop.channel import fused_channel_gate_loop
 from attention_zoo.ops.gate_loop.chunked import chunked_gate_loop, decay
@@ -87,7 +87,7 @@ def gate_loop(
             f"{tuple(q.shape)} and {tuple(v.shape)}"
         )
     if document_ids is not None:
-        gate = gate.masked_fill(_starts(document_ids, q[:, 0])[:, None], 0.0)
+        gate = gate.masked_fill(to_documents(document_ids, q[:, 0]).starts[:, None], 0.0)
     dtype = complex_of(q.dtype)
     state = _initial_state(state, "(b, h, e, e_v)", (*q.shape[:2], q.shape[3], v.shape[3]), dtype, q.device)
     with no_autocast(q):
@@ -149,7 +149,7 @@ def channel_gate_loop(
         raise ValueError(f"z must be (b, n, d, 2) = {(*q.shape, 2)}, got shape {tuple(z.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != q.shape[:2]):
         raise ValueError(f"mask must be (b, n) = {tuple(q.shape[:2])} bool, got {tuple(mask.shape)} {mask.dtype}")
-    starts = None if document_ids is None else _starts(document_ids, q)
+    starts = None if document_ids is None else to_documents(document_ids, q).starts
     state = _initial_state(state, "(b, d)", (q.shape[0], q.shape[2]), complex_of(q.dtype), q.device)
     with no_autocast(q):
         if impl != "reference":
@@ -197,7 +197,7 @@ def linear_recurrence(
     if x.ndim != 3 or a.shape != x.shape or not x.shape[1]:
         raise ValueError(f"a and x must be (b, n, d) with n >= 1, got shapes {tuple(a.shape)} and {tuple(x.shape)}")
     if document_ids is not None:
-        a = a.masked_fill(_starts(document_ids, x)[..., None], 0.0)
+        a = a.masked_fill(to_documents(document_ids, x).starts[..., None], 0.0)
     a, wide = at_least_float32(a), at_least_float32(x)
     state = _initial_state(state, "(b, d)", (x.shape[0], x.shape[2]), wide.dtype, x.device)
     with no_autocast(x):
@@ -213,18 +213,11 @@ def linear_recurrence(
 def gate_loop_weights(q: Tensor, k: Tensor, gate: Tensor, *, document_ids: Tensor | Documents | None = None) -> Tensor:
     """Weights of the gate loop on the values, (b, h, i, j): (q_i k_j) Re(a_{j+1} ... a_i), 0 for j > i."""
     if document_ids is not None:
-        gate = gate.masked_fill(_starts(document_ids, q[:, 0])[:, None], 0.0)
+        gate = gate.masked_fill(to_documents(document_ids, q[:, 0]).starts[:, None], 0.0)
     with no_autocast(q):
         scores = at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
         weights = scores * decay(torch.view_as_real(gate.to(complex_of(q.dtype))))
     return weights.to(q.dtype)
-
-
-def _starts(document_ids: Tensor | Documents, x: Tensor) -> Tensor:
-    """(b, n) bool, True = the first token of a document; x is (b, n, ...)."""
-    documents = as_documents(document_ids, x)
-    assert documents is not None
-    return documents.starts
 
 
 def _initial_state(
