@@ -78,7 +78,7 @@ class OldTextToImage(TextToImageTransformer):
         if stable:
             self.stack.norm = nn.Sequential(DivideMax(), self.stack.norm)
 
-    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+    def _embed(self, tokens: Tensor, start: int | Tensor) -> Tensor:
         x = super()._embed(tokens, start)
         return x * STABLE + x.detach() * (1 - STABLE) if self.stable else x
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_int, check_padding, check_tokens
+from attention_zoo.generation import decoding
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, check_state, concat_masks, count_tokens, own_mask, register_state
-from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
+from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
 from attention_zoo.models.positions import embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
@@ -59,7 +60,7 @@ class MemoryState(State):
 register_state(MemoryState)
 
 
-class MemoryLanguageModel(GenerateMixin, ComposedModel):
+class MemoryLanguageModel(ComposedModel):
     """p(token | its segment so far, the memory). Every layer also cross-attends to the memory.
 
     `step` over any split of a text equals `forward` over its consecutive segments of `segment_len` tokens. Time per
@@ -77,6 +78,8 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
     Raises:
         ValueError, TypeError: an argument is invalid; the message names it.
     """
+
+    generate = decoding.generate
 
     def __init__(
         self,
@@ -194,7 +197,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         check_padding(mask, tokens)
         check_state(state, MemoryState)
         if state is None:
-            state = MemoryState(self.initial_memory(tokens.shape[0]), torch.tensor(0))
+            state = MemoryState(self.initial_memory(tokens.shape[0]), count_tokens(None, 0, tokens.device))
         elif state.memory.shape[0] != tokens.shape[0]:
             got = state.memory.shape[0]
             raise ValueError(f"state must have the batch size of tokens, {tokens.shape[0]}, got {got}")
@@ -211,7 +214,8 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         context = state.memory if state.stack is None else None
         x = embed_tokens(self.token_embedding, tokens, None, dim=self.stack.dim)
         x, stack = self.stack.step(x, state.stack, mask=mask, context=context)
-        logits, token_count = project_logits(self.to_logits, x), count_tokens(state.token_count, tokens.shape[1])
+        logits = project_logits(self.to_logits, x)
+        token_count = count_tokens(state.token_count, x.shape[1], x.device)
         if state.features is not None:
             mask = concat_masks(state.mask, mask, x.shape[0], state.features.shape[1], x.shape[1], x.device)
             x = torch.cat((state.features, x), dim=1)

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from attention_zoo._checks import check_flag, check_int, check_padding, check_tokens
+from attention_zoo.generation import decoding
 from attention_zoo.layers.norms import RMSNorm
 from attention_zoo.layers.state import State, check_state, register_state
-from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
+from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, takes_part
 from attention_zoo.models.over_streams import OverStreams
 from attention_zoo.models.positions import check_length, count_valid_tokens
@@ -59,7 +60,7 @@ class MultiStreamState(State):
 register_state(MultiStreamState)
 
 
-class MultiStreamTransformer(GenerateMixin, ComposedModel):
+class MultiStreamTransformer(ComposedModel):
     """Streams of features over the same tokens, each with its own embedding, summed for the logits.
 
     Args:
@@ -82,6 +83,8 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
     """
 
     fsdp_wrap_classes: tuple[type[nn.Module], ...] = ()  # the diversity loss calls parts of layers
+
+    generate = decoding.generate
 
     def __init__(
         self,
@@ -224,7 +227,7 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
         if document_ids is not None:
             raise ValueError(f"document_ids must be None with a diversity loss, got {diversity_weight=}")
         x, diversity = self._run_with_diversity(inputs, valid)
-        queries = torch.tensor(inputs.numel(), device=inputs.device) if valid is None else valid.sum()
+        queries = torch.full((), inputs.numel(), device=inputs.device) if valid is None else valid.sum()
         return [
             LossTerm(next_token_loss(self._logits(x), tokens, mask), targets),
             LossTerm(diversity, queries, diversity_weight),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attention_zoo import LayerNorm, RMSNorm
 from attention_zoo.layers.norms import make_norm
+from tests.counting import operators
 from tests.formulas import relative_error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-13}
@@ -109,3 +110,11 @@ def test_make_norm_rejects_an_unknown_name_and_suggests_the_nearest() -> None:
 def test_norms_reject_zero_features(kind: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="dim must be at least 1, got dim=0"):
         kind(0)
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_norms_on_a_device_do_not_cast_weights_of_the_dtype_of_the_features(kind: type[nn.Module]) -> None:
+    norm = kind(16).to("meta", torch.bfloat16)
+    x = torch.empty(1, 2, 16, device="meta", dtype=torch.bfloat16)
+    assert "aten._to_copy.default" not in operators(lambda: norm(x))
+    assert "aten._to_copy.default" in operators(lambda: norm(x.float()))
