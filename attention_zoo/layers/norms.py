@@ -68,8 +68,8 @@ class LayerNorm(nn.Module):
 def widen(x: Tensor, weight: Tensor) -> Tensor:
     """The input of a norm, cast to at least float32 where torch's norm would not compute in it.
 
-    On other devices than the CPU torch's norms accumulate in float32, and need no casts if features and weights have one
-    dtype. On the CPU LayerNorm of half precision loses the variance of large features (torch 2.13).
+    On other devices than the CPU torch's norms accumulate in float32, and need no casts where features and weights
+    have one dtype. On the CPU LayerNorm of half precision loses the variance of large features (torch 2.13).
     """
     return x if x.dtype == weight.dtype and x.device.type != "cpu" else at_least_float32(x)
 
