@@ -76,6 +76,16 @@ def check_file(name: str, path: Path | None) -> None:
         raise ValueError(f"{name} must be a file in a folder that exists, got {name}={str(path)!r}")
 
 
+def check_device(name: str) -> None:
+    """Check that this machine has a device.
+
+    Raises:
+        ValueError: it has not.
+    """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    check_choice("device", name, ["cpu", "cuda", *gpus] if gpus else ["cpu"])
+
+
 def describe_machine(device: torch.device) -> Machine:
     """What a time depends on: processor, number of threads, torch version, and GPU if one is used."""
     info = Path("/proc/cpuinfo")
@@ -104,8 +114,7 @@ def measuring(args: argparse.Namespace) -> Iterator[tuple[Setup, Machine]]:
     """
     check_positive(**{name: getattr(args, name) for name in SIZES})
     check_choice("dtype", args.dtype, DTYPES)
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    check_choice("device", args.device, ["cpu", "cuda", *gpus] if gpus else ["cpu"])
+    check_device(args.device)
     check_file("json", args.json)
     setup = Setup(args.dim, args.heads, args.dim_head, args.runs, torch.device(args.device), DTYPES[args.dtype])
     before = torch.get_num_threads()
