@@ -7,7 +7,7 @@ to inputs and weights. Peak memory excludes inputs and weights. Times are median
 device by events in its stream.
 
 --model measures training steps of a language model with each layer instead, in tokens per second beside the same model
-with full attention: loss, backward and AdamW, in the dtype by autocast.
+with full attention: loss, backward and AdamW, in the dtype by autocast. Names joined by + are cycled over the depth.
 
 --packed measures whole layers on documents of different lengths instead: packed into rows, padded to the longest, and
 one at a time. The lengths are those of the standard library's files, four bytes per token, cut to the length of a row.
@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     lengths = args.lengths or LENGTHS
     names = args.blocks or [*BLOCKS]
     for name in names:
-        find_block(name)
+        for part in name.split("+") if args.model else [name]:
+            find_block(part)
     for length in lengths:
         check_positive(lengths=length)
     if args.packed and args.model:

@@ -25,7 +25,7 @@ class ModelCost:
     """Cost of a training step of a language model: loss, backward and AdamW.
 
     Attributes:
-        block: name of its attention layers.
+        block: names of its attention layers, joined by + if they are cycled over the depth.
         length: number of tokens n of a row.
         parameters: number of parameters of the model.
         step_ms, full_ms: median milliseconds of a step, and of one of the same model with full attention, which runs on
@@ -45,17 +45,17 @@ class ModelCost:
 
 
 def decoder_blocks(names: Sequence[str]) -> list[str]:
-    """The named layers; without names, all layers that a language model takes.
+    """The named layers; without names, all layers that a language model takes. "a+b" are layers cycled over the depth.
 
     Raises:
         ValueError: a named layer needs an image layout or a context.
     """
     can = capabilities()
-    found = [name for name in names or BLOCKS if name in can and not (can[name].image or can[name].context)]
-    for name in names:
-        if name not in found:
+    known = [name for name in BLOCKS if not (can[name].image or can[name].context)]
+    for name in [part for joined in names for part in joined.split("+")]:
+        if name not in known:
             raise ValueError(f"blocks must be registered layers of text without a context with --model, got {name}")
-    return found
+    return list(names) or known
 
 
 def measure_models(
@@ -75,14 +75,13 @@ def measure_models(
 
 def make_model(block: str, depth: int, num_tokens: int, setup: Setup) -> LanguageModel:
     """A language model with tied embeddings, as in GPT-2, and the heads of `setup` in layers that take them."""
-    heads = accepted(BLOCKS[block], heads=setup.heads, dim_head=setup.dim_head)
-    model = LanguageModel(
-        num_tokens=num_tokens,
-        dim=setup.dim,
-        depth=depth,
-        attention=(block, heads if "dim_head" in heads else {}),  # gate loops have a head per channel by default
-        tie_embeddings=True,
-    )
+
+    def layer(name: str) -> tuple[str, dict[str, int]]:
+        heads = accepted(BLOCKS[name], heads=setup.heads, dim_head=setup.dim_head)
+        return name, heads if "dim_head" in heads else {}  # gate loops have a head per channel by default
+
+    layers = [layer(name) for name in block.split("+")]
+    model = LanguageModel(num_tokens=num_tokens, dim=setup.dim, depth=depth, attention=layers, tie_embeddings=True)
     return model.to(setup.device)
 
 
