@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--distance", type=int, default=4, help="maximum distance in training, in segments (%(default)s)")
-    add("--memory-update", default="gru", help="upstream's memory update, gru, or paper (%(default)s)")
+    add("--memory-update", default="gru", choices=("gru", "paper"), help="memory update (%(default)s)")
     add("--dim", type=int, default=64, help="number of features (%(default)s)")
     add("--batch", type=int, default=64, help="tasks per training step (%(default)s)")
     add("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")

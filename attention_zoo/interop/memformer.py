@@ -1,8 +1,10 @@
 """Weights of memformer.
 
 Upstream, the encoder has the distance buckets of causal attention and the decoder those of bidirectional attention, a
-masked query reads the mean of all values, and the loss counts padding. A model with num_mem_updates=0 never writes: its
-memory is the same learned slots for every segment, and the weights of the update are left out.
+masked query reads the mean of all values, and the loss counts padding. Causal attention to a context runs only if the
+context is as long as the input, or the input is one token, which attends to all keys; here other contexts are aligned
+at the last key, or refused where there is no alignment. A model with num_mem_updates=0 never writes: its memory stays
+as it is, and the weights of the update are left out.
 """
 
 from __future__ import annotations
