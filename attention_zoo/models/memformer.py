@@ -265,7 +265,7 @@ class Memformer(MemoryMixin, ComposedModel):
         check_padding(mask, source)
         check_length(source, None, self.enc_max_seq_len, name="source", limit="enc_max_seq_len")
         memory = self.initial_memory(source.shape[0]) if memory is None else memory
-        self.start.check(memory, source.shape[0])
+        self._start.check(memory, source.shape[0])
         encoded = self.encoder(x, mask=mask, context=memory)
         return encoded, self.update(memory, encoded, mask=mask)
 

@@ -29,13 +29,13 @@ class MemoryMixin:
     update: Any
 
     @property
-    def start(self) -> InitialMemory:
+    def _start(self) -> InitialMemory:
         """The module of the memory before the first segment."""
         return self.update.initial if self.memory is None else self.memory
 
     def initial_memory(self, batch: int) -> Tensor:
         """The learned memory before the first segment, (batch, m, d)."""
-        return self.start(batch)
+        return self._start(batch)
 
 
 def make_initial_memory(spec: MemoryUpdateSpec, slots: int, dim: int) -> InitialMemory | None:

@@ -152,7 +152,7 @@ class MemoryLanguageModel(MemoryMixin, GenerateMixin, ComposedModel):
         if segment.shape[1] > self.segment_len:
             raise ValueError(f"segment must hold at most segment_len={self.segment_len} tokens, got {segment.shape[1]}")
         memory = self.initial_memory(segment.shape[0]) if memory is None else memory
-        self.start.check(memory, segment.shape[0])
+        self._start.check(memory, segment.shape[0])
         x = self.stack(x, mask=mask, context=memory)
         return MemoryOutput(project_logits(self.to_logits, x), self.update(memory, x, mask=mask))
 
@@ -205,7 +205,7 @@ class MemoryLanguageModel(MemoryMixin, GenerateMixin, ComposedModel):
         elif state.memory.shape[0] != tokens.shape[0]:
             got = state.memory.shape[0]
             raise ValueError(f"state must have the batch size of tokens, {tokens.shape[0]}, got {got}")
-        self.start.check(state.memory, tokens.shape[0])
+        self._start.check(state.memory, tokens.shape[0])
         used = 0 if state.features is None else state.features.shape[1]
         logits = []
         for part in _segments(used, tokens.shape[1], self.segment_len):

@@ -123,8 +123,9 @@ def test_scaler_scales_gradients_but_not_the_loss() -> None:
     expect_same(model, want)
 
 
-def test_gradients_under_autocast_are_close_to_float32() -> None:
-    model = seq2seq().float()
+@pytest.mark.parametrize("update", ["gru", "paper"])
+def test_gradients_under_autocast_are_close_to_float32(update: str) -> None:
+    model = seq2seq(memory_update=update).float()
     memory_replay(model, SEGMENTS, TARGETS)
     want = gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
