@@ -1,7 +1,8 @@
 """A language model over consecutive segments that passes a memory from one segment to the next.
 
 Paper: Memformer, https://arxiv.org/abs/2010.06891
-Differs: no encoder; every layer of one causal stack attends to the memory; any attention layers.
+Differs: no encoder; every layer of one causal stack attends to the memory; any attention layers;
+    by default upstream's memory update, with memory_update="paper" that of the paper.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_int, check_padding, check_tokens
 from attention_zoo.generation import decoding
-from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, check_state, concat_masks, count_tokens, own_mask, register_state
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
+from attention_zoo.models.memory import MemoryMixin, MemoryUpdateSpec, make_initial_memory, make_memory_update
 from attention_zoo.models.positions import embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
@@ -60,7 +61,7 @@ class MemoryState(State):
 register_state(MemoryState)
 
 
-class MemoryLanguageModel(ComposedModel):
+class MemoryLanguageModel(MemoryMixin, ComposedModel):
     """p(token | its segment so far, the memory). Every layer also cross-attends to the memory.
 
     `step` over any split of a text equals `forward` over its consecutive segments of `segment_len` tokens. Time per
@@ -72,6 +73,8 @@ class MemoryLanguageModel(ComposedModel):
         segment_len: tokens of a segment.
         attention, heads, dim_head, feedforward, ff_mult, norm, residual, attn_dropout, ff_dropout: see `Stack`.
         positions: "auto", "rotary", "t5" or None, within a segment; see `LanguageModel`.
+        memory_update: "gru", upstream's `MemoryUpdate`; "paper", slot attention with biased memory normalisation, see
+            `BiasedMemoryUpdate`; or (name, options), such as ("paper", {"temperature": 0.5}).
         memory_updates: number of memory updates per segment.
         memory_heads: number of heads of the memory update.
 
@@ -93,6 +96,7 @@ class MemoryLanguageModel(ComposedModel):
         heads: int | None = None,
         dim_head: int | None = None,
         positions: str | None = "auto",
+        memory_update: MemoryUpdateSpec = "gru",
         memory_updates: int = 1,
         memory_heads: int = 8,
         feedforward: FeedForwardSpec = "gelu",
@@ -107,7 +111,7 @@ class MemoryLanguageModel(ComposedModel):
         layers = parse_layers(attention)
         self.num_tokens = num_tokens
         self.segment_len = segment_len
-        self.memory = InitialMemory(memory_slots, dim)
+        self.memory = make_initial_memory(memory_update, memory_slots, dim)
         self.token_embedding = nn.Embedding(num_tokens, dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.stack = Stack(
@@ -125,12 +129,15 @@ class MemoryLanguageModel(ComposedModel):
             **position_parts(positions, heads, known=("auto", "rotary", "t5")),
         )
         self.stack.fixed_blocks = 1  # the cross-attention to the memory
-        self.update = MemoryUpdate(dim, heads=memory_heads, updates=memory_updates, ff_mult=ff_mult)
+        self.update = make_memory_update(
+            memory_update,
+            dim,
+            memory_slots=memory_slots,
+            heads=memory_heads,
+            updates=memory_updates,
+            ff_mult=ff_mult,
+        )
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
-
-    def initial_memory(self, batch: int) -> Tensor:
-        """The learned memory before the first segment, (batch, m, d)."""
-        return self.memory(batch)
 
     def forward(self, segment: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> MemoryOutput:
         """Logits over one segment, and the memory after it.
@@ -148,7 +155,7 @@ class MemoryLanguageModel(ComposedModel):
         if segment.shape[1] > self.segment_len:
             raise ValueError(f"segment must hold at most segment_len={self.segment_len} tokens, got {segment.shape[1]}")
         memory = self.initial_memory(segment.shape[0]) if memory is None else memory
-        self.memory.check(memory, segment.shape[0])
+        self._start.check(memory, segment.shape[0])
         x = self.stack(x, mask=mask, context=memory)
         return MemoryOutput(project_logits(self.to_logits, x), self.update(memory, x, mask=mask))
 
@@ -201,7 +208,7 @@ class MemoryLanguageModel(ComposedModel):
         elif state.memory.shape[0] != tokens.shape[0]:
             got = state.memory.shape[0]
             raise ValueError(f"state must have the batch size of tokens, {tokens.shape[0]}, got {got}")
-        self.memory.check(state.memory, tokens.shape[0])
+        self._start.check(state.memory, tokens.shape[0])
         used = 0 if state.features is None else state.features.shape[1]
         logits = []
         for part in _segments(used, tokens.shape[1], self.segment_len):

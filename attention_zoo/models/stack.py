@@ -319,9 +319,9 @@ class Stack(RecordsArguments, nn.Module):
         if not spec.is_module:
             connection.initialize(block)
         streams, own = self._shared.get("streams", 1), getattr(block, "streams", 1)
-        if own not in (1, streams):
+        if own not in range(1, streams + 1) or streams % own:
             raise ValueError(
-                f"attention {spec.name!r} must have the streams of the model, {streams}, got streams={own}"
+                f"attention {spec.name!r} must divide the streams of the model, {streams}, got streams={own}"
             )
         block = block if own == 1 else OverStreams(block)
         return block if self.token_shift is None else TokenShift(block, self.dim, layout=self.token_shift)
