@@ -193,6 +193,15 @@ CASES = [
         lambda: TalkingHeadsAttention(DIM, streams=3, **SMALL),
         options={"streams": 3},
     ),
+    Case(
+        "talking_heads: fewer heads before and after the softmax, no gate",
+        lambda: TalkingHeadsAttention(DIM, qk_heads=2, v_heads=3, output_gate=None, **SMALL),
+    ),
+    Case(
+        "talking_heads: 2 streams, more heads before and after the softmax",
+        lambda: TalkingHeadsAttention(DIM, heads=2, qk_heads=3, v_heads=4, dim_head=8, streams=2),
+        options={"streams": 2},
+    ),
     Case("gate_loop", lambda: GateLoopAttention(DIM), options={"gradient_is_exact": False}),
     Case("gate_loop: exact gradients", lambda: GateLoopAttention(DIM, gradient_fraction=1.0), lengths=LENGTHS),
     Case("gate_loop: 4 heads", lambda: GateLoopAttention(DIM, heads=4, gradient_fraction=1.0), lengths=LENGTHS),

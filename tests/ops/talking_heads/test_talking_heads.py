@@ -190,8 +190,8 @@ def test_identity_mix_leaves_the_maps_unchanged() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"pre_softmax": "linear"}, TypeError, "pre_softmax must be an .h, h. tensor, a HeadMLP or None, got str"),
-        ({"post_softmax": (torch.ones(HEADS),) * 3}, TypeError, "post_softmax must be an .h, h. tensor.* got tuple"),
+        ({"pre_softmax": "linear"}, TypeError, "pre_softmax must be an .o, h. tensor, a HeadMLP or None, got str"),
+        ({"post_softmax": (torch.ones(HEADS),) * 3}, TypeError, "post_softmax must be an .o, h. tensor.* got tuple"),
         ({"pre_softmax": torch.ones(2, 2)}, ValueError, "pre_softmax must mix the 6 heads"),
         (
             {"post_softmax": torch.eye(5)},
