@@ -109,6 +109,16 @@ CASES = [
         lengths=LENGTHS,
     ),
     Case(
+        "cosine_sim: learned scale",
+        lambda: CosineSimAttention(DIM, scale="learned", scale_seq_len=64, **SMALL),
+    ),
+    Case(
+        "cosine_sim: learned scale per head, grouped heads, bias",
+        lambda: CosineSimAttention(
+            DIM, scale="learned", scale_per="head", scale_seq_len=9, kv_heads=2, bias=RelativeBias(4), **SMALL
+        ),
+    ),
+    Case(
         "cosine_sim: bidirectional, bias",
         lambda: CosineSimAttention(DIM, causal=False, bias=RelativeBias(4, causal=False), **SMALL),
         causal=False,

@@ -242,7 +242,8 @@ def _check_mix(name: str, mix: object, heads: int, *, after: int | None = None) 
     if isinstance(mix, HeadMLP):
         after, want = heads, [(heads,), (2 * heads, heads), (heads, 2 * heads)]
     else:
-        after = max(mix.shape[0], 1) if after is None and mix.ndim == 2 else heads if after is None else after
+        found = mix.shape[0] if mix.ndim == 2 else heads
+        after = max(found, 1) if after is None else after
         want = [(after, heads)]
     if shapes != want:
         raise ValueError(f"{name} must mix the {heads} heads with shapes {want}, got {shapes}")

@@ -20,9 +20,9 @@ from attention_zoo.ops.talking_heads.head_mixing import in_buffer, mix_backward,
 from attention_zoo.ops.tiling import QUERY_TILE, dropout_mask, query_tiles, slice_pairs, tile_mask
 
 CPU_NUMBERS = 2**18  # in the maps of a tile of several rows; more rows than the cache holds are slower
-# Each operator on a map of 2**24 numbers takes ten times as long as its launch. Smaller tiles would skip more of the
-# masked future, larger ones less.
-ROW_NUMBERS = 2**24
+# In the maps of one row: an operator on them takes ten times as long as its launch, and larger tiles would only skip
+# less of the masked future.
+ROW_NUMBERS = 2**25
 ALL_NUMBERS = 2**27  # in the maps of all rows: 512 MiB each, of which backward holds four
 
 
@@ -152,7 +152,7 @@ class MapTile(NamedTuple):
         q: (h r, i, e), scaled.
         k: (h r, j, e).
         heads: number of heads h of q and k.
-        masked: bool, broadcasts to (h, r, i, j), True where a key is masked; None if no key is masked, or with `causal`.
+        masked: bool, broadcasts to (h, r, i, j), True where a key is masked; None without masked keys or with `causal`.
         causal: whether exactly the keys after each query are masked. The last query of the tile attends to all keys.
         bias: broadcasts to (h, r, i, j), or None.
     """
