@@ -90,7 +90,8 @@ class CosineSimAttention(SelfAttention):
             output_gate_per=output_gate_per,
         )
         check_int(1, groups=groups)
-        check_number(scale=self.scale)  # None, e^-0.5 in `SelfAttention`, is no scale of cosines
+        if not isinstance(scale, str):
+            check_number(scale=scale)  # None, e^-0.5 in `SelfAttention`, is no scale of cosines
         self.learned_scale: nn.Parameter | None = None
         if scale_seq_len is not None:
             check_int(2, scale_seq_len=scale_seq_len)

@@ -233,7 +233,8 @@ class MapRows:
 
     def rows_first(self, x: Tensor) -> Tensor:
         """(h r, n, e) -> (r, h, n, e), a view."""
-        return x.unflatten(0, (-1, self.index.stop - self.index.start)).transpose(0, 1)
+        rows = self.index.stop - self.index.start
+        return x.view(x.shape[0] // rows, rows, *x.shape[1:]).transpose(0, 1)
 
     def tiles(self) -> Iterator[MapTile]:
         """The tiles of these rows."""
