@@ -17,7 +17,7 @@ from tests.counting import check_no_synchronisation, count_operators, largest_te
 from tests.formulas import allowed_pairs, relative_error
 from tests.ops.talking_heads.mixes import make_mix, tensors_of
 
-HEADS = [(2, 6, 3), (5, 2, 4), (3, 3, 1), (1, 4, 4), (4, 4, 4)]  # of queries and keys, softmax, values
+HEADS = [(2, 6, 3), (5, 2, 4), (1, 3, 3)]  # of queries and keys, softmax, values
 
 
 def inputs(heads: tuple[int, int, int], i: int, j: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -79,7 +79,7 @@ def test_numbers_of_heads_may_differ_before_between_and_after_the_mixes(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-SIZES = [(1, 1), (QUERY_TILE, QUERY_TILE), (131, 131), (3, 67), (67, 131), (70, 67)]
+SIZES = [(1, 1), (131, 131), (QUERY_TILE + 3, 131), (70, 67)]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
@@ -112,11 +112,8 @@ def test_tiles_on_the_cpu_equal_the_reference(setting: str, i: int, j: int, dtyp
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("i", "j"), SIZES)
 @pytest.mark.parametrize("setting", ["causal", "causal, padding", "bidirectional, added"])
-@pytest.mark.parametrize("heads", [(5, 2, 4), (3, 3, 3)])
-def test_tiles_of_a_device_equal_the_reference(
-    heads: tuple[int, int, int], setting: str, i: int, j: int, dtype: torch.dtype
-) -> None:
-    check_equal(heads, i, j, setting, dtype)
+def test_tiles_of_a_device_equal_the_reference(setting: str, i: int, j: int, dtype: torch.dtype) -> None:
+    check_equal((5, 2, 4), i, j, setting, dtype)
 
 
 @pytest.mark.usefixtures("as_on_a_device")
