@@ -42,6 +42,7 @@ class CosineSimAttention(SelfAttention):
             scale * [-groups, groups].
 
     Raises:
+        TypeError: `scale` is neither a number nor "learned".
         ValueError: `groups` does not divide `dim_head`, or splits rotary pairs; `scale` is not positive; or
             `scale_seq_len` is below 2, missing for a learned scale or given for a constant one, as `scale_per="head"`.
 
@@ -68,8 +69,8 @@ class CosineSimAttention(SelfAttention):
         output_gate_per: str = "feature",
     ) -> None:
         learned = isinstance(scale, str)
-        if learned:
-            check_choice("scale", scale, ["learned"])
+        if learned and scale != "learned":
+            raise TypeError(f'scale must be a number, got {scale=}: the only name is "learned"')
         check_choice("scale_per", scale_per, SCALES_PER)
         if not learned and scale_per != "layer":
             raise ValueError(f'scale_per must be "layer" with a constant scale, got {scale_per=}, {scale=}')

@@ -125,7 +125,7 @@ def test_heads_with_a_learned_scale_are_not_split_over_processes() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"scale": "learnt"}, ValueError, r"scale must be one of \['learned'\], got scale='learnt'; did you mean"),
+        ({"scale": "learnt"}, TypeError, "scale must be a number, got scale='learnt': the only name is \"learned\""),
         ({"scale": "learned"}, ValueError, 'scale_seq_len must be given with scale="learned", got scale_seq_len=None'),
         ({"scale_seq_len": 9}, ValueError, 'must be None without scale="learned", got scale_seq_len=9, scale=8.0'),
         ({"scale_per": "head"}, ValueError, 'scale_per must be "layer" with a constant scale, got scale_per=.head.'),
