@@ -126,6 +126,7 @@ def test_diversity_loss_of_one_stream_or_of_equal_streams_is_zero() -> None:
         ({"streams": 4}, ValueError, "streams must divide the heads of q, got streams=4 and 6 heads"),
         ({"streams": 0}, ValueError, "streams must divide the heads of q"),
         ({"pre_softmax": torch.ones(2, 2)}, ValueError, "pre_softmax must mix the 6 heads"),
+        ({"pre_softmax": torch.ones(5, 6)}, ValueError, "streams must divide the maps .* got streams=2 and 5 maps"),
         ({"mask": torch.ones(2, 5).bool()}, ValueError, "mask must be"),
         ({"impl": "sdpa"}, ValueError, "impl must be one of"),
     ],
