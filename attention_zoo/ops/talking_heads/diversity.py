@@ -53,9 +53,7 @@ def _backward(inputs: DiversityInputs, outputs: Sequence[Tensor], gradients: Seq
             grad_weights *= gradients[0] * valid
             softmax_backward(grad_weights, weights, grad_weights)
             grad_scores, parts = mix_backward(scores, inputs.pre_softmax, grad_weights, spare)
-            found_q, found_k = scores_backward(tile, grad_scores)
-            grad_q[rows.index, :, tile.queries] = rows.rows_first(found_q) * inputs.scale
-            grad_k[rows.index, :, tile.keys] += rows.rows_first(found_k)
+            scores_backward(rows, tile, grad_scores, grad_q, grad_k)
             for total, part in zip(grad_mix, parts, strict=True):
                 total += part
     return [grad_q, grad_k, *grad_mix]

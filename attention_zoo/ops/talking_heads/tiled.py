@@ -91,8 +91,8 @@ def _forward(inputs: TalkingHeadsInputs) -> list[Tensor]:
 
 
 def _backward(inputs: TalkingHeadsInputs, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
-    maps = Maps(q, k, inputs.mask, inputs.causal, scale, bias=inputs.bias, heads=_heads(inputs))
+    q, k, v = inputs.q, inputs.k, inputs.v
+    maps = Maps(q, k, inputs.mask, inputs.causal, inputs.scale, bias=inputs.bias, heads=_heads(inputs))
     grad_q, grad_k, grad_v = (maps.zeros(*t.shape) for t in (q, k, v))
     grad_mixes = [maps.zeros(*part.shape) for part in (*inputs.pre_softmax, *inputs.post_softmax)]
     grad_bias = None if inputs.bias is None else maps.zeros(*inputs.bias.shape)
@@ -119,9 +119,7 @@ def _backward(inputs: TalkingHeadsInputs, outputs: Sequence[Tensor], gradients: 
                 total = _rows_of_bias(grad_bias, row, queries, keys.stop)
                 total += grad_maps.transpose(0, 1).sum_to_size(total.shape)
             grad_scores, grad_pre = mix_backward(scores, inputs.pre_softmax, grad_maps, spare)
-            found_q, found_k = scores_backward(tile, grad_scores)
-            grad_q[row, :, queries] = rows.rows_first(found_q) * scale
-            grad_k[row, :, keys] += rows.rows_first(found_k)
+            scores_backward(rows, tile, grad_scores, grad_q, grad_k)
             for total, part in zip(grad_mixes, (*grad_pre, *grad_post), strict=True):
                 total += part
     return [grad_q, grad_k, grad_v, *grad_mixes, *(() if grad_bias is None else (grad_bias,))]
@@ -320,10 +318,11 @@ def softmax_backward(gradient: Tensor, weights: Tensor, buffer: Tensor) -> None:
     torch.ops.aten._softmax_backward_data.out(gradient, weights, -1, weights.dtype, grad_input=buffer)
 
 
-def scores_backward(tile: MapTile, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients (h r, i, e) of the scaled queries and (h r, j, e) of the keys, given that of the scores."""
+def scores_backward(rows: MapRows, tile: MapTile, gradient: Tensor, grad_q: Tensor, grad_k: Tensor) -> None:
+    """Write the gradient of the queries of a tile, and add that of its keys, given that of the scores (h, r, i, j)."""
     gradient = _flat(gradient).to(tile.q.dtype)
-    return product(gradient, tile.k), product(gradient.transpose(1, 2), tile.q)
+    grad_q[rows.index, :, tile.queries] = rows.rows_first(product(gradient, tile.k)) * rows.maps.scale
+    grad_k[rows.index, :, tile.keys] += rows.rows_first(product(gradient.transpose(1, 2), tile.q))
 
 
 tiled_talking_heads = register_operator(
