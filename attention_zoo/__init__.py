@@ -21,6 +21,7 @@ from attention_zoo.attention import (
 from attention_zoo.generation import generate, generate_image_tokens, generate_images, generate_stream, generate_text
 from attention_zoo.layers import (
     GEGLU,
+    BiasedMemoryUpdate,
     FeedForward,
     KeyValueState,
     LayerNorm,
@@ -68,6 +69,7 @@ __all__ = [
     "GEGLU",
     "AttentionBlock",
     "AxialAttention",
+    "BiasedMemoryUpdate",
     "BlockSparseAttention",
     "Capabilities",
     "ConvAttention",

@@ -62,3 +62,8 @@ def own_copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: own_copy(item) for key, item in value.items()}
     return type(value)(own_copy(item) for item in value) if type(value) in (list, tuple) else value
+
+
+def takes_any_keyword(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a signature has `**kwargs`."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

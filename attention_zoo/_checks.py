@@ -299,3 +299,8 @@ def check_attn_mask(attn_mask: Tensor | None, x: Tensor, heads: int, keys: int, 
         )
     if attn_mask.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {attn_mask.device}")
+
+
+def is_builtin(module: nn.Module) -> bool:
+    """Whether the class of a module is defined in this package."""
+    return type(module).__module__.startswith("attention_zoo.")

@@ -5,6 +5,7 @@ replay, and the distance grows with its accuracy. The baseline is a model whose 
 
     python examples/recall_across_segments.py                   # about two minutes on two cores
     python examples/recall_across_segments.py --distance 2      # shorter distance
+    python examples/recall_across_segments.py --memory-update paper
 
 Needs: pip install attention-zoo[examples]
 """
@@ -54,7 +55,7 @@ def draw(batch: int, distance: int, device: str) -> Task:
 @torch.no_grad()
 def accuracy(model: Memformer, distance: int, *, remember: bool, count: int = 1024) -> float:
     """Fraction of tasks whose value is the most likely prediction."""
-    device = str(model.memory.weight.device)
+    device = str(next(model.parameters()).device)
     task = draw(count, distance, device)
     model.eval()
     memory = None
@@ -71,6 +72,7 @@ def train(options: argparse.Namespace, *, remember: bool) -> Memformer:
     model = Memformer(
         dim=options.dim,
         memory_slots=8,
+        memory_update=options.memory_update,
         memory_heads=4,
         enc_num_tokens=KEYS + VALUES + FILLERS,
         enc_depth=1,
@@ -119,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--distance", type=int, default=4, help="maximum distance in training, in segments (%(default)s)")
+    add("--memory-update", default="gru", choices=("gru", "paper"), help="memory update (%(default)s)")
     add("--dim", type=int, default=64, help="number of features (%(default)s)")
     add("--batch", type=int, default=64, help="tasks per training step (%(default)s)")
     add("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from attention_zoo import (
+    BiasedMemoryUpdate,
     Encoder,
     EncoderDecoder,
     FeedForward,
@@ -60,6 +61,7 @@ SIZES: dict[type, dict[str, Any]] = {
     RMSNorm: {"dim": 4},
     LearnedPositions: {"max_seq_len": 4, "dim": 4},
     MemoryUpdate: {"dim": 16, "heads": 2},
+    BiasedMemoryUpdate: {"dim": 16, "memory_slots": 3, "heads": 2},
     TextImageRotary: {"layout": LAYOUT},
     TextImageLayout: {"text_len": 4, "height": 2, "width": 2},
     GreyTokenizer: {"height": 2, "width": 2},

@@ -148,7 +148,7 @@ class CrossAttention(AttentionBlock):
         q = self.project_queries(x)
         check_state_dtype(k, q)
         out = self.merge(self.attend(q, k, v, self.masked(x, k, context_mask, attn_mask)))
-        return out, CrossAttentionState(k, v, count_tokens(count, x.shape[1]), context_mask)
+        return out, CrossAttentionState(k, v, count_tokens(count, x.shape[1], x.device), context_mask)
 
     def project(
         self,

@@ -138,7 +138,7 @@ class GateLoopAttention(AttentionBlock):
             has_valid = has_valid | state.has_valid[:, None]
         out, hidden = self.recur(*self.project(x), mask, hidden)
         new = GateLoopState(
-            torch.view_as_real(hidden).clone(), has_valid[:, -1].clone(), count_tokens(count, x.shape[1])
+            torch.view_as_real(hidden).clone(), has_valid[:, -1].clone(), count_tokens(count, x.shape[1], x.device)
         )
         return self.merge(out, x, has_valid), new
 

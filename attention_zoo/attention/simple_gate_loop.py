@@ -90,7 +90,7 @@ class SimpleGateLoop(AttentionBlock):
             hidden, count = state.hidden_state, state.token_count
         h, hidden = linear_recurrence(gate, kv, state=hidden)
         out = (q * h).to(q.dtype)
-        new = SimpleGateLoopState(hidden.clone(), count_tokens(count, x.shape[1]))
+        new = SimpleGateLoopState(hidden.clone(), count_tokens(count, x.shape[1], x.device))
         return out if self.post_norm is None else self.post_norm(out), new
 
     def project(

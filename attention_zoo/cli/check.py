@@ -1,7 +1,7 @@
 """Check that an attention layer or a model satisfies the contract.
 
 One line per check; exit status 1 if a check fails. With --num-tokens the target is a model, from token ids to logits.
-The same in a test:
+On a CUDA device the check "synchronisation" runs under torch.cuda.set_sync_debug_mode("error"). The same in a test:
 
     check_block(lambda: MyAttention(64), dim=64, causal=True).raise_for_failures()
     check_model(lambda: MyModel(256), num_tokens=256).raise_for_failures()
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo._checks import check_choice, check_positive
+from attention_zoo.cli._bench.setup import check_device
 from attention_zoo.cli._table import print_rows
 from attention_zoo.cli._targets import (
     MODELS,
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bidirectional", action="store_true", help="do not require causality")
     add("--effort", choices=["quick", "full"], default="full", help="full also checks long sequences (default: full)")
     add("--strict", action="store_true", help="invalid arguments must raise clear errors in your own classes too")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add("--checks", nargs="+", metavar="CHECK", help="checks to run (default: all)")
 
 
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     check_positive(dim=args.dim, num_tokens=args.num_tokens)
     for length in args.lengths or ():
         check_positive(lengths=length)
+    check_device(args.device)
     known = CHECKS if args.num_tokens is None else MODEL_CHECKS
     names = list(known) if args.checks is None else args.checks
     for name in names:
@@ -81,6 +84,7 @@ def _model(args: argparse.Namespace) -> Subject:
         lengths=args.lengths or (),
         strict=args.strict or None,
         effort=args.effort,
+        device=args.device,
     )
 
 
@@ -117,4 +121,5 @@ def _block(args: argparse.Namespace) -> Subject:
         gradient_is_exact=getattr(block, "gradient_fraction", 1.0) == 1.0,
         strict=args.strict or None,
         effort=args.effort,
+        device=args.device,
     )

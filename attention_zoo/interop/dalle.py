@@ -1,7 +1,8 @@
 """Weights of DALLE-pytorch.
 
 Upstream, the rotary position embedding is applied to the values too. With `stable`, the gradient into the embeddings is
-scaled, and the features are divided by their maximum before the last norm.
+scaled, and the features are divided by their maximum before the last norm. The random blocks of block-sparse attention
+are drawn by every process and are in no file: beyond 256 tokens, where there are some, such weights cannot be loaded.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class OldTextToImage(TextToImageTransformer):
         if stable:
             self.stack.norm = nn.Sequential(DivideMax(), self.stack.norm)
 
-    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+    def _embed(self, tokens: Tensor, start: int | Tensor) -> Tensor:
         x = super()._embed(tokens, start)
         return x * STABLE + x.detach() * (1 - STABLE) if self.stable else x
 

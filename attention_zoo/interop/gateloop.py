@@ -1,7 +1,8 @@
 """Weights of gateloop-transformer.
 
 Upstream, norms divide by max(||x||, 1e-12). Data-dependent relative positions multiply gates over pairs of features
-instead of the sequence: such weights hold no positions, and cannot be loaded.
+instead of the sequence: such weights hold no positions, and load only with ablate_state_transition=True, which leaves
+the gates out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from attention_zoo.ops.masks import visible
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
 EPS = 1e-12  # of RMSNorm
+ABLATED = "the ablation has no gates"
 
 
 class RawScoreAttention(FullAttention):
@@ -79,13 +81,13 @@ class GateLoopLoader(Loader):
     def transfer(self, move: Transfer) -> None:
         move.qkv("to_qkv")
         if self.ablate_state_transition:
-            move.weights.leave(f"{move.source}to_a.0.", "the ablation has no gates")
+            move.weights.leave(f"{move.source}to_a.0.", ABLATED)
         move.fill({"to_a": "to_a.0", "norm": "maybe_sub_ln", "to_gate": "to_gates.0", "to_out": "to_out"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullAttentionLoader(Loader):
-    """`CausalFullAttention`; the ablations change gates, which it does not have."""
+    """`CausalFullAttention`; the ablations change the gates of data-dependent relative positions."""
 
     dim: int
     dim_head: int = 64
@@ -100,13 +102,14 @@ class FullAttentionLoader(Loader):
 
     def spec(self) -> partial[FullAttention]:
         """The attention layer as a function of `dim`."""
-        if self.data_dependent_rel_pos:
+        if self.data_dependent_rel_pos and not self.ablate_state_transition:
             raise ValueError(
-                "data_dependent_rel_pos must be False, got True: the package multiplies the gates over pairs of "
-                "features, not over the sequence, so that these weights hold no positions. To train with the relative "
-                "positions of the paper, use RelativeGateAttention"
+                "data_dependent_rel_pos must be False unless ablate_state_transition=True, got True: the package "
+                "multiplies the gates over pairs of features, not over the sequence, so that these weights hold no "
+                "positions. To train with the relative positions of the paper, use RelativeGateAttention"
             )
-        layer = RawScoreAttention if self.softmax_normalize is False else FullAttention
+        softmax = not self.data_dependent_rel_pos if self.softmax_normalize is None else self.softmax_normalize
+        layer = FullAttention if softmax else RawScoreAttention
         output_gate = "silu" if self.add_swish_gating else None
         return partial(layer, out_bias=True, output_gate=output_gate, **self.same("heads", "dim_head"))
 
@@ -120,6 +123,8 @@ class FullAttentionLoader(Loader):
             rotary.prepare(self.dim_head)
             move.target().rotary = rotary
         move.qkv("to_qkv.0")
+        if self.data_dependent_rel_pos:
+            move.weights.leave(f"{move.source}to_a.0.", ABLATED)
         move.fill({"to_gate": "to_gates.0", "to_out": "to_out.1"})
 
 
@@ -182,6 +187,7 @@ class TransformerLoader(Loader):
             add_swish_gating=self.attn_add_swish_gating,
             softmax_normalize=self.attn_softmax_normalize,
             **self.same("dim", "dim_head", "heads", "rotary_emb", "data_dependent_rel_pos"),
+            **self.same("ablate_complex", "ablate_state_transition"),
         )
 
     def build(self, weights: Weights) -> GateLoopTransformer:

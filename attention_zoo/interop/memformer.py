@@ -1,7 +1,10 @@
 """Weights of memformer.
 
 Upstream, the encoder has the distance buckets of causal attention and the decoder those of bidirectional attention, a
-masked query reads the mean of all values, and the loss counts padding.
+masked query reads the mean of all values, and the loss counts padding. Causal attention to a context runs only if the
+context is as long as the input, or the input is one token, which attends to all keys; here other contexts are aligned
+at the last key, or refused where there is no alignment. A model with num_mem_updates=0 never writes: its memory stays
+as it is, and the weights of the update are left out.
 """
 
 from __future__ import annotations
@@ -65,13 +68,24 @@ class AlwaysWriting(MemoryUpdate):
         return self.write(memory, x, mask)
 
 
+class NeverWriting(nn.Module):
+    """A memory update that keeps the memory as it is."""
+
+    def forward(self, memory: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """`memory`."""
+        return memory
+
+
 class MemformerAttention(nn.Module):
     """Multi-head attention to x or to a context in which a query without visible keys reads the mean of all values.
 
     Args:
         dim: features d.
         heads: heads h of d / heads features.
-        causal: causal masking: query i attends to keys j <= i.
+        causal: causal masking, aligned bottom-right: the last query attends to the last key.
+
+    Raises:
+        ValueError: `heads` does not divide `dim`.
     """
 
     def __init__(self, dim: int, *, heads: int = 8, causal: bool = False) -> None:
@@ -103,14 +117,24 @@ class MemformerAttention(nn.Module):
 
         Returns:
             (b, i, d).
+
+        Raises:
+            ValueError: with causal masking, there are fewer keys than queries, or with `attend_self` several queries
+                and a context.
         """
         read = x if context is None else torch.cat((x, context), dim=1) if attend_self else context
         projected = self.to_q(x), self.to_k(read), self.to_v(read)
         q, k, v = (rearrange(part, "b n (h e) -> b h n e", h=self.heads) for part in projected)
         if kv_mask is None and context is None:
             kv_mask = query_mask
-        allowed = torch.ones(1, 1, x.shape[1], read.shape[1], dtype=torch.bool, device=x.device)
-        allowed = allowed.tril() if self.causal else allowed
+        queries, keys = x.shape[1], read.shape[1]
+        if self.causal and (keys < queries or (attend_self and 1 < queries < keys)):
+            raise ValueError(
+                "context must hold at least as many tokens as x with causal=True, and with attend_self x must be one "
+                f"token, got {queries} queries and {keys} keys with {attend_self=}"
+            )
+        allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=x.device)
+        allowed = allowed.tril(keys - queries) if self.causal else allowed
         allowed = allowed if query_mask is None else allowed & query_mask[:, None, :, None]
         allowed = allowed if kv_mask is None else allowed & kv_mask[:, None, None]
         allowed = allowed if mask is None else allowed & mask[:, None]
@@ -120,14 +144,20 @@ class MemformerAttention(nn.Module):
 
 
 class OldMemformer(Memformer):
-    """`Memformer` with upstream's distance buckets and treatment of masks and padding. Args: see `Memformer`."""
+    """`Memformer` with upstream's distance buckets and treatment of masks and padding.
+
+    Args:
+        memory_updates: number of memory updates per segment; 0 for a memory that is never written.
+        arguments: see `Memformer`.
+    """
 
     encoder_cross = CrossAttention
     decoder_cross = AveragingCrossAttention
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(attention=AveragingAttention, **arguments)
-        self.update = AlwaysWriting(self.update.dim, heads=self.update.heads, updates=self.update.updates)
+    def __init__(self, *, memory_updates: int = 1, **arguments: Any) -> None:
+        super().__init__(attention=AveragingAttention, memory_updates=max(memory_updates, 1), **arguments)
+        old = {"heads": self.update.heads, "updates": memory_updates}
+        self.update = NeverWriting() if memory_updates < 1 else AlwaysWriting(self.update.dim, **old)
         for stack in (self.encoder, self.decoder) if self.takes_target else (self.encoder,):
             attention = [sublayer.block for sublayer in stack.sublayers() if isinstance(sublayer.block, FullAttention)]
             swapped = RelativeBias(attention[0].heads, causal=not stack.causal)
@@ -200,9 +230,13 @@ class MemformerLoader(Loader):
         move.put("memory.weight", "memory_slots")
         move.fill({"source_embedding": "encoder.token_emb"})
         _move_stack(move.at("encoder.", "encoder."))
-        _move_attention(move.at("update.", "mem_updater."))
-        move.fill({"update.gru": "gru", "update.norm": "mem_ff.fn.norm"})
-        _move_feedforward(move.at("update.feedforward.", "mem_ff.fn.fn."))
+        if self.num_mem_updates < 1:
+            for prefix in ("mem_updater.", "gru.", "mem_ff."):
+                move.weights.leave(prefix, "the memory is never written")
+        else:
+            _move_attention(move.at("update.", "mem_updater."))
+            move.fill({"update.gru": "gru", "update.norm": "mem_ff.fn.norm"})
+            _move_feedforward(move.at("update.feedforward.", "mem_ff.fn.fn."))
         if not self.encoder_only:
             move.fill({"target_embedding": "decoder.net.token_emb", "to_logits": "decoder.net.to_logits"})
             _move_stack(move.at("decoder.", "decoder.net."))

@@ -26,7 +26,13 @@ def from_upstream(package: str, cls: str, state_dict: Mapping[str, Tensor], **ar
     """Build the module that computes what an upstream class computes with these weights.
 
     Every entry of the state_dict is used, repeats another entry (shared layers and tables; equality is checked), is a
-    buffer that is recomputed, or belongs to an image autoencoder (`vae.`), which is left out.
+    buffer that is recomputed, or is left out, because it belongs to an image autoencoder (`vae.`) or has no effect with
+    these arguments (gates with ablate_state_transition=True, the memory update with num_mem_updates=0).
+
+    What cannot be loaded: odd numbers of streams of quartic-transformer whose heads are mixed across streams, and its
+    non-linear norm if it was trained for one length; data-dependent relative positions of gateloop-transformer without
+    ablate_state_transition=True; block-sparse attention of DALLE-pytorch beyond 256 tokens; models without layers, and
+    memories without slots.
 
     Args:
         package: a name in PACKAGES.

@@ -1,8 +1,9 @@
 """Weights of quartic-transformer.
 
-Upstream, scores are scaled by e^+0.5, heads are mixed over groups of two rows for any number of streams, and
-masked tokens count as positions. The norm weight of the non-linear mix has one entry per key, so that it belongs to one
-sequence length unless all entries are equal.
+Upstream, scores are scaled by e^+0.5, masked tokens count as positions, and the model mixes the heads of two
+neighbouring rows (b s) for any number of streams: of streams 0 and 1, 2 and 3, ... where the number is even, of
+different texts of the batch where it is odd, which cannot be loaded. The norm weight of the non-linear mix has one
+entry per key, so that it belongs to one sequence length unless all entries are equal.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from attention_zoo.layers.norms import RMSNorm
 from attention_zoo.models import MultiStreamTransformer
 from attention_zoo.models.multi_stream import MultiStreamState
 from attention_zoo.ops.documents import Documents
+
+KERNELS = ("weight", "fn.1.weight")  # of linear and of non-linear head mixing
 
 
 class IndexedPositions(MultiStreamTransformer):
@@ -91,6 +94,7 @@ class TransformerLoader(AnyLoader):
     def build(self, weights: Weights) -> IndexedPositions:
         return IndexedPositions(
             streams=self.num_streams,
+            attention=("talking_heads", {"streams": self.mixed_streams(weights)}),
             causal=False,
             cross_stream=not self.ablate_cross_stream_talking_heads,
             separate_embeddings=self.separate_stream_emb,
@@ -98,13 +102,31 @@ class TransformerLoader(AnyLoader):
             **self.options(),
         )
 
+    def mixed_streams(self, weights: Weights) -> int:
+        """The number of neighbouring streams whose heads a layer mixes.
+
+        Raises:
+            ValueError: two rows are mixed, which are not all of one text.
+        """
+        if self.ablate_cross_stream_talking_heads:
+            return 1
+        kernels = [f"layers.0.0.{name}_talking_heads.{kernel}" for name in ("pre", "post") for kernel in KERNELS]
+        if not any(weights[name].shape[1:2] == (2 * self.heads,) for name in kernels if name in weights):
+            return self.num_streams
+        if self.num_streams % 2:
+            raise ValueError(
+                f"num_streams must be even for weights that mix the heads of two rows, got {self.num_streams}: the "
+                "package mixes rows two by two for any number of streams, so that some read another text of the batch"
+            )
+        return 2
+
     def transfer(self, move: Transfer) -> None:
         table = "" if self.separate_stream_emb else ".weight"
         move.put("token_embedding", f"emb.token_emb{table}")
         move.put("position_embedding", f"emb.pos_emb{table}")
         if not self.separate_stream_emb:
             move.put("stream_embedding", "emb.stream_emb")
-        over_streams = self.num_streams > 1 and not self.ablate_cross_stream_talking_heads
+        over_streams = self.mixed_streams(move.weights) > 1
         for layer in range(self.depth):
             here = move.at(f"stack.layers.{layer}.sublayers.", f"layers.{layer}.")
             here.fill({"0.residual.norm": "0.rmsnorm", "1.residual.norm": "1.0"}, weight="scale")
@@ -123,23 +145,11 @@ def _move_attention(move: Transfer) -> None:
             continue
         here = move.at(f"{name}_softmax.", f"{name}_talking_heads.")
         if mixer.kind == "linear":
-            _check_streams(here, "weight", block)
             here.put("weight", "weight")
         else:
-            _check_streams(here, "fn.1.weight", block)
             here.put("norm", "fn.0.scale", change=partial(_one_number, count=len(mixer.norm)))
             here.put("w1", "fn.1.weight")
             here.put("w2", "fn.4.weight")
-
-
-def _check_streams(move: Transfer, name: str, block: TalkingHeadsAttention) -> None:
-    kernel = move.weights.get(f"{move.source}{name}")
-    if block.streams != 2 and kernel is not None and kernel.shape[1] == 2 * block.heads:
-        raise ValueError(
-            "num_streams must be 2, with cross-stream mixing, for weights that mix the heads of two rows, got "
-            f"{block.streams}: the package mixes rows two by two for any number of streams, so that each reads "
-            "another text of the batch"
-        )
 
 
 def _one_number(scale: Tensor, count: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from attention_zoo.layers.feedforward import FEEDFORWARDS, GEGLU, FeedForward, SwiGLU
 from attention_zoo.layers.layer_scale import LayerScale
-from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
+from attention_zoo.layers.memory_update import BiasedMemory, BiasedMemoryUpdate, InitialMemory, MemoryUpdate
 from attention_zoo.layers.norms import NORMS, LayerNorm, RMSNorm
 from attention_zoo.layers.output_gate import OutputGate
 from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary, RotaryEmbedding, TextImageRotary
@@ -17,6 +17,8 @@ __all__ = [
     "GEGLU",
     "NORMS",
     "RESIDUALS",
+    "BiasedMemory",
+    "BiasedMemoryUpdate",
     "DeepNorm",
     "FeedForward",
     "InitialMemory",

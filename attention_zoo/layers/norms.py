@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d) in the dtype of x."""
-        wide = at_least_float32(x)  # autocast does not cast norms
+        wide = widen(x, self.weight)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -57,12 +57,21 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d) in the dtype of x."""
-        wide = at_least_float32(x)  # autocast does not cast norms
+        wide = widen(x, self.weight)
         weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
         return F.layer_norm(wide, self.weight.shape, weight, bias, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def widen(x: Tensor, weight: Tensor) -> Tensor:
+    """The input of a norm, cast to at least float32 where torch's norm would not compute in it.
+
+    On other devices than the CPU torch's norms accumulate in float32, and need no casts where features and weights
+    have one dtype. On the CPU LayerNorm of half precision loses the variance of large features (torch 2.13).
+    """
+    return x if x.dtype == weight.dtype and x.device.type != "cpu" else at_least_float32(x)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}

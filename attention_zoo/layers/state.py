@@ -196,9 +196,9 @@ def concat_masks(
     return torch.cat((old, new), dim=1)
 
 
-def count_tokens(count: Tensor | None, new: int) -> Tensor:
-    """`count` increased by `new`: a 0-d tensor on the CPU. None: 0.
+def count_tokens(count: Tensor | None, new: int, device: torch.device) -> Tensor:
+    """`count` increased by `new`: a 0-d int64 tensor on the device of the state. None: 0.
 
     A tensor, because torch.compile and torch.export treat a Python number as a constant.
     """
-    return torch.tensor(new) if count is None else count + new
+    return torch.full((), new, device=device) if count is None else count + new

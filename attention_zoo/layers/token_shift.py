@@ -83,13 +83,13 @@ class TokenShift(nn.Module):
             ValueError: the sequence is longer than the layout.
         """
         self.layout.check(x.shape[1])
-        shifted, _ = self._shift(x, mask, self._no_tokens(x), torch.tensor(0))
+        shifted, _ = self._shift(x, mask, self._no_tokens(x), count_tokens(None, 0, x.device))
         return self.block(shifted, **self._extra(mask))
 
     def attention_map(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The attention map of the layer. Arguments as in `forward`."""
         self.layout.check(x.shape[1])
-        shifted, _ = self._shift(x, mask, self._no_tokens(x), torch.tensor(0))
+        shifted, _ = self._shift(x, mask, self._no_tokens(x), count_tokens(None, 0, x.device))
         return self.block.attention_map(shifted, **self._extra(mask))
 
     def step(
@@ -100,14 +100,14 @@ class TokenShift(nn.Module):
         recent = self._no_tokens(x) if state is None else state.recent
         check_state_dtype(recent, x)
         check_state_shape(recent, "(b, width, dim / 2)", (x.shape[0], self.layout.width, self.dim // 2))
-        count = torch.tensor(0) if state is None else state.token_count
+        count = count_tokens(None, 0, x.device) if state is None else state.token_count
         shifted, recent = self._shift(x, mask, recent, count)
         block_state = None
         if callable(getattr(self.block, "step", None)):
             y, block_state = self.block.step(shifted, None if state is None else state.block, **self._extra(mask))
         else:
             y = self.block(shifted)
-        return y, TokenShiftState(block_state, recent, count_tokens(count, x.shape[1]))
+        return y, TokenShiftState(block_state, recent, count_tokens(count, x.shape[1], x.device))
 
     def _shift(self, x: Tensor, mask: Tensor | None, recent: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Shift tokens at the positions start, start + 1, ...; `recent` are the tokens before them."""
@@ -117,10 +117,10 @@ class TokenShift(nn.Module):
             half = torch.where(mask[..., None], half, half.new_zeros(()))
         history = torch.cat((recent, half), dim=1)  # (b, width + t, d / 2)
         previous, above = history[:, width - 1 : -1], history[:, :t]
-        if t == 1 and not torch.compiler.is_compiling():
+        if t == 1 and start.device.type == "cpu" and not torch.compiler.is_compiling():
             first, second = self._shift_one(previous, above, int(start) - self.layout.text_len)
         else:
-            index = torch.arange(t, device=x.device) + start.to(x.device) - self.layout.text_len
+            index = torch.arange(t, device=x.device) + start - self.layout.text_len
             is_text, has_left, has_above = index < 0, index % width > 0, index >= width
             upper = above[..., :quarter] * has_above[:, None]
             first = torch.where(is_text[:, None], previous[..., :quarter], upper)

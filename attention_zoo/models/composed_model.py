@@ -6,10 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from attention_zoo.generation import generate
+from attention_zoo._arguments import takes_any_keyword
 from attention_zoo.models.stack import Stack
 from attention_zoo.saving import SavedModel
 from attention_zoo.saving.encoding import is_plain
@@ -57,8 +54,8 @@ class ComposedModel(SavedModel):
         if recorded.get("stack") is not None:  # an argument itself
             return {}
         parameters = inspect.signature(type(self)).parameters
-        variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        names = [name for name in self.stacks if variadic or name in parameters]  # a subclass may have no `attention`
+        # a subclass may have no `attention`
+        names = [name for name in self.stacks if name in parameters or takes_any_keyword(parameters)]
         return {name: getattr(self, self.stacks[name]) for name in names if hasattr(self, self.stacks[name])}
 
 
@@ -68,36 +65,3 @@ def _without_fixed(stack: Stack, attention: list[Any]) -> list[Any]:
         return attention
     layers = [layer[: -stack.fixed_blocks] for layer in attention]
     return [layer[0] if len(layer) == 1 else layer for layer in layers]
-
-
-class GenerateMixin:
-    """The method `generate` of models with `step`."""
-
-    def generate(
-        self,
-        prompt: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        eos_token_id: int | None = None,
-        mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        progress: bool = False,
-    ) -> Tensor:
-        """Sample new tokens after each prompt (b, n). Returns (b, max_new_tokens); see `attention_zoo.generate`."""
-        return generate(
-            self,  # type: ignore[arg-type]
-            prompt,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            eos_token_id=eos_token_id,
-            mask=mask,
-            generator=generator,
-            progress=progress,
-        )

@@ -214,4 +214,4 @@ def image_to_patches(images: Tensor, size: int) -> Tensor:
 
 
 def _count(labels: Tensor) -> Tensor:
-    return torch.tensor(labels.numel(), device=labels.device)
+    return torch.full((), labels.numel(), device=labels.device)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_zoo._checks import check_flag, check_int, check_padding, check_positive, check_tokens
+from attention_zoo.generation import decoding
 from attention_zoo.layers.positions import LearnedPositions
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, check_state, register_state
-from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
+from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec
 from attention_zoo.models.positions import check_length, count_valid_tokens, embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
@@ -43,7 +44,7 @@ class LanguageModelState(State):
 register_state(LanguageModelState)
 
 
-class LanguageModel(GenerateMixin, ComposedModel):
+class LanguageModel(ComposedModel):
     """p(token | all tokens before it), with any causal blocks.
 
     Args:
@@ -66,6 +67,8 @@ class LanguageModel(GenerateMixin, ComposedModel):
         >>> model = LanguageModel(num_tokens=256, dim=512, depth=6, attention=["full", "cosine_sim"])
         >>> loss = model.loss(tokens)
     """
+
+    generate = decoding.generate
 
     def __init__(
         self,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from attention_zoo._arguments import RecordsArguments
-from attention_zoo._checks import check_choice, check_instance
+from attention_zoo._arguments import RecordsArguments, takes_any_keyword
+from attention_zoo._checks import check_choice, check_instance, is_builtin
 from attention_zoo.attention import BLOCKS
 from attention_zoo.layers.feedforward import FEEDFORWARDS
 
@@ -135,7 +135,7 @@ def resolve_block(spec: Any) -> Block:
     else:
         raise TypeError(f"attention must be made of blocks, {KINDS}, got {spec!r}")
     parameters = _parameters(make)
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    if not takes_any_keyword(parameters):
         for option in options:
             check_choice(f"option of {name!r}", option, sorted(parameters))
     return Block(spec, name, make, options, frozenset(parameters), frozenset(_required(parameters) - options.keys()))
@@ -194,7 +194,7 @@ def make_block(block: Block, dim: int, *, causal: bool | None, shared: Mapping[s
             )
         if not causal and not sees_future:
             raise ValueError(f"causal=False must be possible for every block, but {block.name!r} is causal")
-    if not type(module).__module__.startswith("attention_zoo."):
+    if not is_builtin(module):
         _check_output(module, block.name, dim)
     return module
 

@@ -3,8 +3,8 @@
 Paper: Memformer, https://arxiv.org/abs/2010.06891
 Upstream: memformer, `Memformer`.
 Differs: the relative bias of the encoder is bidirectional and that of the decoder causal, where upstream has them
-swapped; padded targets are left out of the loss; cached decoding; unknown arguments and a decoder without a context are
-errors.
+swapped; by default upstream's memory update, with memory_update="paper" that of the paper; padded targets are left out
+of the loss; cached decoding; unknown arguments and a decoder without a context are errors.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_int, check_padding, check_positive, check_tokens
-from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.positions import RelativeBias, Rotary
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, BlockSpec, parse_layers, takes_part
+from attention_zoo.models.memory import MemoryMixin, MemoryUpdateSpec, make_initial_memory, make_memory_update
 from attention_zoo.models.positions import check_length, embed_tokens
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
@@ -39,7 +39,7 @@ class MemformerOutput(NamedTuple):
     logits: Tensor | None = None
 
 
-class Memformer(ComposedModel):
+class Memformer(MemoryMixin, ComposedModel):
     """Encoder and optional decoder, with a memory that is passed from one segment to the next.
 
     An encoder layer is self-attention, cross-attention to the memory and a feedforward; a decoder layer attends to the
@@ -58,6 +58,8 @@ class Memformer(ComposedModel):
         attention: self-attention of the encoder, bidirectional; see `Stack`. Blocks with neither an argument `bias` nor
             `rotary` get no positions; those without `bias` get rotary positions.
         dec_attention: self-attention of the decoder, causal. None: as `attention`.
+        memory_update: "gru", upstream's `MemoryUpdate`; "paper", slot attention with biased memory normalisation, see
+            `BiasedMemoryUpdate`; or (name, options), such as ("paper", {"temperature": 0.5}).
         memory_updates: number of memory updates per segment.
         memory_heads: number of heads of the memory update.
         ff_mult, attn_dropout, ff_dropout: see `Stack`.
@@ -91,6 +93,7 @@ class Memformer(ComposedModel):
         dec_max_seq_len: int | None = None,
         attention: AttentionSpec = "full",
         dec_attention: AttentionSpec | None = None,
+        memory_update: MemoryUpdateSpec = "gru",
         memory_updates: int = 1,
         memory_heads: int = 8,
         ff_mult: float = 4,
@@ -111,14 +114,21 @@ class Memformer(ComposedModel):
         self.num_tokens = dec_num_tokens
         self.max_seq_len = dec_max_seq_len
         self.takes_target = dec_num_tokens is not None  # whether there is a decoder
-        self.memory = InitialMemory(memory_slots, dim)
+        self.memory = make_initial_memory(memory_update, memory_slots, dim)
         self.source_embedding = _embedding(enc_num_tokens, dim)
         if dec_attention is not None and dec_depth is None:
             raise ValueError(f"dec_attention must come with a decoder, got {dec_attention=}, {dec_depth=}")
         self.encoder = _make_stack(
             attention, self.encoder_cross, dim, enc_depth, enc_heads, "enc_heads", causal=False, **options
         )
-        self.update = MemoryUpdate(dim, heads=memory_heads, updates=memory_updates, ff_mult=ff_mult)
+        self.update = make_memory_update(
+            memory_update,
+            dim,
+            memory_slots=memory_slots,
+            heads=memory_heads,
+            updates=memory_updates,
+            ff_mult=ff_mult,
+        )
         if dec_num_tokens is not None and dec_depth is not None:
             self.target_embedding = _embedding(dec_num_tokens, dim)
             self.decoder = _make_stack(
@@ -132,10 +142,6 @@ class Memformer(ComposedModel):
                 **options,
             )
             self.to_logits = nn.Linear(dim, dec_num_tokens)
-
-    def initial_memory(self, batch: int) -> Tensor:
-        """The learned memory before the first segment, (batch, m, d)."""
-        return self.memory(batch)
 
     def forward(
         self,
@@ -259,7 +265,7 @@ class Memformer(ComposedModel):
         check_padding(mask, source)
         check_length(source, None, self.enc_max_seq_len, name="source", limit="enc_max_seq_len")
         memory = self.initial_memory(source.shape[0]) if memory is None else memory
-        self.memory.check(memory, source.shape[0])
+        self._start.check(memory, source.shape[0])
         encoded = self.encoder(x, mask=mask, context=memory)
         return encoded, self.update(memory, encoded, mask=mask)
 

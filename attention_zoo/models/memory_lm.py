@@ -1,7 +1,8 @@
 """A language model over consecutive segments that passes a memory from one segment to the next.
 
 Paper: Memformer, https://arxiv.org/abs/2010.06891
-Differs: no encoder; every layer of one causal stack attends to the memory; any attention layers.
+Differs: no encoder; every layer of one causal stack attends to the memory; any attention layers;
+    by default upstream's memory update, with memory_update="paper" that of the paper.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_int, check_padding, check_tokens
-from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
+from attention_zoo.generation import decoding
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, check_state, concat_masks, count_tokens, own_mask, register_state
-from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
+from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
+from attention_zoo.models.memory import MemoryMixin, MemoryUpdateSpec, make_initial_memory, make_memory_update
 from attention_zoo.models.positions import embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
@@ -59,7 +61,7 @@ class MemoryState(State):
 register_state(MemoryState)
 
 
-class MemoryLanguageModel(GenerateMixin, ComposedModel):
+class MemoryLanguageModel(MemoryMixin, ComposedModel):
     """p(token | its segment so far, the memory). Every layer also cross-attends to the memory.
 
     `step` over any split of a text equals `forward` over its consecutive segments of `segment_len` tokens. Time per
@@ -71,12 +73,16 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         segment_len: tokens of a segment.
         attention, heads, dim_head, feedforward, ff_mult, norm, residual, attn_dropout, ff_dropout: see `Stack`.
         positions: "auto", "rotary", "t5" or None, within a segment; see `LanguageModel`.
+        memory_update: "gru", upstream's `MemoryUpdate`; "paper", slot attention with biased memory normalisation, see
+            `BiasedMemoryUpdate`; or (name, options), such as ("paper", {"temperature": 0.5}).
         memory_updates: number of memory updates per segment.
         memory_heads: number of heads of the memory update.
 
     Raises:
         ValueError, TypeError: an argument is invalid; the message names it.
     """
+
+    generate = decoding.generate
 
     def __init__(
         self,
@@ -90,6 +96,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         heads: int | None = None,
         dim_head: int | None = None,
         positions: str | None = "auto",
+        memory_update: MemoryUpdateSpec = "gru",
         memory_updates: int = 1,
         memory_heads: int = 8,
         feedforward: FeedForwardSpec = "gelu",
@@ -104,7 +111,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         layers = parse_layers(attention)
         self.num_tokens = num_tokens
         self.segment_len = segment_len
-        self.memory = InitialMemory(memory_slots, dim)
+        self.memory = make_initial_memory(memory_update, memory_slots, dim)
         self.token_embedding = nn.Embedding(num_tokens, dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.stack = Stack(
@@ -122,12 +129,15 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
             **position_parts(positions, heads, known=("auto", "rotary", "t5")),
         )
         self.stack.fixed_blocks = 1  # the cross-attention to the memory
-        self.update = MemoryUpdate(dim, heads=memory_heads, updates=memory_updates, ff_mult=ff_mult)
+        self.update = make_memory_update(
+            memory_update,
+            dim,
+            memory_slots=memory_slots,
+            heads=memory_heads,
+            updates=memory_updates,
+            ff_mult=ff_mult,
+        )
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
-
-    def initial_memory(self, batch: int) -> Tensor:
-        """The learned memory before the first segment, (batch, m, d)."""
-        return self.memory(batch)
 
     def forward(self, segment: Tensor, *, memory: Tensor | None = None, mask: Tensor | None = None) -> MemoryOutput:
         """Logits over one segment, and the memory after it.
@@ -145,7 +155,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         if segment.shape[1] > self.segment_len:
             raise ValueError(f"segment must hold at most segment_len={self.segment_len} tokens, got {segment.shape[1]}")
         memory = self.initial_memory(segment.shape[0]) if memory is None else memory
-        self.memory.check(memory, segment.shape[0])
+        self._start.check(memory, segment.shape[0])
         x = self.stack(x, mask=mask, context=memory)
         return MemoryOutput(project_logits(self.to_logits, x), self.update(memory, x, mask=mask))
 
@@ -194,11 +204,11 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         check_padding(mask, tokens)
         check_state(state, MemoryState)
         if state is None:
-            state = MemoryState(self.initial_memory(tokens.shape[0]), torch.tensor(0))
+            state = MemoryState(self.initial_memory(tokens.shape[0]), count_tokens(None, 0, tokens.device))
         elif state.memory.shape[0] != tokens.shape[0]:
             got = state.memory.shape[0]
             raise ValueError(f"state must have the batch size of tokens, {tokens.shape[0]}, got {got}")
-        self.memory.check(state.memory, tokens.shape[0])
+        self._start.check(state.memory, tokens.shape[0])
         used = 0 if state.features is None else state.features.shape[1]
         logits = []
         for part in _segments(used, tokens.shape[1], self.segment_len):
@@ -211,7 +221,8 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         context = state.memory if state.stack is None else None
         x = embed_tokens(self.token_embedding, tokens, None, dim=self.stack.dim)
         x, stack = self.stack.step(x, state.stack, mask=mask, context=context)
-        logits, token_count = project_logits(self.to_logits, x), count_tokens(state.token_count, tokens.shape[1])
+        logits = project_logits(self.to_logits, x)
+        token_count = count_tokens(state.token_count, x.shape[1], x.device)
         if state.features is not None:
             mask = concat_masks(state.mask, mask, x.shape[0], state.features.shape[1], x.shape[1], x.device)
             x = torch.cat((state.features, x), dim=1)

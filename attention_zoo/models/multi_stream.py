@@ -3,6 +3,8 @@
 Paper: Multi-Stream Transformers, https://arxiv.org/abs/2107.10342
 Upstream: quartic-transformer, MultiStreamTransformer.
 Differs: any number of streams and any block; a padding mask; causal with cached decoding; a diversity loss in nats.
+    The streams of a layer share its weights, as upstream; weights of their own per stream, for the projections, norms
+    and feedforwards of a layer, are missing: streams differ by their embeddings and by the mixing of their heads.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from attention_zoo._checks import check_flag, check_int, check_padding, check_tokens
+from attention_zoo.generation import decoding
 from attention_zoo.layers.norms import RMSNorm
 from attention_zoo.layers.state import State, check_state, register_state
-from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
+from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, takes_part
 from attention_zoo.models.over_streams import OverStreams
 from attention_zoo.models.positions import check_length, count_valid_tokens
@@ -59,14 +62,17 @@ class MultiStreamState(State):
 register_state(MultiStreamState)
 
 
-class MultiStreamTransformer(GenerateMixin, ComposedModel):
+class MultiStreamTransformer(ComposedModel):
     """Streams of features over the same tokens, each with its own embedding, summed for the logits.
+
+    All streams of a layer have the same weights; there is no option for weights of their own per stream.
 
     Args:
         num_tokens, dim, depth: see `LanguageModel`.
         streams: number of streams s.
         attention: see `Stack`. Blocks with an argument `streams`, such as "talking_heads", mix the heads of all
-            streams; others run on each stream separately.
+            streams; others run on each stream separately. ("talking_heads", {"streams": g}), where g divides s, mixes
+            the heads of each group of g neighbouring streams, with the same weights for all groups.
         heads, dim_head: of each stream; see `Stack`.
         max_seq_len: length of the position table, and the longest sequence accepted.
         causal: True for a language model with `loss` and `step`; False for a bidirectional model.
@@ -82,6 +88,8 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
     """
 
     fsdp_wrap_classes: tuple[type[nn.Module], ...] = ()  # the diversity loss calls parts of layers
+
+    generate = decoding.generate
 
     def __init__(
         self,
@@ -224,7 +232,7 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
         if document_ids is not None:
             raise ValueError(f"document_ids must be None with a diversity loss, got {diversity_weight=}")
         x, diversity = self._run_with_diversity(inputs, valid)
-        queries = torch.tensor(inputs.numel(), device=inputs.device) if valid is None else valid.sum()
+        queries = torch.full((), inputs.numel(), device=inputs.device) if valid is None else valid.sum()
         return [
             LossTerm(next_token_loss(self._logits(x), tokens, mask), targets),
             LossTerm(diversity, queries, diversity_weight),
@@ -296,6 +304,8 @@ class MultiStreamTransformer(GenerateMixin, ComposedModel):
                 f"cross_stream={self.arguments['cross_stream']}"
             )
         heads = block.block
+        if heads.streams != self.streams:
+            raise ValueError(f"diversity needs heads mixed across all {self.streams} streams, got {heads.streams}")
         q, k, pre_softmax = heads.queries_and_keys(block.unfold(x))
         return stream_diversity_loss(
             q, k, pre_softmax, streams=self.streams, mask=mask, causal=self.causal, scale=heads.scale

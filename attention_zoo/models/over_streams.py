@@ -12,6 +12,8 @@ from attention_zoo.ops.documents import Documents
 class OverStreams(nn.Module):
     """A block of (b, s, n, d) as a block of folded streams: (b s, n, d) -> (b s, n, d).
 
+    A block of fewer streams than the model runs on each group of neighbouring streams: its rows are (b groups).
+
     Args:
         block: a block with an attribute `streams`, such as `TalkingHeadsAttention`.
     """
@@ -45,9 +47,10 @@ class OverStreams(nn.Module):
 
     def _row_documents(self, document_ids: Tensor | Documents) -> Tensor | Documents:
         """The documents of the rows, from those of the folded streams."""
-        if isinstance(document_ids, Documents) and document_ids.origin is not None:
-            return document_ids.origin
         ids = document_ids.ids if isinstance(document_ids, Documents) else document_ids
+        origin = document_ids.origin if isinstance(document_ids, Documents) else None
+        if origin is not None and len(ids) == len(origin.ids) * self.block.streams:
+            return origin
         return ids[:: self.block.streams]
 
     def _row_mask(self, mask: Tensor | None) -> Tensor | None:

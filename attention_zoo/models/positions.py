@@ -77,13 +77,14 @@ def check_length(
 ) -> None:
     """Check that the tokens of earlier steps and the new ones fit the model.
 
-    Under torch.compile the length of a state is the value of a tensor and cannot be checked.
+    The length of a state is the value of a tensor, which is read on the CPU only, and not under torch.compile.
 
     Raises:
         ValueError: there are more than `max_seq_len` tokens.
     """
     if max_seq_len is None:
         return
-    total = tokens.shape[1] + (0 if state is None or torch.compiler.is_compiling() else state.length)
+    unknown = state is None or tokens.device.type != "cpu" or torch.compiler.is_compiling()
+    total = tokens.shape[1] + (0 if unknown else state.length)  # type: ignore[union-attr]
     if total > max_seq_len:
         raise ValueError(f"{name} must fit {limit}={max_seq_len}, got a sequence of {total} tokens")

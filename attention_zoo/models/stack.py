@@ -21,6 +21,7 @@ from attention_zoo._checks import (
     check_int,
     check_padding,
     check_positive,
+    is_builtin,
 )
 from attention_zoo.layers.layer_scale import layer_scale_start
 from attention_zoo.layers.norms import make_norm
@@ -160,7 +161,7 @@ class Sublayer(nn.Module):
     def _keywords(self, inputs: BlockInputs, *, decoding: bool = False) -> dict[str, Any]:
         names = (name for name in self.takes if not (decoding and "document" in name))  # a decoded row is one document
         keywords = {name: getattr(inputs, name) for name in names}
-        if inputs.document_ids is not None and not type(self.block).__module__.startswith("attention_zoo."):
+        if inputs.document_ids is not None and not is_builtin(self.block):
             keywords["document_ids"] = inputs.document_ids.ids
         return keywords
 
@@ -318,9 +319,9 @@ class Stack(RecordsArguments, nn.Module):
         if not spec.is_module:
             connection.initialize(block)
         streams, own = self._shared.get("streams", 1), getattr(block, "streams", 1)
-        if own not in (1, streams):
+        if own not in range(1, streams + 1) or streams % own:
             raise ValueError(
-                f"attention {spec.name!r} must have the streams of the model, {streams}, got streams={own}"
+                f"attention {spec.name!r} must divide the streams of the model, {streams}, got streams={own}"
             )
         block = block if own == 1 else OverStreams(block)
         return block if self.token_shift is None else TokenShift(block, self.dim, layout=self.token_shift)
@@ -463,7 +464,7 @@ class Stack(RecordsArguments, nn.Module):
                 new.append(block_state)
         if self.reversible:
             x = (x + other) / 2
-        token_count = count_tokens(None if state is None else state.token_count, x.shape[1])
+        token_count = count_tokens(None if state is None else state.token_count, x.shape[1], x.device)
         return self.norm(x), StackState(new, token_count)
 
     def attention_maps(

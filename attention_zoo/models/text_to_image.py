@@ -30,6 +30,7 @@ from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import check_state
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec
+from attention_zoo.models.positions import check_length
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops import TextImageLayout
 from attention_zoo.ops.losses import LossTerm, masked_cross_entropy, total_loss
@@ -234,8 +235,8 @@ class TextToImageTransformer(ComposedModel):
         weight, bias = self.to_logits.weight, self.to_logits.bias
         text_logits = F.linear(x[:, :border], weight[:ids], bias[:ids])
         image_logits = F.linear(x[:, border:], weight[ids:], bias[ids:])
-        text_count = torch.tensor(text.numel(), device=text.device) if mask is None else mask.sum()
-        image_count = torch.tensor(image.numel(), device=image.device)
+        text_count = torch.full((), text.numel(), device=text.device) if mask is None else mask.sum()
+        image_count = torch.full((), image.numel(), device=image.device)
         text_loss = masked_cross_entropy(text_logits, tokens[:, 1 : border + 1], mask)
         image_loss = masked_cross_entropy(image_logits, tokens[:, border + 1 :] - ids)
         w = self.image_loss_weight
@@ -259,14 +260,14 @@ class TextToImageTransformer(ComposedModel):
             ValueError: there are more tokens than text and image have, or a text id is in the image or the reverse.
         """
         check_state(state, StackState)
-        start = 0 if state is None else state.length
         check_tokens(tokens, self.num_tokens)
         check_padding(mask, tokens)
-        self.layout.check(start + tokens.shape[1], name="tokens")
+        check_length(tokens, state, self.layout.length, limit="layout.length")
+        start = 0 if state is None else state.token_count
         x, state = self.stack.step(self._embed(tokens, start), state, mask=mask)
         return self._logits(x, start), state
 
-    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+    def _embed(self, tokens: Tensor, start: int | Tensor) -> Tensor:
         self._check_ids(tokens, start)
         table = self.to_logits.weight if self.embedding is None else self.embedding.weight
         x = F.embedding(tokens.long(), table)
@@ -274,11 +275,12 @@ class TextToImageTransformer(ComposedModel):
             return x
         rows, columns = self.row_positions[:, None], self.column_positions
         table = torch.cat((self.text_positions, (rows + columns).flatten(0, 1)))
-        return x + table[start : start + tokens.shape[1]]
+        return x + F.embedding(torch.arange(tokens.shape[1], device=x.device) + start, table)
 
-    def _check_ids(self, tokens: Tensor, start: int) -> None:
+    def _check_ids(self, tokens: Tensor, start: int | Tensor) -> None:
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return
+        start = int(start)
         border = max(self.layout.text_len - start, 0)
         if bool((tokens[:, :border] >= self.num_text_ids).any() | (tokens[:, border:] < self.num_text_ids).any()):
             raise ValueError(
@@ -286,8 +288,8 @@ class TextToImageTransformer(ComposedModel):
                 f"{self.num_text_ids}) after it, got another id at {start} ... {start + tokens.shape[1] - 1}"
             )
 
-    def _logits(self, x: Tensor, start: int) -> Tensor:
-        position = torch.arange(start, start + x.shape[1], device=x.device)
+    def _logits(self, x: Tensor, start: int | Tensor) -> Tensor:
+        position = torch.arange(x.shape[1], device=x.device) + start
         is_image = torch.arange(self.num_tokens, device=x.device) >= self.num_text_ids
         excluded = is_image != (position >= self.layout.text_len - 1)[:, None]
         return project_logits(self.to_logits, x).masked_fill(excluded, -torch.inf)

@@ -24,7 +24,8 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = 
         A scalar in nats, in at least float32; 0 with zero gradient without a valid position, also in an empty batch.
     """
     with no_autocast(logits):
-        losses = F.cross_entropy(at_least_float32(logits).transpose(1, 2), targets.long(), reduction="none")
+        rows = at_least_float32(logits).flatten(0, 1)
+        losses = F.cross_entropy(rows, targets.long().flatten(), reduction="none").view(targets.shape)
         if mask is None:
             return losses.sum() / max(losses.numel(), 1)
         # not a product: the loss of a masked position may be infinite or NaN
@@ -52,7 +53,7 @@ def next_token_loss(
 def count_next_tokens(tokens: Tensor, mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
     """The number of targets of `next_token_loss` for tokens (b, n), a scalar int64."""
     pairs = _pairs(mask, document_ids)
-    return torch.tensor(tokens[:, 1:].numel(), device=tokens.device) if pairs is None else pairs.sum()
+    return torch.full((), tokens[:, 1:].numel(), device=tokens.device) if pairs is None else pairs.sum()
 
 
 def _pairs(mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attention_zoo._checks import is_builtin
 from attention_zoo.ops import TextImageLayout
 
 # Attributes that do not change what a module computes, or that are compared as weights and submodules.
@@ -19,7 +20,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 def is_foreign(module: nn.Module) -> bool:
     """Whether a module is neither of this package nor of torch."""
-    return not type(module).__module__.startswith(("attention_zoo.", "torch."))
+    return not (is_builtin(module) or type(module).__module__.startswith("torch."))
 
 
 def first_difference(model: nn.Module, twin: nn.Module) -> str | None:

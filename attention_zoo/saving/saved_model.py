@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._arguments import RecordsArguments
+from attention_zoo._arguments import RecordsArguments, takes_any_keyword
 from attention_zoo._files import write_aside
 from attention_zoo.saving.compare import first_difference, is_foreign
 from attention_zoo.saving.encoding import decode, encode
@@ -21,10 +21,8 @@ from attention_zoo.saving.model_file import CONFIG, WEIGHTS, ModelFile, package_
 
 CARD = "README.md"
 Model = TypeVar("Model", bound=nn.Module)
-
-
-# Arguments of which each unit takes at least a byte of the file, so that a small file cannot ask for a large model.
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Arguments of which each unit takes at least a byte of the file, so that a small file cannot ask for a large model.
 HEADS = {"heads", "kv_heads", "qk_heads", "v_heads"}
 SIZES = {"dim", "dim_head", "dim_inner", "streams", "memory_slots", "num_tokens", *HEADS}
 
@@ -91,9 +89,7 @@ class SavedModel(RecordsArguments, nn.Module):
         _check_tensors(model, file)
         with torch.no_grad():
             for name, tensor in unique_tensors(model).items():
-                tensor.data = file.tensors[
-                    name
-                ]  # in the dtype of the file: a model saved in bfloat16 is loaded in bfloat16
+                tensor.data = file.tensors[name]  # in the dtype of the file, such as bfloat16
         return model.to(device)
 
     def save_pretrained(
@@ -230,7 +226,7 @@ def _check_config(file: ModelFile, cls: type[SavedModel]) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise ValueError(f"{file.path}: field 'arguments' must be an object, got {arguments!r}")
     known = inspect.signature(cls).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+    if not takes_any_keyword(known):
         for name in arguments:
             if name not in known:
                 raise ValueError(f"{file.path}: unknown argument {name!r} of {cls.__name__}")

@@ -18,6 +18,7 @@ from attention_zoo._checks import check_choice
 from attention_zoo.testing.agreement import check_compile, check_derivatives, check_fast_path, check_half_precision
 from attention_zoo.testing.basics import check_causality, check_rows, check_shapes, check_training
 from attention_zoo.testing.decoding import check_steps
+from attention_zoo.testing.devices import check_synchronisation
 from attention_zoo.testing.documents import check_documents, check_model_documents
 from attention_zoo.testing.expect import one_line
 from attention_zoo.testing.lifecycle import check_arguments, check_map, check_saving
@@ -51,6 +52,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "arguments": check_arguments,
     "map": check_map,
     "packed documents": check_documents,
+    "synchronisation": check_synchronisation,
 }
 
 MODEL_CHECKS: dict[str, Callable[[Any], None]] = {
@@ -67,6 +69,7 @@ MODEL_CHECKS: dict[str, Callable[[Any], None]] = {
     "saving": check_model_saving,
     "arguments": check_model_arguments,
     "packed documents": check_model_documents,
+    "synchronisation": check_synchronisation,
 }
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attention_zoo._checks import check_choice
+from attention_zoo._checks import check_choice, is_builtin
 from attention_zoo.testing.report import Note
 
 MakeInputs = Callable[[int, int], Mapping[str, Tensor]]
@@ -196,7 +196,7 @@ class Subject:
 
     def is_strict(self, block: nn.Module) -> bool:
         """Whether the block must also satisfy what is a note for a user's block; see `strict`."""
-        return type(block).__module__.startswith("attention_zoo.") if self.strict is None else self.strict
+        return is_builtin(block) if self.strict is None else self.strict
 
     @contextmanager
     def note_unless_strict(self, block: nn.Module) -> Iterator[None]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_zoo import MemoryUpdate, Stack
+from attention_zoo import BiasedMemoryUpdate, MemoryUpdate, Stack
 from tests.cases import CASES, Case
 
 BAD = [torch.nan, torch.inf, -torch.inf, 1e30, 3e38]
@@ -62,10 +62,12 @@ def test_stacks_and_memories_do_not_depend_on_masked_content(value: float) -> No
     mask = torch.rand(2, 9) < 0.6
     mask[:, 0] = True
     stack, update = Stack(24, 2, attention=["full", "gate_loop"]), MemoryUpdate(24, heads=2)
+    biased = BiasedMemoryUpdate(24, memory_slots=3, heads=2)
     for module, call in (
         (stack, lambda x: stack(x, mask=mask)[mask]),
         (stack, lambda x: stack.step(x, mask=mask)[0][mask]),
         (update, lambda x: update(memory, x, mask=mask)),
+        (biased, lambda x: biased(memory, x, mask=mask)),
     ):
         parameters = list(module.parameters())
         want, got = call(x), call(fill(x, mask, value))

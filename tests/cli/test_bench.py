@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from attention_zoo.attention import BLOCKS, AttentionBlock, CosineSimAttention
 from attention_zoo.cli import main
-from attention_zoo.cli._bench.blocks import PHASES, BlockCost, build_block, measure_block, mixing
+from attention_zoo.cli._bench.blocks import PHASES, BlockCost, build_block, head_inputs, measure_block, mixing
+from attention_zoo.cli._bench.models import ModelCost, make_model
 from attention_zoo.cli._bench.packed import PackedCost, describe_documents, document_lengths, make_documents
 from attention_zoo.cli._bench.results import draw_costs
 from attention_zoo.cli._bench.setup import Setup, describe_machine
+from attention_zoo.models import LanguageModel
 
 CPU = torch.device("cpu")
 TINY = Setup(dim=16, heads=2, dim_head=8, runs=2, device=CPU, dtype=torch.float32)
@@ -45,7 +47,7 @@ def test_json_has_every_field_of_every_layer_length_and_phase(
     assert main(["bench", "--lengths", "4", "9", "--dtype", dtype, "--json", str(file), *TINY_OPTIONS]) == 0
     found = json.loads(file.read_text())
     assert found["machine"] == describe_machine(CPU) | {"threads": 1}
-    sizes = {"dim": 16, "heads": 2, "dim_head": 8, "runs": 2, "threads": 1}
+    sizes = {"dim": 16, "heads": 2, "dim_head": 8, "runs": 2, "threads": 1, "batch": 1, "compile": False}
     assert found["settings"] == {"device": "cpu", "dtype": dtype, **sizes}
     rows = found["blocks"]
     want = [(name, length, phase) for name in BLOCKS for length in (4, 9) for phase in PHASES]
@@ -279,6 +281,8 @@ def test_document_lengths_are_ascending_and_cut_to_the_row() -> None:
         (["--plot", "file.png"], "plot must be omitted with --packed, got plot='file.png'"),
         (["cross"], "blocks must take document_ids and no context with --packed, got cross"),
         (["conv"], "blocks must take document_ids and no context with --packed, got conv"),
+        (["--batch", "2"], "batch and compile must be omitted with --packed"),
+        (["--model"], "packed must be omitted with --model"),
     ],
 )
 def test_invalid_option_of_packed_bench_is_reported_before_any_measurement(
@@ -288,3 +292,45 @@ def test_invalid_option_of_packed_bench_is_reported_before_any_measurement(
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
+
+
+def test_model_bench_compares_training_with_full_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    loss = LanguageModel.loss
+    monkeypatch.setattr(
+        LanguageModel, "loss", lambda self, tokens: (shapes.append(tokens.shape), loss(self, tokens))[1]
+    )
+    file = tmp_path / "bench.json"
+    options = ["--batch", "3", "--lengths", "9", "--depth", "1", "--num-tokens", "20", "--dtype", "bfloat16"]
+    assert main(["bench", "gate_loop", "--model", *options, "--json", str(file), *TINY_OPTIONS]) == 0
+    (row,) = json.loads(file.read_text())["models"]
+    assert set(row) == {field.name for field in fields(ModelCost)}
+    assert set(shapes) == {(3, 9)}
+    assert row["tokens_per_second"] == pytest.approx(27 / row["step_ms"] * 1000)
+    assert row["full_tokens_per_second"] == pytest.approx(27 / row["full_ms"] * 1000)
+    assert row["parameters"] == sum(p.numel() for p in make_model("gate_loop", 1, 20, TINY).parameters())
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "gate_loop"
+
+
+@pytest.mark.parametrize("name", ["conv", "cross"])
+def test_model_bench_names_layers_that_a_language_model_does_not_take(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", name, "--model"]) == 2
+    assert f"with --model, got {name}" in capsys.readouterr().err
+
+
+def test_batch_size_multiplies_the_tokens_of_a_second(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    assert main(["bench", "full", "--batch", "5", "--lengths", "7", "--json", str(file), *TINY_OPTIONS]) == 0
+    for row in json.loads(file.read_text())["blocks"]:
+        assert row["tokens_per_second"] == pytest.approx(35 / row["block_ms"] * 1000)
+    assert [tuple(q.shape) for q in head_inputs(7, replace(TINY, batch=5))] == [(5, 2, 7, 8)] * 3
+
+
+@pytest.mark.slow
+def test_bench_compiles_layers_and_models(tmp_path: Path) -> None:
+    assert main(["bench", "full", "--compile", "--lengths", "8", *TINY_OPTIONS]) == 0
+    assert main(["bench", "full", "--model", "--compile", "--lengths", "8", "--depth", "1", *TINY_OPTIONS]) == 0

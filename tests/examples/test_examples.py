@@ -187,8 +187,22 @@ def test_model_card_states_data_score_and_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_recall_example_writes_model_and_plot(tmp_path: Path) -> None:
-    options = ["--steps", "6", "--dim", "16", "--batch", "2", "--device", "cpu", "--out", str(tmp_path)]
+@pytest.mark.parametrize("update", ["gru", "paper"])
+def test_recall_example_writes_model_and_plot(update: str, tmp_path: Path) -> None:
+    options = [
+        "--memory-update",
+        update,
+        "--steps",
+        "6",
+        "--dim",
+        "16",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     done = run([sys.executable, str(EXAMPLES / "recall_across_segments.py"), *options])
     assert done.returncode == 0, done.stderr
     assert "chance 6.2%" in done.stdout

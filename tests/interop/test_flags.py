@@ -104,7 +104,16 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"x": (6, 66, 24)}, {},
     ),
     ("quartic-transformer", "MultiStreamTransformer", STREAMS, TOKENS, {}),
-    ("quartic-transformer", "MultiStreamTransformer", {**STREAMS, "num_streams": 3, "ff_mult": 2}, TOKENS, {}),
+    ("quartic-transformer", "MultiStreamTransformer", {**STREAMS, "num_streams": 4, "ff_mult": 2}, TOKENS, {}),
+    (
+        "quartic-transformer", "MultiStreamTransformer",
+        {**STREAMS, "num_streams": 6, "non_linear_talking_heads": True, "separate_stream_emb": False},
+        {**TOKENS, "mask": (2, 19)}, {},
+    ),
+    (
+        "quartic-transformer", "MultiStreamTransformer",
+        {**STREAMS, "num_streams": 3, "ablate_cross_stream_talking_heads": True}, TOKENS, {},
+    ),
     (
         "quartic-transformer", "MultiStreamTransformer",
         {**STREAMS, "ablate_cross_stream_talking_heads": True, "separate_stream_emb": False},
@@ -161,6 +170,26 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {**LOOPS, "use_gate_looped_attn": False, "rotary_emb": True, "attn_add_swish_gating": False}, TOKENS,
         {"return_loss": True},
     ),
+    (
+        "gateloop-transformer", "CausalFullAttention", {**SMALL, "data_dependent_rel_pos": True}, X,
+        {"ablate_state_transition": True},
+    ),
+    (
+        "gateloop-transformer", "CausalFullAttention",
+        {**SMALL, "data_dependent_rel_pos": True, "softmax_normalize": True, "rotary_emb": True}, LONG,
+        {"ablate_state_transition": True},
+    ),
+    (
+        "gateloop-transformer", "Transformer",
+        {**LOOPS, "use_gate_looped_attn": False, "data_dependent_rel_pos": True, "ablate_state_transition": True},
+        TOKENS, {},
+    ),
+    ("memformer", "Attention", {"dim": 24, "causal": True}, {"x": (2, 1, 24), "context": (2, 5, 24)}, {}),
+    ("memformer", "Attention", {"dim": 24, "causal": True}, {**X, "context": (2, 19, 24)}, {}),
+    (
+        "memformer", "Attention", {"dim": 24, "causal": True}, {"x": (2, 1, 24), "context": (2, 5, 24)},
+        {"attend_self": True},
+    ),
     ("memformer", "Attention", {"dim": 24, "heads": 3, "causal": True}, {**X, "query_mask": (2, 19)}, {}),
     ("memformer", "Attention", {"dim": 24, "heads": 2}, {**X, "context": (2, 7, 24), "query_mask": (2, 19)}, {}),
     (
@@ -169,6 +198,11 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ),
     ("memformer", "Attention", {"dim": 24}, {**X, "context": (2, 7, 24)}, {"attend_self": True}),
     ("memformer", "Memformer", {**ENCODER, "encoder_only": True, "num_mem_updates": 3}, {"src": "tokens"}, {}),
+    ("memformer", "Memformer", {**ENCODER, "encoder_only": True, "num_mem_updates": 0}, {"src": "tokens"}, {}),
+    (
+        "memformer", "Memformer", {**SEQ2SEQ, "num_mem_updates": 0},
+        {"src": "tokens", "tgt": "target", "src_mask": "empty row", "mems": (2, 5, 24)}, {},
+    ),
     (
         "memformer", "Memformer", {**ENCODER, "encoder_only": True},
         {"src": "tokens", "src_mask": "empty row", "mems": (2, 5, 24)}, {},

@@ -141,11 +141,45 @@ def test_the_norm_of_non_linear_talking_heads_must_have_equal_entries() -> None:
 
 
 @pytest.mark.parametrize("streams", [1, 3])
-@pytest.mark.parametrize("name", ["quartic_attention_linear", "quartic_attention_mlp"])
-def test_weights_that_mix_two_rows_raise_an_error_unless_there_are_two_streams(streams: int, name: str) -> None:
-    meta, weights = record(name)
-    with pytest.raises(ValueError, match=f"num_streams must be 2, .* got {streams}: the package mixes rows two by two"):
-        build(meta, weights, num_streams=streams)
+@pytest.mark.parametrize("linear", [True, False])
+def test_weights_that_mix_two_rows_raise_an_error_for_an_odd_number_of_streams(streams: int, linear: bool) -> None:
+    meta, weights = record("quartic_multistream_shared_emb")
+    kernel = "weight" if linear else "fn.1.weight"
+    weights = {name.replace("talking_heads.weight", f"talking_heads.{kernel}"): weights[name] for name in weights}
+    with pytest.raises(
+        ValueError, match=f"num_streams must be even .* got {streams}: the package mixes rows two by two"
+    ):
+        build(meta, weights, num_streams=streams, non_linear_talking_heads=not linear)
+
+
+def memformer_attention() -> torch.nn.Module:
+    meta, weights = record("memformer_attention_masks")
+    return build(meta, weights, causal=True)
+
+
+def test_causal_attention_to_a_longer_context_is_aligned_at_the_last_key() -> None:
+    layer = memformer_attention()
+    x, context = torch.randn(2, 3, 24), torch.randn(2, 5, 24)
+    out = layer(x, context)
+    for query in range(3):
+        alone = layer(x[:, query : query + 1], context[:, : query + 3])
+        torch.testing.assert_close(out[:, query : query + 1], alone)
+
+
+@pytest.mark.parametrize(("keys", "attend_self"), [(2, False), (0, False), (5, True)])
+def test_causal_attention_without_a_defined_alignment_raises_an_error(keys: int, attend_self: bool) -> None:
+    with pytest.raises(ValueError, match=f"causal=True, .* got 3 queries and {keys + 3 * attend_self} keys"):
+        memformer_attention()(torch.randn(2, 3, 24), torch.randn(2, keys, 24), attend_self=attend_self)
+
+
+def test_a_memory_that_is_never_written_is_the_same_after_every_segment() -> None:
+    meta, weights = record("memformer_encoder_only")
+    model = build(meta, weights, num_mem_updates=0)
+    segment = torch.randint(0, meta["kwargs"]["enc_num_tokens"], (2, 6))
+    output = model(segment)
+    assert torch.equal(output.memory, weights["memory_slots"].expand(2, -1, -1))
+    assert torch.equal(model(segment, memory=output.memory).encoded, output.encoded)
+    assert not [name for name, _ in model.named_parameters() if name.startswith("update")]
 
 
 def test_a_static_mask_in_the_state_dict_is_applied() -> None:
@@ -288,6 +322,7 @@ def test_a_loaded_text_to_image_model_decodes_in_steps(stable: bool) -> None:
         ("dalle_model_logits", {"stable": True}),
         ("gateloop_transformer", {}),
         ("memformer_seq2seq_mems_mask", {}),
+        ("memformer_encoder_only", {"num_mem_updates": 0}),
         ("quartic_multistream_shared_emb", {}),
     ],
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attention_zoo import LayerNorm, RMSNorm
 from attention_zoo.layers.norms import make_norm
+from tests.counting import operators_of
 from tests.formulas import relative_error
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-13}
@@ -109,3 +113,10 @@ def test_make_norm_rejects_an_unknown_name_and_suggests_the_nearest() -> None:
 def test_norms_reject_zero_features(kind: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="dim must be at least 1, got dim=0"):
         kind(0)
+
+
+@pytest.mark.parametrize(("kind", "function"), [(RMSNorm, F.rms_norm), (LayerNorm, F.layer_norm)])
+def test_a_norm_on_a_device_adds_no_casts_to_the_norm_of_torch(kind: type[nn.Module], function: Any) -> None:
+    norm = kind(16).to("meta", torch.bfloat16)
+    x = torch.empty(1, 2, 16, device="meta", dtype=torch.bfloat16)
+    assert operators_of(lambda: norm(x)) == operators_of(lambda: function(x, (16,), *norm.parameters(), eps=norm.eps))

@@ -245,9 +245,9 @@ def test_state_passes_through_compiled_code() -> None:
 
 
 def test_token_count_is_a_tensor_without_axes() -> None:
-    assert count_tokens(None, 3).item() == 3
-    assert count_tokens(torch.tensor(3), 2).item() == 5
-    assert count_tokens(None, 3).ndim == 0
+    assert count_tokens(None, 3, torch.device("cpu")).item() == 3
+    assert count_tokens(torch.tensor(3), 2, torch.device("cpu")).item() == 5
+    assert count_tokens(None, 3, torch.device("cpu")).ndim == 0
 
 
 DECODED = [case for case in CASES if case.causal]

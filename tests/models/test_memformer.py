@@ -23,6 +23,9 @@ SIZES: dict[str, Any] = {
 DECODER: dict[str, Any] = {"dec_num_tokens": 13, "dec_depth": 2, "dec_heads": 2}
 
 
+both = pytest.mark.parametrize("update", ["gru", "paper"])
+
+
 def small(**changes: Any) -> Memformer:
     return Memformer(**{**SIZES, **DECODER, **changes}).eval()
 
@@ -44,8 +47,9 @@ def test_encoder_is_bidirectional_and_decoder_causal() -> None:
     assert torch.equal(changed.logits[:, :-1], early.logits[:, :-1])
 
 
-def test_padding_changes_no_output() -> None:
-    model, src, tgt = small(), source(1, 5), target(1, 4)
+@both
+def test_padding_changes_no_output(update: str) -> None:
+    model, src, tgt = small(memory_update=update), source(1, 5), target(1, 4)
     want = model(src, tgt)
     mask, target_mask = torch.tensor([[True] * 5 + [False] * 2]), torch.tensor([[True] * 4 + [False] * 3])
     got = model(
@@ -68,8 +72,9 @@ def test_loss_is_the_mean_cross_entropy_of_valid_targets() -> None:
     assert int(term.count) == 6
 
 
-def test_cached_decoding_equals_forward_over_segments() -> None:
-    model, memory = small(), None
+@both
+def test_cached_decoding_equals_forward_over_segments(update: str) -> None:
+    model, memory = small(memory_update=update), None
     mask = torch.tensor([[False, True, True, True, True, True, False], [True] * 7])
     for splits in ([5], [1] * 5, [2, 1, 2]):
         src, tgt = source(), target()
@@ -95,8 +100,9 @@ def test_greedy_generation_equals_argmax_of_forward() -> None:
 
 
 @pytest.mark.slow
-def test_memory_stays_finite_over_a_thousand_segments() -> None:
-    model, memory = Memformer(**SIZES).eval(), None
+@both
+def test_memory_stays_finite_over_a_thousand_segments(update: str) -> None:
+    model, memory = Memformer(**SIZES, memory_update=update).eval(), None
     with torch.no_grad():
         for _ in range(1000):
             memory = model(source(1, 4), memory=memory).memory
@@ -105,17 +111,28 @@ def test_memory_stays_finite_over_a_thousand_segments() -> None:
     assert float(memory.abs().max()) < 1e3
 
 
-def test_loaded_model_computes_the_same(tmp_path: Path) -> None:
-    model, src, tgt = small(), source(), target()
+@pytest.mark.parametrize("update", ["gru", "paper", ("paper", {"temperature": 2.0})])
+def test_loaded_model_computes_the_same(update: Any, tmp_path: Path) -> None:
+    model, src, tgt = small(memory_update=update), source(), target()
     model.save(tmp_path)
     again = Memformer.load(tmp_path).eval()
-    assert torch.equal(again(src, tgt).logits, model(src, tgt).logits)
+    memory = again(src).memory
+    assert torch.equal(memory, model(src).memory)
+    assert torch.equal(again(src, tgt, memory=memory).logits, model(src, tgt, memory=memory).logits)
+
+
+def test_memory_of_the_paper_is_the_update_of_the_encoders_output() -> None:
+    model, src, mask = small(memory_update="paper", memory_updates=2), source(), torch.rand(2, 7) < 0.6
+    output = model(src, mask=mask)
+    torch.testing.assert_close(output.memory, model.update(model.initial_memory(2), output.encoded, mask=mask))
+    torch.testing.assert_close(output.memory.norm(dim=-1), torch.ones(2, 3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_model_equals_eager(dtype: torch.dtype) -> None:
-    model, src, tgt = small().to(dtype), source(), target()
+@both
+def test_compiled_model_equals_eager(dtype: torch.dtype, update: str) -> None:
+    model, src, tgt = small(memory_update=update).to(dtype), source(), target()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got, want = compiled(src, tgt), model(src, tgt)
     got.logits.sum().backward()

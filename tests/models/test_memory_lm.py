@@ -22,13 +22,15 @@ SIZES: dict[str, Any] = {
     "dim_head": 8,
     "memory_heads": 2,
 }
-LAYERS = {"full": "full", "t5": "full", "mixed": ["cosine_sim", ["full", "cosine_sim"]]}
+LAYERS = {"full": "full", "t5": "full", "mixed": ["cosine_sim", ["full", "cosine_sim"]], "paper": "full"}
 TOKENS = torch.arange(2 * 13).view(2, 13) % 11
 
 
 def small(name: str = "full", **changes: Any) -> MemoryLanguageModel:
     positions = "t5" if name == "t5" else "auto"
-    return MemoryLanguageModel(**{**SIZES, "attention": LAYERS[name], "positions": positions, **changes}).eval()
+    update = ("paper", {"temperature": 0.5}) if name == "paper" else "gru"
+    options = {"attention": LAYERS[name], "positions": positions, "memory_update": update}
+    return MemoryLanguageModel(**{**SIZES, **options, **changes}).eval()
 
 
 def over_segments(model: MemoryLanguageModel, mask: Tensor | None) -> Tensor:
@@ -72,8 +74,9 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits_of_steps(length: int, padd
     assert int(term.count) == (each.numel() if mask is None else int((mask[:, 1:] & mask[:, :-1]).sum()))
 
 
-def test_loss_reads_the_given_memory_and_has_gradients_for_all_parameters() -> None:
-    model, memory = small().train(), torch.randn(2, 3, 16, requires_grad=True)
+@pytest.mark.parametrize("name", ["full", "paper"])
+def test_loss_reads_the_given_memory_and_has_gradients_for_all_parameters(name: str) -> None:
+    model, memory = small(name).train(), torch.randn(2, 3, 16, requires_grad=True)
     assert not torch.equal(model.loss(TOKENS, memory=memory), model.loss(TOKENS))
     model.loss(TOKENS, memory=memory).backward()
     assert memory.grad is not None
@@ -95,16 +98,18 @@ def test_older_state_remains_valid() -> None:
     assert torch.equal(got, want)
 
 
-def test_logits_of_the_third_segment_depend_on_the_first() -> None:
-    model = small()
+@pytest.mark.parametrize("name", ["full", "paper"])
+def test_logits_of_the_third_segment_depend_on_the_first(name: str) -> None:
+    model = small(name)
     changed = TOKENS.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 11
     (want, _), (got, _) = model.step(TOKENS), model.step(changed)
     assert not torch.equal(got[:, 10:], want[:, 10:])
 
 
-def test_generation_over_many_segments_has_a_state_of_constant_size() -> None:
-    model = small()
+@pytest.mark.parametrize("name", ["full", "paper"])
+def test_generation_over_many_segments_has_a_state_of_constant_size(name: str) -> None:
+    model = small(name)
     new = generate(model, TOKENS[:, :3], 30, temperature=0)
     with torch.no_grad():
         logits, state = model.step(torch.cat((TOKENS[:, :3], new), 1))
@@ -125,11 +130,13 @@ def test_memory_stays_finite_over_a_thousand_segments() -> None:
     assert float(memory.abs().max()) < 1e3
 
 
-def test_loaded_model_computes_the_same(tmp_path: Path) -> None:
-    model = small("mixed")
+@pytest.mark.parametrize("name", ["mixed", "paper"])
+def test_loaded_model_computes_the_same(name: str, tmp_path: Path) -> None:
+    model = small(name)
     model.save(tmp_path)
     again = MemoryLanguageModel.load(tmp_path).eval()
     assert torch.equal(again.step(TOKENS)[0], model.step(TOKENS)[0])
+    assert getattr(again.update, "temperature", None) == (0.5 if name == "paper" else None)
 
 
 def test_invalid_inputs_raise() -> None:
@@ -149,3 +156,18 @@ def test_invalid_inputs_raise() -> None:
         small(nonsense=1)
     with pytest.raises(ValueError, match="positions"):
         small(positions="learned")
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("papr", ValueError, "memory_update must be one of .* did you mean 'paper'"),
+        (None, TypeError, "memory_update must be a name or"),
+        (("gru", {"temperature": 0.5}), ValueError, "option of 'gru' must be one of .* got .*temperature"),
+        (("paper", {"memory_slots": 5}), ValueError, "option of 'paper'"),
+        (("paper", {"temperature": 0}), ValueError, "temperature must lie in"),
+    ],
+)
+def test_unknown_memory_updates_and_options_raise(spec: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        small(memory_update=spec)

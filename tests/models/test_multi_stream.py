@@ -21,6 +21,7 @@ def small(**changes: Any) -> MultiStreamTransformer:
     return model.eval()
 
 
+PAIRS = ("talking_heads", {"streams": 2})
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"streams": 3, "separate_embeddings": False, "tie_embeddings": True},
@@ -29,6 +30,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"attention": "cosine_sim", "streams": 3},
     {"attention": ["full", "talking_heads"]},
     {"pre_softmax": "mlp", "post_softmax": None},
+    {"streams": 4, "attention": PAIRS},
 ]
 
 
@@ -66,6 +68,17 @@ def test_reordered_state_has_all_streams_of_each_row() -> None:
         want, _ = model.step(tokens[:, 6:], state)
         got, _ = model.step(tokens[index, 6:], state.reorder(index))
     torch.testing.assert_close(got, want[index], rtol=1e-5, atol=1e-6)
+
+
+def test_groups_of_streams_equal_a_block_diagonal_mix_of_all_streams() -> None:
+    pairs, whole = small(streams=4, attention=PAIRS), small(streams=4)
+    weights = pairs.state_dict()
+    for name in [name for name in weights if "_softmax.weight" in name]:
+        weights[name] = torch.block_diag(weights[name], weights[name])
+    whole.load_state_dict(weights)
+    tokens, ids = torch.randint(0, 31, (2, 9)), torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [1] * 2])
+    torch.testing.assert_close(pairs(tokens), whole(tokens), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pairs(tokens, document_ids=ids), whole(tokens, document_ids=ids), rtol=1e-5, atol=1e-5)
 
 
 def test_logits_of_a_causal_model_do_not_depend_on_later_tokens() -> None:
@@ -126,6 +139,11 @@ def test_loaded_model_computes_the_same(tmp_path: Path) -> None:
         (lambda: small(causal=False).loss(torch.zeros(1, 3, dtype=torch.int64)), "loss needs causal=True"),
         (lambda: small(causal=False).step(torch.zeros(1, 3, dtype=torch.int64)), "step needs .*causal=True"),
         (lambda: small(cross_stream=False).diversity(torch.zeros(1, 3, dtype=torch.int64)), "diversity needs streams"),
+        (
+            lambda: small(streams=4, attention=PAIRS).diversity(torch.zeros(1, 3, dtype=torch.int64)),
+            "diversity needs heads mixed across all 4 streams, got 2",
+        ),
+        (lambda: small(streams=3, attention=PAIRS), "must divide the streams of the model, 3, got streams=2"),
     ],
 )
 def test_invalid_arguments_raise(call: Any, message: str) -> None:

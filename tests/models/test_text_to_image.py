@@ -185,7 +185,7 @@ def invalid_calls() -> dict[str, tuple[Any, str]]:
             lambda m: generate_images(m, wrong_shades, text),
             "tokenizer must have .* 7 image ids, got 5",
         ),
-        "too long": (lambda m: m.step(torch.zeros(1, 30, dtype=torch.int64)), "tokens must hold at most the 18 tokens"),
+        "too long": (lambda m: m.step(torch.zeros(1, 30, dtype=torch.int64)), "tokens must fit layout.length=18"),
         "modality": (lambda m: m.step(torch.zeros(1, 8, dtype=torch.int64)), "tokens must be text up to position 5"),
         "state": (
             lambda m: m.step(torch.zeros(1, 1, dtype=torch.int64), "x"),

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import attention_zoo
-from attention_zoo.layers import GEGLU, MemoryUpdate
+from attention_zoo.layers import GEGLU, BiasedMemoryUpdate, MemoryUpdate
 from attention_zoo.ops.custom_op import register_operator
 from tests.cases import CASES as LAYERS
 from tests.cases import DIM, Case
@@ -260,6 +260,7 @@ def test_tensors_partly_on_the_meta_device_raise() -> None:
 PARTS = {name: case.make for name, case in ONE_OF_EACH.items()} | {
     "feedforward": lambda: GEGLU(DIM, bias=True),
     "memory update": lambda: MemoryUpdate(DIM, heads=2),
+    "biased memory update": lambda: BiasedMemoryUpdate(DIM, memory_slots=5, heads=2),
 }
 
 
@@ -271,7 +272,7 @@ def test_a_layer_with_one_parameter_on_the_meta_device_raises(make: Callable[[],
         owner, _, leaf = name.rpartition(".")
         layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(parameter.to("meta"))
         with pytest.raises(RuntimeError, match="meta"):
-            layer(x, *([x] if isinstance(layer, MemoryUpdate) else []))
+            layer(x, *([x] if isinstance(layer, MemoryUpdate | BiasedMemoryUpdate) else []))
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH.values(), ids=ONE_OF_EACH)

@@ -261,6 +261,7 @@ BROKEN_MODELS: list[tuple[type[nn.Module], str]] = [
     (OverflowsInHalf, "half precision"),
     (RoundsPositions, "half precision"),
     (BranchesOnValues, "compile"),
+    (BranchesOnValues, "synchronisation"),
     (ForgetsATensor, "saving"),
     (SavesWithoutItsNorm, "saving"),
     (ScalesInTraining, "training"),

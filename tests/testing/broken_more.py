@@ -326,6 +326,20 @@ class SharesItsCache(Base):
         return self.merge(out, x), Cache(state.keys, state.values, state.mask, end)
 
 
+class BranchesOnTheMask(Base):
+    """A mask without padding is dropped, which reads its values."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return super().attend(q, k, v, None if mask is not None and mask.all() else mask)
+
+
+class StepsBranchOnTheMask(Base):
+    """As BranchesOnTheMask, while decoding only."""
+
+    def step(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None, **_: Any) -> tuple[Tensor, Any]:
+        return super().step(x, state, mask=None if mask is not None and bool(mask.all()) and state is None else mask)
+
+
 class KeepsTheInput(Base):
     """The state is the caller's tensors, from which keys and values are computed again."""
 
@@ -597,6 +611,8 @@ BROKEN_MORE: list[tuple[type[nn.Module], str]] = [
     (MapWithAnotherScale, "map"),
     (MapOfMeanHeads, "map"),
     (MapWithoutTheMask, "map"),
+    (BranchesOnTheMask, "synchronisation"),
+    (StepsBranchOnTheMask, "synchronisation"),
 ]
 
 # Detected with the default lengths only.

@@ -45,9 +45,9 @@ def expect_same(model: nn.Module, want: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("targets", ["every", "last", "middle"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_replay_equals_full_back_propagation(targets: str, dropout: float) -> None:
-    model = seq2seq(ff_dropout=dropout, attn_dropout=dropout)
+@pytest.mark.parametrize(("dropout", "update"), [(0.0, "gru"), (0.3, "gru"), (0.3, "paper")])
+def test_replay_equals_full_back_propagation(targets: str, dropout: float, update: str) -> None:
+    model = seq2seq(ff_dropout=dropout, attn_dropout=dropout, memory_update=update)
     start = torch.randn(2, 3, 16).double().requires_grad_()
     wanted = {
         "every": TARGETS,
@@ -90,9 +90,18 @@ def test_replay_with_a_custom_loss_equals_full_back_propagation() -> None:
     expect_same(model, want)
 
 
-def test_replay_of_a_language_model_equals_full_back_propagation() -> None:
+@pytest.mark.parametrize("update", ["gru", "paper"])
+def test_replay_of_a_language_model_equals_full_back_propagation(update: str) -> None:
     model = MemoryLanguageModel(
-        num_tokens=11, dim=16, depth=1, memory_slots=3, segment_len=6, heads=2, dim_head=8, memory_heads=2
+        num_tokens=11,
+        dim=16,
+        depth=1,
+        memory_slots=3,
+        segment_len=6,
+        heads=2,
+        dim_head=8,
+        memory_heads=2,
+        memory_update=update,
     ).double()
     targets = [segment.roll(-1, 1) for segment in SEGMENTS]
     memory, total = None, 0.0
@@ -114,8 +123,9 @@ def test_scaler_scales_gradients_but_not_the_loss() -> None:
     expect_same(model, want)
 
 
-def test_gradients_under_autocast_are_close_to_float32() -> None:
-    model = seq2seq().float()
+@pytest.mark.parametrize("update", ["gru", "paper"])
+def test_gradients_under_autocast_are_close_to_float32(update: str) -> None:
+    model = seq2seq(memory_update=update).float()
     memory_replay(model, SEGMENTS, TARGETS)
     want = gradients(model)
     with torch.autocast("cpu", torch.bfloat16):

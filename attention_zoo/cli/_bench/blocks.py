@@ -86,13 +86,13 @@ def build_block(name: str, length: int, setup: Setup) -> nn.Module:
 
 
 def block_inputs(block: nn.Module, length: int, setup: Setup) -> tuple[Tensor, ...]:
-    """Random features (1, n, d), and a context of the same shape for a layer that takes one."""
-    return tuple(setup.randn(1, length, setup.dim) for _ in range(1 + reads_context(block)))
+    """Random features (b, n, d), and a context of the same shape for a layer that takes one."""
+    return tuple(setup.randn(setup.batch, length, setup.dim) for _ in range(1 + reads_context(block)))
 
 
 def head_inputs(length: int, setup: Setup) -> tuple[Tensor, ...]:
-    """Random q, k and v, (1, h, n, e), with the memory layout of projections: heads inside tokens."""
-    return tuple(setup.randn(1, length, setup.heads, setup.dim_head).transpose(1, 2) for _ in range(3))
+    """Random q, k and v, (b, h, n, e), with the memory layout of projections: heads inside tokens."""
+    return tuple(setup.randn(setup.batch, length, setup.heads, setup.dim_head).transpose(1, 2) for _ in range(3))
 
 
 def mixing(block: nn.Module, length: int, setup: Setup) -> Mixing:
@@ -106,7 +106,7 @@ def mixing(block: nn.Module, length: int, setup: Setup) -> Mixing:
     if isinstance(block, CrossAttention):
         return Mixing(softmax_attention, head_inputs(length, setup), causal=False)
     if isinstance(block, GateLoopAttention):
-        gate = unit_gate(setup.randn(1, length, block.heads, 2)).transpose(1, 2)
+        gate = unit_gate(setup.randn(setup.batch, length, block.heads, 2)).transpose(1, 2)
         heads = head_inputs(length, replace(setup, heads=block.heads, dim_head=block.dim_head))
         return Mixing(lambda q, k, v: gate_loop(q, k, v, gate).out, heads, causal=True)
     inputs = block_inputs(block, length, setup)
@@ -114,7 +114,7 @@ def mixing(block: nn.Module, length: int, setup: Setup) -> Mixing:
 
 
 def measure_block(name: str, block: nn.Module, length: int, phase: str, setup: Setup) -> BlockCost:
-    """Measure one phase of a layer and of SDPA with batch size 1.
+    """Measure one phase of a layer and of SDPA.
 
     Args:
         name: name of the layer.
@@ -131,17 +131,17 @@ def measure_block(name: str, block: nn.Module, length: int, phase: str, setup: S
         causal = part.causal and part.mask is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=part.mask, is_causal=causal)
 
-    mixing_call = timed_call(phase, part.run, part.inputs, block)
+    mixing_call = timed_call(phase, setup.compile(part.run), part.inputs, block)
     sdpa_call = timed_call(phase, sdpa, head_inputs(length, setup) if part.whole else part.inputs)
     mixing_time, sdpa_time, ratio = compare(mixing_call, sdpa_call, device, runs)
     mixing_peak, sdpa_peak = peak_bytes(mixing_call, device), peak_bytes(sdpa_call, device)
     block_time, block_peak = mixing_time, mixing_peak
     if not part.whole:
-        block_call = timed_call(phase, block, block_inputs(block, length, setup), block)
+        block_call = timed_call(phase, setup.compile(block), block_inputs(block, length, setup), block)
         block_time, block_peak = median_seconds(block_call, device, runs), peak_bytes(block_call, device)
     times = (block_time * 1000, mixing_time * 1000, sdpa_time * 1000, ratio)
     step = measure_step(block, length, setup) if phase == "forward" else (None, None)
-    speed = length / block_time
+    speed = setup.batch * length / block_time
     return BlockCost(name, length, phase, *times, block_peak, mixing_peak, sdpa_peak, part.whole, speed, *step)
 
 

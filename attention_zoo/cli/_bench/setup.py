@@ -6,7 +6,7 @@ import argparse
 import json
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ SIZES = {
     "runs": (7, "timed runs; the median is reported"),
     "threads": (1, "number of CPU threads"),
 }
+EXTRA = {"batch": "batch", "compiled": "compile"}  # fields of `Setup` and their options, which not all commands have
 Machine = dict[str, str | int | None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,6 +38,8 @@ class Setup:
         dim, heads, dim_head: sizes of a layer.
         runs: number of timed calls, of which the median is taken.
         device, dtype: device and dtype of weights and inputs.
+        batch: batch size b.
+        compiled: whether layers and models run under torch.compile.
     """
 
     dim: int
@@ -45,6 +48,12 @@ class Setup:
     runs: int
     device: torch.device
     dtype: torch.dtype
+    batch: int = 1
+    compiled: bool = False
+
+    def compile(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, under torch.compile if that is measured."""
+        return torch.compile(run, dynamic=False) if self.compiled else run
 
     def randn(self, *shape: int) -> Tensor:
         """Random normal numbers."""
@@ -76,6 +85,16 @@ def check_file(name: str, path: Path | None) -> None:
         raise ValueError(f"{name} must be a file in a folder that exists, got {name}={str(path)!r}")
 
 
+def check_device(name: str) -> None:
+    """Check that this machine has a device.
+
+    Raises:
+        ValueError: it has not.
+    """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    check_choice("device", name, ["cpu", "cuda", *gpus] if gpus else ["cpu"])
+
+
 def describe_machine(device: torch.device) -> Machine:
     """What a time depends on: processor, number of threads, torch version, and GPU if one is used."""
     info = Path("/proc/cpuinfo")
@@ -95,6 +114,12 @@ def format_machine(machine: Machine) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
+def format_sizes(setup: Setup) -> str:
+    """Dtype, dim and batch size in one line."""
+    dtype = str(setup.dtype).removeprefix("torch.")
+    return f"{dtype}, dim {setup.dim}, batch {setup.batch}" + (", compiled" if setup.compiled else "")
+
+
 @contextmanager
 def measuring(args: argparse.Namespace) -> Iterator[tuple[Setup, Machine]]:
     """Check the options, print machine and sizes, and use `--threads` CPU threads inside this context.
@@ -104,16 +129,18 @@ def measuring(args: argparse.Namespace) -> Iterator[tuple[Setup, Machine]]:
     """
     check_positive(**{name: getattr(args, name) for name in SIZES})
     check_choice("dtype", args.dtype, DTYPES)
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    check_choice("device", args.device, ["cpu", "cuda", *gpus] if gpus else ["cpu"])
+    check_device(args.device)
     check_file("json", args.json)
-    setup = Setup(args.dim, args.heads, args.dim_head, args.runs, torch.device(args.device), DTYPES[args.dtype])
+    more = {name: getattr(args, option) for name, option in EXTRA.items() if hasattr(args, option)}
+    check_positive(**{name: value for name, value in more.items() if name == "batch"})
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    setup = Setup(args.dim, args.heads, args.dim_head, args.runs, device, dtype, **more)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
         machine = describe_machine(setup.device)
         print(format_machine(machine))
-        print(f"dim {args.dim}, heads {args.heads}, dim_head {args.dim_head}, {args.dtype}, {args.runs} runs\n")
+        print(f"{format_sizes(setup)}, heads {args.heads}, dim_head {args.dim_head}, {args.runs} runs\n")
         yield setup, machine
     finally:
         torch.set_num_threads(before)
@@ -122,6 +149,7 @@ def measuring(args: argparse.Namespace) -> Iterator[tuple[Setup, Machine]]:
 def write_json(args: argparse.Namespace, machine: Machine, **results: Any) -> None:
     """Write results with their settings to the file of `--json`, if given."""
     if args.json is not None:
-        settings = {name: getattr(args, name) for name in ("device", "dtype", *SIZES)}
+        names = ("device", "dtype", *SIZES, *EXTRA.values())
+        settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
         text = json.dumps({"machine": machine, "settings": settings, **results}, indent=2) + "\n"
         write_aside(args.json, lambda path: Path(path).write_text(text))

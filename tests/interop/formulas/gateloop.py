@@ -82,6 +82,8 @@ def full_shapes(a: dict[str, Any], p: str = "") -> dict[str, Any]:
     }
     if a.get("rotary_emb"):
         shapes[f"{p}rotary_emb.freqs"] = "frequencies", e // 2
+    if a.get("data_dependent_rel_pos"):
+        shapes[f"{p}to_a.0.weight"] = (inner, d)
     if a.get("add_swish_gating"):
         shapes[f"{p}to_gates.0.weight"] = (inner, d)
     return shapes
@@ -93,7 +95,7 @@ def full(w: Weights, p: str, x: Tensor, a: dict[str, Any]) -> Tensor:
         angle = torch.arange(x.shape[1])[:, None] * w[f"{p}rotary_emb.freqs"]
         q, k = rotate(q, angle), rotate(k, angle)
     scores, allowed = q.shape[-1] ** -0.5 * q @ k.transpose(-1, -2), past(x.shape[1])
-    raw = a.get("softmax_normalize") is False
+    raw = a.get("data_dependent_rel_pos") if a.get("softmax_normalize") is None else not a["softmax_normalize"]
     y = merge((scores.masked_fill(~allowed, 0) if raw else softmax(scores, allowed)) @ v)
     if a.get("add_swish_gating"):
         gates = linear(w, f"{p}to_gates.0", x)
@@ -131,7 +133,8 @@ def mixer(a: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         arguments = {name: a[name] for name in names if name in a}
         sizes = {"dim_inner": a.get("dim_gate_looped_attn"), "heads": a.get("gate_loop_heads")}
         return loop_shapes, loop, {"dim": a["dim"], "add_swish_gating": swish, **sizes, **arguments}
-    sizes = {name: a[name] for name in ("dim", "heads", "dim_head", "rotary_emb") if name in a}
+    names = ("dim", "heads", "dim_head", "rotary_emb", "data_dependent_rel_pos")
+    sizes = {name: a[name] for name in names if name in a}
     softmaxed = {"softmax_normalize": a.get("attn_softmax_normalize")}
     return full_shapes, full, {"add_swish_gating": swish, **sizes, **softmaxed}
 

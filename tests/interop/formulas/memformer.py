@@ -56,7 +56,8 @@ def run_attention(w: Weights, inputs: Weights, a: dict[str, Any], options: dict[
     queries, keys = inputs.get("query_mask"), inputs.get("kv_mask")
     allowed = both(queries, queries if keys is None and context is None else keys)
     allowed = torch.ones(x.shape[1], read.shape[1], dtype=torch.bool) if allowed is None else allowed
-    allowed = allowed & past(x.shape[1]) if a.get("causal") else allowed
+    if a.get("causal") and x.shape[1] > 1:  # upstream, a single query attends to all keys
+        allowed = allowed & past(x.shape[1])
     allowed = allowed & inputs["mask"][:, None] if "mask" in inputs else allowed
     return {"out": attend(w, "", x, read, a.get("heads", 8), allowed)}
 

@@ -75,6 +75,11 @@ def with_defaults(a: dict[str, Any]) -> dict[str, Any]:
     return {"num_streams": 2, "pre_talking_heads": True, "post_talking_heads": True, "max_seq_len": 2048, **a}
 
 
+def mixed(a: dict[str, Any]) -> int:
+    """Neighbouring rows (b s) whose heads are mixed: two, whatever the number of streams."""
+    return 1 if a.get("ablate_cross_stream_talking_heads") else 2
+
+
 def transformer_shapes(a: dict[str, Any]) -> dict[str, Any]:
     a = with_defaults(a)
     d, v, s, n = a["dim"], a["num_tokens"], a["num_streams"], a["max_seq_len"]
@@ -85,7 +90,7 @@ def transformer_shapes(a: dict[str, Any]) -> dict[str, Any]:
     hidden = int(a.get("ff_mult", 4) * d)
     for layer in range(a["depth"]):
         p = f"layers.{layer}."
-        shapes |= attention_shapes(a, f"{p}0.", streams=1 if a.get("ablate_cross_stream_talking_heads") else s)
+        shapes |= attention_shapes(a, f"{p}0.", streams=mixed(a))
         shapes |= {f"{p}1.0.scale": (d,), f"{p}1.1.weight": (hidden, d), f"{p}1.4.weight": (d, hidden)}
     return shapes | {"to_logits.1.scale": (d,), "to_logits.2.weight": (v, d)}
 
@@ -105,7 +110,7 @@ def run_transformer(w: Weights, inputs: Weights, a: dict[str, Any], options: dic
         mask = mask.repeat_interleave(s, 0)
     for layer in range(a["depth"]):
         p = f"layers.{layer}."
-        x = x + attend(w, f"{p}0.", x, mask, a, 1 if a.get("ablate_cross_stream_talking_heads") else s)[0]
+        x = x + attend(w, f"{p}0.", x, mask, a, mixed(a))[0]
         hidden = gelu(linear(w, f"{p}1.1", rms(x, w[f"{p}1.0.scale"])))
         x = x + linear(w, f"{p}1.4", hidden)
     x = x.view(-1, s, *x.shape[1:]).sum(1)
