@@ -109,6 +109,16 @@ CASES = [
         lengths=LENGTHS,
     ),
     Case(
+        "cosine_sim: learned scale",
+        lambda: CosineSimAttention(DIM, scale="learned", scale_seq_len=64, **SMALL),
+    ),
+    Case(
+        "cosine_sim: learned scale per head, grouped heads, bias",
+        lambda: CosineSimAttention(
+            DIM, scale="learned", scale_per="head", scale_seq_len=9, kv_heads=2, bias=RelativeBias(4), **SMALL
+        ),
+    ),
+    Case(
         "cosine_sim: bidirectional, bias",
         lambda: CosineSimAttention(DIM, causal=False, bias=RelativeBias(4, causal=False), **SMALL),
         causal=False,
@@ -192,6 +202,15 @@ CASES = [
         "talking_heads: 3 streams",
         lambda: TalkingHeadsAttention(DIM, streams=3, **SMALL),
         options={"streams": 3},
+    ),
+    Case(
+        "talking_heads: fewer heads before and after the softmax, no gate",
+        lambda: TalkingHeadsAttention(DIM, qk_heads=2, v_heads=3, output_gate=None, **SMALL),
+    ),
+    Case(
+        "talking_heads: 2 streams, more heads before and after the softmax",
+        lambda: TalkingHeadsAttention(DIM, heads=2, qk_heads=3, v_heads=4, dim_head=8, streams=2),
+        options={"streams": 2},
     ),
     Case("gate_loop", lambda: GateLoopAttention(DIM), options={"gradient_is_exact": False}),
     Case("gate_loop: exact gradients", lambda: GateLoopAttention(DIM, gradient_fraction=1.0), lengths=LENGTHS),

@@ -23,7 +23,8 @@ CARD = "README.md"
 Model = TypeVar("Model", bound=nn.Module)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Arguments of which each unit takes at least a byte of the file, so that a small file cannot ask for a large model.
-SIZES = {"dim", "dim_head", "dim_inner", "heads", "kv_heads", "streams", "memory_slots", "num_tokens"}
+HEADS = {"heads", "kv_heads", "qk_heads", "v_heads"}
+SIZES = {"dim", "dim_head", "dim_inner", "streams", "memory_slots", "num_tokens", *HEADS}
 
 
 class SavedModel(RecordsArguments, nn.Module):

@@ -85,7 +85,7 @@ def test_every_block_has_facts() -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_size_of_the_state_is_that_of_the_formula(name: str) -> None:
     found, sizes = capabilities()[name], {"heads": 2, "dim_head": 8, "dim": 16, "streams": 1, "kv_heads": 2, "m": 5}
-    sizes["dim_inner"] = 16
+    sizes |= {"dim_inner": 16, "qk_heads": 2, "v_heads": 2}
     options: dict[str, Any] = {"heads": 2} if name != "simple_gate_loop" else {}
     if name not in ("simple_gate_loop", "gate_loop"):
         options["dim_head"] = 8

@@ -17,7 +17,7 @@ from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax import Bias, check_options, check_qkv, softmax_attention, split_mask
 
-__all__ = ["cosine_sim_attention", "l2_normalize"]
+__all__ = ["cosine_sim_attention", "l2_normalize", "scale_unit_queries"]
 
 
 def l2_normalize(x: Tensor, *, groups: int = 1, eps: float | None = None, impl: str = "auto") -> Tensor:
@@ -60,7 +60,7 @@ def cosine_sim_attention(
     mask: Tensor | None = None,
     causal: bool = False,
     bias: Bias | None = None,
-    scale: float = 8.0,
+    scale: float | Tensor = 8.0,
     groups: int = 1,
     eps: float | None = None,
     dropout: float = 0.0,
@@ -68,6 +68,9 @@ def cosine_sim_attention(
     impl: str = "auto",
 ) -> Tensor:
     """out_i = sum_j softmax_j(scale q^_i . k^_j + bias_ij) v_j, with q^, k^ = q, k l2-normalised in slices of features.
+
+    A `scale` that is a tensor is learned, as the paper's g. It multiplies the normalised queries, so that the same
+    kernels run with both.
 
     Time and memory as `softmax_attention`.
 
@@ -78,7 +81,8 @@ def cosine_sim_attention(
             `softmax_attention`.
         causal: causal masking, aligned bottom-right: the last query attends to the last key.
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`. In the merged form (b, i, j).
-        scale: factor of the cosines, in place of softmax attention's e^-0.5.
+        scale: factor of the cosines, in place of softmax attention's e^-0.5: a number, or a floating point tensor (1,)
+            or (h,), one for all heads or one for each; differentiable. With a 3-D `q`, (1,).
         groups: number of slices of the features, normalised separately; scores then lie in scale * [-groups, groups].
         eps: see `l2_normalize`.
         dropout: dropout probability of the weights. Pass 0 outside training.
@@ -115,11 +119,13 @@ def cosine_sim_attention(
         bias = bias[:, None] if isinstance(bias, Tensor) and bias.ndim == 3 else bias
     k = k[:, None] if k.ndim == 3 else k
     v = v[:, None] if v.ndim == 3 else v
+    if isinstance(scale, Tensor):
+        _check_scale(scale, q)
     if impl == "reference":
         check_qkv(q, k, v)
         mask, bias = split_mask(mask, bias, q, k)
         _check_groups(groups, q)
-        check_options(causal, scale, dropout)
+        check_options(causal, 1.0 if isinstance(scale, Tensor) else scale, dropout)
         if eps is not None:
             check_in("[0, inf)", eps=eps)
         eps = _smallest_norm(q) if eps is None else eps
@@ -128,8 +134,24 @@ def cosine_sim_attention(
         out = reference.attention(q, k, v, mask, causal, bias, scale, groups, eps, dropout)
     else:
         q, k = (l2_normalize(x, groups=groups, eps=eps) for x in (q, k))
+        if isinstance(scale, Tensor):
+            q, scale = scale_unit_queries(q, scale), 1.0
         out = softmax_attention(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, dropout=dropout, impl=impl)
     return out[:, 0] if merged else out
+
+
+def scale_unit_queries(q: Tensor, scale: Tensor) -> Tensor:
+    """Normalised queries (b, h, n, e) times a scale (1,) or (h,), in at least float32, in the dtype of `q`."""
+    with no_autocast(q):
+        return (at_least_float32(q) * at_least_float32(scale)[:, None, None]).to(q.dtype)
+
+
+def _check_scale(scale: Tensor, q: Tensor) -> None:
+    check_floats(scale=scale)
+    if q.ndim == 4 and tuple(scale.shape) not in ((1,), (q.shape[1],)):
+        raise ValueError(f"scale must be (1,) or (h,) with h = {q.shape[1]}, got shape {tuple(scale.shape)}")
+    if scale.device != q.device:
+        raise ValueError(f"scale must be on the device of q, {q.device}, got {scale.device}")
 
 
 def _smallest_norm(x: Tensor) -> float:

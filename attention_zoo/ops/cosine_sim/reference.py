@@ -1,6 +1,8 @@
 """Cosine-sim attention as its equation is written.
 
 q^ = q / ||q||,  k^ = k / ||k||,  w_ij = softmax_j(scale q^_i . k^_j + bias_ij),  out_i = sum_j w_ij v_j
+
+scale is a number, or a tensor of one number for all heads or one for each.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def attention(
     mask: Tensor | None,
     causal: bool,
     bias: Bias | None,
-    scale: float,
+    scale: float | Tensor,
     groups: int,
     eps: float,
     dropout: float,
@@ -36,4 +38,6 @@ def attention(
     """The output out, (b, h, i, e), in the dtype of `v`. Arguments as in `cosine_sim_attention`, with a head axis."""
     with no_autocast(q):
         q, k = (l2_normalize(x, groups, eps) for x in (q, k))
+        if isinstance(scale, Tensor):
+            q, scale = rearrange(scale.to(q.dtype), "h -> h 1 1") * q, 1.0
     return softmax_attention(q, k, v, mask, causal, bias, scale, dropout)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from attention_zoo.ops.custom_op import register_operator
 from attention_zoo.ops.precision import at_least_float32
-from attention_zoo.ops.talking_heads.head_mixing import mix_backward
-from attention_zoo.ops.talking_heads.tiled import Workspace, map_tiles, softmax_backward, softmax_maps
+from attention_zoo.ops.talking_heads.head_mixing import in_buffer, mix_backward
+from attention_zoo.ops.talking_heads.tiled import Maps, scores_backward, softmax_backward, softmax_maps
 
 
 class DiversityInputs(NamedTuple):
@@ -28,34 +28,41 @@ class DiversityInputs(NamedTuple):
 
 def _forward(inputs: DiversityInputs) -> list[Tensor]:
     """The divergence, summed over pairs of maps and valid queries."""
-    q, k = at_least_float32(inputs.q) * inputs.scale, at_least_float32(inputs.k)
-    total = q.new_zeros(())
-    workspace = Workspace(2, q, k)
-    for tile in map_tiles(q, k, inputs.mask, inputs.causal):
-        weights = softmax_maps(tile, q, k, inputs.pre_softmax, *workspace.maps(tile))
-        found = _divergence(weights, inputs.streams)
-        total += found.sum() if inputs.mask is None else (found * inputs.mask[tile.row, tile.queries]).sum()
+    maps = _maps(inputs)
+    total = maps.zeros()
+    first, second = maps.buffers(2)
+    for rows in maps.rows():
+        for tile in rows.tiles():
+            _, weights = softmax_maps(tile, inputs.pre_softmax, first, second, first if inputs.pre_softmax else second)
+            found = _divergence(weights, inputs.streams)
+            total += found.sum() if inputs.mask is None else (found * inputs.mask[rows.index, tile.queries]).sum()
     return [total]
 
 
 def _backward(inputs: DiversityInputs, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    q, k = at_least_float32(inputs.q) * inputs.scale, at_least_float32(inputs.k)
-    grad_q, grad_k = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k))
-    grad_mix = [q.new_zeros(part.shape) for part in inputs.pre_softmax]
-    workspace = Workspace(4, q, k)
-    for tile in map_tiles(q, k, inputs.mask, inputs.causal):
-        row, queries, keys = tile.row, tile.queries, tile.keys
-        scores, spare, weights, grad_weights = workspace.maps(tile)
-        softmax_maps(tile, q, k, inputs.pre_softmax, scores, spare, weights)
-        _divergence_backward(weights, inputs.streams, grad_weights)
-        grad_weights *= gradients[0] if inputs.mask is None else gradients[0] * inputs.mask[row, queries, None]
-        softmax_backward(grad_weights, weights, grad_weights)
-        grad_scores, parts = mix_backward(scores, inputs.pre_softmax, grad_weights, spare)
-        grad_q[row, :, queries] = (grad_scores @ k[row, :, keys]) * inputs.scale
-        grad_k[row, :, keys] += grad_scores.transpose(1, 2) @ q[row, :, queries]
-        for total, part in zip(grad_mix, parts, strict=True):
-            total += part
+    maps, mask = _maps(inputs), inputs.mask
+    grad_q, grad_k = (maps.zeros(*t.shape) for t in (inputs.q, inputs.k))
+    grad_mix = [maps.zeros(*part.shape) for part in inputs.pre_softmax]
+    first, spare, third, fourth = maps.buffers(4)
+    for rows in maps.rows():
+        for tile in rows.tiles():
+            scores, weights = softmax_maps(tile, inputs.pre_softmax, first, spare, third)
+            grad_weights = in_buffer(fourth, *weights.shape)
+            _divergence_backward(weights, inputs.streams, grad_weights)
+            valid = 1 if mask is None else mask[rows.index, tile.queries, None]
+            grad_weights *= gradients[0] * valid
+            softmax_backward(grad_weights, weights, grad_weights)
+            grad_scores, parts = mix_backward(scores, inputs.pre_softmax, grad_weights, spare)
+            scores_backward(rows, tile, grad_scores, grad_q, grad_k)
+            for total, part in zip(grad_mix, parts, strict=True):
+                total += part
     return [grad_q, grad_k, *grad_mix]
+
+
+def _maps(inputs: DiversityInputs) -> Maps:
+    pre = inputs.pre_softmax
+    heads = max(inputs.q.shape[1], pre[0].shape[0] if len(pre) == 1 else 0)
+    return Maps(inputs.q, inputs.k, inputs.mask, inputs.causal, inputs.scale, heads=heads)
 
 
 def _fake(inputs: DiversityInputs) -> list[Tensor]:
@@ -63,8 +70,8 @@ def _fake(inputs: DiversityInputs) -> list[Tensor]:
 
 
 def _divergence(weights: Tensor, streams: int) -> Tensor:
-    """Jensen-Shannon divergences of all pairs of maps (s h, i, j) of different streams, summed: (i,)."""
-    entropy = _entropy(weights)  # (s h, i)
+    """Jensen-Shannon divergences of all pairs of maps (s h, r, i, j) of different streams, summed: (r, i)."""
+    entropy = _entropy(weights)  # (s h, r, i)
     total = torch.zeros_like(entropy[0])
     for head, others in _pairs(len(weights), streams):
         middle = _entropy((weights[head, None] + weights[others]) / 2)

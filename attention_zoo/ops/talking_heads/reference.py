@@ -31,6 +31,7 @@ def talking_heads_attention(
 ) -> Tensor:
     """post_softmax(softmax(pre_softmax(scale * q k^T) + bias)) v: arguments as in `ops.talking_heads_attention`.
 
+    Head axes: h_k of q and k, h of the softmax, h_v of v; each mix maps those before it to those after it.
     An additive mask is given as a boolean mask and a finite bias.
     """
     import einx

@@ -71,6 +71,59 @@ def test_every_path_equals_the_definition_with_all_options_combined(
         assert_same(cosine_sim_attention(*inputs[:3], impl=path, **options), want, inputs, 1e-12, path)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("size", [1, 4])
+def test_every_path_with_a_learned_scale_equals_the_definition_with_its_gradient(
+    size: int, biased: bool, causal: bool
+) -> None:
+    shapes = [(2, 4, 5, 6), (2, 2, 7, 6), (2, 2, 7, 3), (size,), *([(4, 5, 7)] if biased else [])]
+    inputs = leaves(*shapes)
+    options = {"mask": torch.rand(2, 7) < 0.6, "causal": causal, "bias": inputs[4] if biased else None}
+    q, k, v, scale = inputs[:4]
+    scale = 5 * scale
+    unit_q, unit_k = (unit_slices(x, 1, 1e-12) for x in (q, k))
+    scaled = torch.stack([unit_q[:, h] * scale[h % size] for h in range(4)], dim=1)
+    allowed = allowed_pairs((2, 4, 5, 7), mask=options["mask"], causal=causal)
+    bias = inputs[4].expand(2, 4, 5, 7) if biased else None
+    want = attend_one_by_one(scaled, unit_k, v, allowed, bias, 1.0)
+    for path in PATHS:
+        got = cosine_sim_attention(q, k, v, scale=5 * inputs[3], impl=path, **options)
+        assert_same(got, want, inputs, 1e-11, path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_learned_scale_is_applied_in_float32_to_half_precision_queries(path: str) -> None:
+    q, k, v = (torch.randn(1, 2, 67, 8).bfloat16() for _ in range(3))
+    scale = torch.tensor([19.97, 3.003])
+    got = cosine_sim_attention(q, k, v, scale=scale, causal=True, impl=path)
+    parts = [
+        slowly(q[:, h : h + 1].double(), k[:, h : h + 1].double(), v[:, h : h + 1].double(), causal=True, scale=size)
+        for h, size in enumerate(scale.tolist())
+    ]
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, torch.cat(parts, dim=1)) < 2e-2
+
+
+def test_the_reference_with_a_learned_scale_is_twice_differentiable() -> None:
+    inputs = leaves((1, 2, 3, 4), (1, 1, 5, 4), (1, 1, 5, 3), (2,))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+        return cosine_sim_attention(q, k, v, causal=True, scale=scale, impl="reference")
+
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(attend, inputs, fast_mode=True)
+
+
+def test_packed_documents_have_the_learned_scale() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    scale, ids = torch.tensor([3.0, 12.0]), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    got = cosine_sim_attention(q, k, v, causal=True, scale=scale, document_ids=ids)
+    parts = [(q[:, :, part], k[:, :, part], v[:, :, part]) for part in (slice(0, 4), slice(4, 9))]
+    want = torch.cat([cosine_sim_attention(*part, causal=True, scale=scale) for part in parts], dim=2)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("path", ["auto", "reference"])
 def test_keys_and_values_without_a_head_axis_are_shared_by_all_heads(path: str) -> None:
     inputs = leaves((2, 3, 5, 8), (2, 7, 8), (2, 7, 4))
@@ -301,6 +354,12 @@ BAD = {
     "mask": ({"mask": torch.zeros(2, 5).bool()}, ValueError, r"mask must be .*got shape \(2, 5\)"),
     "mask dtype": ({"mask": torch.zeros(2, 7)}, TypeError, r"mask must be a boolean tensor"),
     "a merged bias beside heads": ({"bias": torch.zeros(2, 5, 7)}, ValueError, r"bias must broadcast to .*\(2, 5, 7\)"),
+    "scale per key": (
+        {"scale": torch.ones(7)},
+        ValueError,
+        r"scale must be \(1,\) or \(h,\) with h = 4, got shape \(7,\)",
+    ),
+    "integer scale": ({"scale": torch.ones(4).int()}, TypeError, "scale must be a floating point tensor"),
     "impl": ({"impl": "cuda"}, ValueError, r"impl must be one of .*got impl='cuda'"),
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -17,33 +15,18 @@ def inputs(i: int, j: int, dtype: torch.dtype = torch.float32, batch: int = 2) -
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def make_mix(kind: str | None, dtype: torch.dtype = torch.float32, heads: int = HEADS) -> HeadMix:
+def make_mix(
+    kind: str | None, dtype: torch.dtype = torch.float32, heads: int = HEADS, after: int | None = None
+) -> HeadMix:
     def weight(*shape: int) -> Tensor:
         return (torch.randn(shape) * heads**-0.5).to(dtype).requires_grad_()
 
     if kind is None:
         return None
     if kind == "linear":
-        return weight(heads, heads)
+        return weight(heads if after is None else after, heads)
     return HeadMLP(weight(heads), weight(2 * heads, heads), weight(heads, 2 * heads))
 
 
 def tensors_of(*mixes: HeadMix) -> list[Tensor]:
     return [part for mix in mixes for part in ([] if mix is None else [mix] if isinstance(mix, Tensor) else mix)]
-
-
-def largest_tensor(run: Callable[[], Tensor]) -> int:
-    """Numbers in the largest tensor that forward and backward allocate."""
-    largest = 0
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                largest = max(largest, t.numel() if isinstance(t, Tensor) else 0)
-            return out
-
-    with Largest():
-        run().sum().backward()
-    return largest

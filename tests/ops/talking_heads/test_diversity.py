@@ -11,8 +11,9 @@ from torch import Tensor
 from attention_zoo.ops import tiling
 from attention_zoo.ops.talking_heads import HeadMLP, diversity, head_mixing, stream_diversity_loss, tiled
 from attention_zoo.ops.tiling import QUERY_TILE
+from tests.counting import largest_tensor
 from tests.ops.fast_code import forbid
-from tests.ops.talking_heads.mixes import HEADS, inputs, largest_tensor, make_mix, tensors_of
+from tests.ops.talking_heads.mixes import HEADS, inputs, make_mix, tensors_of
 
 
 def diversity_by_definition(q: Tensor, k: Tensor, streams: int, mask: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def test_one_trace_of_the_diversity_loss_serves_every_length() -> None:
 @pytest.mark.parametrize("n", [5, 67, 131])
 def test_tiled_diversity_loss_allocates_no_map_of_all_queries(n: int) -> None:
     q, k, _ = inputs(n, n, batch=1)
-    largest = largest_tensor(lambda: stream_diversity_loss(q, k, make_mix("linear"), streams=2))
+    largest = largest_tensor(lambda: stream_diversity_loss(q, k, make_mix("linear"), streams=2).backward())
     assert largest <= HEADS * max(min(n, QUERY_TILE) * n, n * 8)
 
 
@@ -125,6 +126,7 @@ def test_diversity_loss_of_one_stream_or_of_equal_streams_is_zero() -> None:
         ({"streams": 4}, ValueError, "streams must divide the heads of q, got streams=4 and 6 heads"),
         ({"streams": 0}, ValueError, "streams must divide the heads of q"),
         ({"pre_softmax": torch.ones(2, 2)}, ValueError, "pre_softmax must mix the 6 heads"),
+        ({"pre_softmax": torch.ones(5, 6)}, ValueError, "streams must divide the maps .* got streams=2 and 5 maps"),
         ({"mask": torch.ones(2, 5).bool()}, ValueError, "mask must be"),
         ({"impl": "sdpa"}, ValueError, "impl must be one of"),
     ],

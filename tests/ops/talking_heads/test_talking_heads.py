@@ -21,9 +21,10 @@ from attention_zoo.ops.talking_heads import (
     tiled,
 )
 from attention_zoo.ops.tiling import QUERY_TILE
+from tests.counting import largest_tensor
 from tests.formulas import relative_error
 from tests.ops.fast_code import forbid
-from tests.ops.talking_heads.mixes import HEADS, inputs, largest_tensor, make_mix, tensors_of
+from tests.ops.talking_heads.mixes import HEADS, inputs, make_mix, tensors_of
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -167,7 +168,9 @@ def test_second_derivative_of_the_tiled_implementation_raises_and_names_the_refe
 @pytest.mark.parametrize("n", [5, 67, 131])
 def test_tiled_implementation_allocates_no_map_of_all_queries(n: int) -> None:
     q, k, v = inputs(n, n, batch=1)
-    largest = largest_tensor(lambda: talking_heads_attention(q, k, v, make_mix("linear"), make_mix("linear")))
+    largest = largest_tensor(
+        lambda: talking_heads_attention(q, k, v, make_mix("linear"), make_mix("linear")).sum().backward()
+    )
     assert largest <= HEADS * max(min(n, QUERY_TILE) * n, n * 8)
 
 
@@ -190,8 +193,8 @@ def test_identity_mix_leaves_the_maps_unchanged() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"pre_softmax": "linear"}, TypeError, "pre_softmax must be an .h, h. tensor, a HeadMLP or None, got str"),
-        ({"post_softmax": (torch.ones(HEADS),) * 3}, TypeError, "post_softmax must be an .h, h. tensor.* got tuple"),
+        ({"pre_softmax": "linear"}, TypeError, "pre_softmax must be an .o, h. tensor, a HeadMLP or None, got str"),
+        ({"post_softmax": (torch.ones(HEADS),) * 3}, TypeError, "post_softmax must be an .o, h. tensor.* got tuple"),
         ({"pre_softmax": torch.ones(2, 2)}, ValueError, "pre_softmax must mix the 6 heads"),
         (
             {"post_softmax": torch.eye(5)},
