@@ -5,7 +5,9 @@ Papers: Layer Normalization, https://arxiv.org/abs/1607.06450; RMSNorm, https://
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,20 +67,24 @@ class LayerNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
 
 
-def make_norm(norm: str | Callable[[int], nn.Module], dim: int) -> nn.Module:
-    """A norm by its name in NORMS, or made by a function of `dim`.
+def make_norm(norm: str | tuple[str, Mapping[str, Any]] | Callable[[int], nn.Module], dim: int) -> nn.Module:
+    """A norm by its name in NORMS, `(name, options)` such as ("rms", {"eps": 1e-6}), or made by a function of `dim`.
 
     Raises:
-        TypeError: `norm` is neither a name nor a function, or the function returns no module.
-        ValueError: `norm` is not in NORMS.
+        TypeError: `norm` is none of these, or the function returns no module.
+        ValueError: the name is not in NORMS, or an option is unknown.
     """
     if callable(norm) and not isinstance(norm, nn.Module):
         made = norm(dim)
         check_instance(nn.Module, norm=made)
         return made
-    check_instance(str, norm=norm)
-    check_choice("norm", norm, NORMS)
-    return NORMS[str(norm)](dim)
+    name, options = norm if isinstance(norm, (tuple, list)) and len(norm) == 2 else (norm, {})
+    check_instance(str, norm=name)
+    check_instance(Mapping, options_of_norm=options)
+    check_choice("norm", name, NORMS)
+    for option in options:
+        check_choice(f"option of {name!r}", option, sorted({*signature(NORMS[name]).parameters} - {"dim"}))
+    return NORMS[name](dim, **options)

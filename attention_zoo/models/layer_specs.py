@@ -25,7 +25,10 @@ BlockSpec = str | Make | nn.Module | tuple[str | Make, Mapping[str, Any]]
 LayerSpec = BlockSpec | Sequence[BlockSpec]
 # The attention of a whole stack: one layer, or a list of layers cycled over the depth.
 AttentionSpec = LayerSpec | Sequence[LayerSpec]
-FeedForwardSpec = str | tuple[str, Mapping[str, Any]] | Make | None
+# One feedforward: a name in FEEDFORWARDS, (name, options), a function of dim, or None for no feedforward.
+FeedForward = str | tuple[str, Mapping[str, Any]] | Make | None
+# The feedforwards of a whole stack: one for every layer, or a list cycled over the depth.
+FeedForwardSpec = FeedForward | Sequence[FeedForward]
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,20 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
     return {name: getattr(module, name) for name in parameters if hasattr(module, name)}
 
 
-def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Module:
+def resolve_feedforwards(feedforward: FeedForwardSpec, depth: int) -> list[FeedForward]:
+    """The feedforward of each of `depth` layers. A list is cycled over the depth.
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    if not isinstance(feedforward, (list, tuple)) or has_options(feedforward):
+        return [feedforward] * depth  # type: ignore[list-item]
+    if not feedforward:
+        raise ValueError(f"feedforward must name at least one feedforward, got {feedforward!r}")
+    return [feedforward[layer % len(feedforward)] for layer in range(depth)]
+
+
+def make_feedforward(spec: FeedForward, dim: int, **defaults: Any) -> nn.Module:
     """Build one feedforward. The options of `(name, options)` take precedence over `defaults`.
 
     Raises:
@@ -260,7 +276,7 @@ def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Mod
         check_instance(nn.Module, feedforward=made)
         return made
     if not isinstance(spec, str) and not has_options(spec):
-        raise TypeError(f"feedforward must be a name, (name, options), a callable or None, got {spec!r}")
+        raise TypeError(f"feedforward must be a name, (name, options), a callable, None or a list, got {spec!r}")
     name, options = (spec, {}) if isinstance(spec, str) else spec  # type: ignore[misc]
     check_choice("feedforward", name, FEEDFORWARDS)
     for option in options:

@@ -37,6 +37,7 @@ from attention_zoo.models.layer_specs import (
     first_with_same_id,
     make_block,
     make_feedforward,
+    resolve_feedforwards,
     resolve_layers,
     run_block,
     saved_spec,
@@ -199,8 +200,9 @@ class Stack(RecordsArguments, nn.Module):
         depth: number of layers.
         attention: the block of every layer, or a list cycled over the depth. A layer with several blocks is a list of
             them within the list: `[["full", "cross"]]`.
-        feedforward: a name in FEEDFORWARDS, `(name, options)`, a function of dim, or None for no feedforward.
-        norm: a name in NORMS, or a function of dim.
+        feedforward: the feedforward of every layer, or a list cycled over the depth: each a name in FEEDFORWARDS,
+            `(name, options)`, a function of dim, or None for no feedforward.
+        norm: a name in NORMS, `(name, options)` such as ("rms", {"eps": 1e-6}), or a function of dim.
         residual: a name in RESIDUALS: "pre", "post", "sandwich" or "deepnorm".
         heads, dim_head: number and size of the heads of every block that takes them. None: the defaults of each block.
         causal: whether the blocks are causal. A block with an attribute `causal` that differs is an error. None: every
@@ -260,7 +262,8 @@ class Stack(RecordsArguments, nn.Module):
         check_instance(TextImageLayout, type(None), token_shift=token_shift)
         check_choice("residual", residual, RESIDUALS)
         check_fraction(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
-        if ff_dropout and (feedforward is None or callable(feedforward)):
+        feedforwards = resolve_feedforwards(feedforward, depth)
+        if ff_dropout and all(one is None or callable(one) for one in feedforwards):
             raise ValueError(f"ff_dropout must be 0 with feedforward={feedforward!r}, got {ff_dropout=}")
         if reversible and not RESIDUALS[residual].additive:
             raise ValueError(f"residual must add to the stream with reversible=True, got {residual=}")
@@ -284,7 +287,7 @@ class Stack(RecordsArguments, nn.Module):
         attn_from = first_with_same_id(
             "shared_attn_ids", shared_attn_ids, [[block.spec for block in layer] for layer in specs]
         )
-        ff_from = first_with_same_id("shared_ff_ids", shared_ff_ids, [feedforward] * depth)
+        ff_from = first_with_same_id("shared_ff_ids", shared_ff_ids, feedforwards)
 
         self.layers = nn.ModuleList()
         blocks: dict[tuple[str, int, int], nn.Module] = {}  # by the layer and place where the weights first occur
@@ -292,7 +295,7 @@ class Stack(RecordsArguments, nn.Module):
             entries: dict[tuple[str, int, int], Block | None] = {
                 ("attention", attn_from[layer], place): spec for place, spec in enumerate(specs[layer])
             }
-            if feedforward is not None:
+            if feedforwards[layer] is not None:
                 entries["feedforward", ff_from[layer], 0] = None
             scale = layer_scale_start(layer) if layer_scale else None
             sublayers = []
@@ -301,7 +304,7 @@ class Stack(RecordsArguments, nn.Module):
                 if key not in blocks and spec is not None:
                     blocks[key] = self.make_block(spec, connection)
                 elif key not in blocks:
-                    block = make_feedforward(feedforward, dim, mult=ff_mult, dropout=ff_dropout)
+                    block = make_feedforward(feedforwards[layer], dim, mult=ff_mult, dropout=ff_dropout)
                     connection.initialize(block)
                     blocks[key] = block if token_shift is None else TokenShift(block, dim, layout=token_shift)
                 tokenwise = spec is None and token_shift is None
