@@ -83,6 +83,7 @@ def make_norm(norm: str | tuple[str, Mapping[str, Any]] | Callable[[int], nn.Mod
         made = norm(dim)
         check_instance(nn.Module, norm=made)
         return made
+    name: Any
     name, options = norm if isinstance(norm, (tuple, list)) and len(norm) == 2 else (norm, {})
     check_instance(str, norm=name)
     check_instance(Mapping, options_of_norm=options)
