@@ -79,6 +79,16 @@ CASES = [
     Case("full", lambda: FullAttention(DIM, **SMALL), lengths=LENGTHS),
     Case("full: bidirectional", lambda: FullAttention(DIM, causal=False, **SMALL), causal=False),
     Case("full: grouped heads, rotary", lambda: FullAttention(DIM, kv_heads=2, rotary=Rotary(), **SMALL)),
+    Case(
+        "full: half-split rotary, yarn",
+        lambda: FullAttention(
+            DIM,
+            rotary=Rotary(
+                6, theta=500.0, scaling={"type": "yarn", "factor": 4, "original_max_seq_len": 512}, pairing="half"
+            ),
+            **SMALL,
+        ),
+    ),
     Case("full: relative bias", lambda: FullAttention(DIM, bias=RelativeBias(4), **SMALL), lengths=(1, 7, 67, 131)),
     Case(
         "full: bidirectional, relative bias, biased projections",

@@ -66,9 +66,9 @@ class CosineSimAttention(SelfAttention):
         check_number(scale=scale)  # None, e^-0.5 in `SelfAttention`, is no scale of cosines
         if dim_head % groups:
             raise ValueError(f"groups must divide dim_head, got {groups=}, {dim_head=}")
-        if self.rotary is not None and groups > 1 and dim_head // groups % 2:
+        if self.rotary is not None and groups > 1 and (dim_head // groups % 2 or self.rotary.pairing == "half"):
             # The norm of a group that holds half of a rotated pair depends on the absolute position.
-            raise ValueError(f"groups must not split rotary pairs, got {groups=}, {dim_head=}")
+            raise ValueError(f"groups must not split rotary pairs, got {groups=}, {dim_head=}, {self.rotary}")
         self.groups = groups
 
     def prepare(self, qk: Tensor, start: int | Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class RelativeGateAttention(AttentionBlock):
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: `dim_head` is odd, `gate`, `output_gate` or `output_gate_per` is unknown, `rotary` cannot be
-            converted, or `gradient_fraction` is outside [0, 1].
+            converted or has pairing="half", or `gradient_fraction` is outside [0, 1].
     """
 
     no_attn_mask = "whose operation takes no masks of pairs"
@@ -97,6 +97,11 @@ class RelativeGateAttention(AttentionBlock):
         check_gate(gate, gradient_fraction)
         check_flag(softmax=softmax, out_bias=out_bias)
         self.rotary = make_rotary(rotary, dim_head)
+        if self.rotary is not None and self.rotary.pairing != "interleaved":
+            # With another gate for each of a pair, the scores depend on the absolute positions.
+            raise ValueError(
+                f"rotary.pairing must be 'interleaved', the pairs of the gates, got {self.rotary.pairing!r}"
+            )
         self.softmax = softmax
         self.gate = gate
         self.gradient_fraction = gradient_fraction

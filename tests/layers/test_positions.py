@@ -160,6 +160,30 @@ def test_rotary_compiles_as_one_graph_at_any_start() -> None:
         (lambda: Rotary(theta=math.inf), "theta must be finite, got theta=inf"),
         (lambda: Rotary(theta=math.nan), "theta must be finite, got theta=nan"),
         (lambda: TextImageRotary(TextImageLayout(2, 3, 4), theta=0), "theta must be positive, got theta=0"),
+        (lambda: Rotary(pairing="split"), "pairing must be one of .* got pairing='split'"),
+        (lambda: Rotary(scaling={"factor": 2}), r"scaling\['type'\] must be one of .* got scaling\['type'\]=None"),
+        (lambda: Rotary(scaling={"type": "yarm"}), "must be one of .*'yarn'.* did you mean 'yarn'"),
+        (lambda: Rotary(scaling={"type": "longrope"}), "must not be 'longrope', whose frequencies change"),
+        (lambda: Rotary(scaling={"type": "dynamic", "factor": 2}), "must not be 'dynamic', whose frequencies change"),
+        (lambda: Rotary(scaling={"type": "linear"}), "scaling 'linear' must have factor, got"),
+        (lambda: Rotary(scaling={"type": "yarn", "factor": 2}), "scaling 'yarn' must have original_max_seq_len, got"),
+        (lambda: Rotary(scaling={"type": "llama3", "factor": 2}), "must have low_freq_factor, high_freq_factor, orig"),
+        (lambda: Rotary(scaling={"type": "ntk", "faktor": 2}), "options of scaling 'ntk' must be .* mean 'factor'"),
+        (lambda: Rotary(scaling={"type": "linear", "factor": 0.5}), r"\['factor'\] must be at least 1, got 0.5"),
+        (lambda: Rotary(scaling={"type": "linear", "factor": 0}), r"\['factor'\] must be positive"),
+        (lambda: Rotary(scaling={**YARN, "beta_fast": 1}), r"\['beta_fast'\] must exceed scaling\['beta_slow'\]"),
+        (lambda: Rotary(scaling={**YARN, "mscale": 1}), "both or none of mscale and mscale_all_dim"),
+        (lambda: Rotary(theta=1, scaling=YARN), "theta must exceed 1 with scaling 'yarn', got theta=1"),
+        (lambda: Rotary(2, freqs=[1.0], scaling=YARN), "scaling must be None with freqs, got scaling="),
+        (lambda: rotary(3, scaling={"type": "ntk", "factor": 2}), "at least 4 features with scaling 'ntk', got 2"),
+        (
+            lambda: CosineSimAttention(8, dim_head=8, groups=2, rotary=Rotary(pairing="half")),
+            "groups must not split rotary pairs, got groups=2",
+        ),
+        (
+            lambda: RelativeGateAttention(8, rotary=Rotary(pairing="half")),
+            "rotary.pairing must be 'interleaved', the pairs of the gates, got 'half'",
+        ),
         (lambda: Rotary(4, freqs=[1.0]), "freqs must hold dim / 2 numbers, got dim=4 and 1 freqs"),
         (lambda: rotary(8, 10), "rotary must rotate 2 ... dim_head features, got rotary.dim=10, dim_head=8"),
         (lambda: rotary(1), "rotary must rotate 2 ... dim_head features, got rotary.dim=None, dim_head=1"),
@@ -176,6 +200,23 @@ def test_rotary_compiles_as_one_graph_at_any_start() -> None:
 def test_position_modules_name_invalid_arguments(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ("yarn", "scaling must be of type Mapping, got str"),
+        ({"type": "linear", "factor": "2"}, r"scaling\['factor'\] must be a number, got .*'2'"),
+        (
+            {"type": "yarn", "factor": 2, "original_max_seq_len": 9.5},
+            r"scaling\['original_max_seq_len'\] must be an int",
+        ),
+        ({"type": "yarn", "factor": 2, "original_max_seq_len": 9, "truncate": 1}, r"\['truncate'\] must be a bool"),
+    ],
+)
+def test_options_of_scaling_of_another_type_are_named(scaling: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Rotary(scaling=scaling)
 
 
 def t5_bucket(distance: int, *, buckets: int, max_distance: int, causal: bool) -> int:
@@ -247,10 +288,160 @@ def test_relative_bias_gets_gradients_through_a_layer() -> None:
     assert not used[5:].any()
 
 
-def test_rotary_frequencies_equal_those_of_rotary_embedding_torch() -> None:
-    library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding(8)
-    x = torch.randn(1, 2, 5, 8)
-    torch.testing.assert_close(rotary(8)(x), library.rotate_queries_or_keys(x), atol=1e-6, rtol=0)
+@pytest.mark.parametrize("theta", [10000.0, 500000])
+@pytest.mark.parametrize("dim", [8, 100])
+def test_rotary_frequencies_equal_those_of_rotary_embedding_torch(dim: int, theta: float) -> None:
+    library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding
+    assert rotary(dim, theta=theta)._freqs[dim] == library(dim, theta=theta).freqs.tolist()
+    for scaling, options in (
+        ({"type": "linear", "factor": 2.5}, {"interpolate_factor": 2.5}),
+        ({"type": "ntk", "factor": 4.0}, {"theta_rescale_factor": 4.0}),
+    ):
+        x = torch.randn(1, 2, 40, dim)
+        want = library(dim, theta=theta, **options).rotate_queries_or_keys(x)
+        torch.testing.assert_close(rotary(dim, theta=theta, scaling=scaling)(x), want, atol=1e-5, rtol=0)
+
+
+def test_a_single_pair_turns_by_one_radian_per_token() -> None:
+    x = torch.randn(1, 2, 9, 5)
+    assert relative_error(rotary(5, 2)(x), turned(x, 0, width=2, freqs=[1.0])) < 1e-6
+
+
+def scaled_frequencies(dim: int, theta: float, scaling: dict) -> list[float]:
+    """Frequencies in Python's floats, a pair at a time."""
+    s, kind = scaling["factor"], scaling["type"]
+    freqs = []
+    for p in range(dim // 2):
+        freq = theta ** (-2 * p / dim)
+        turns = scaling.get("original_max_seq_len", 0) * freq / (2 * math.pi)
+        if kind == "linear":
+            freq /= s
+        elif kind == "ntk":
+            freq /= s ** (2 * p / (dim - 2))  # 1 for the first pair, s for the last
+        elif kind == "llama3":
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            if turns < low:
+                freq /= s
+            elif turns <= high:
+                part = (turns - low) / (high - low)
+                freq = part * freq + (1 - part) * freq / s
+        else:
+
+            def pair_of(turns: float) -> float:
+                """The pair, a fraction, that makes these turns: length * theta^(-2p / dim) = 2 pi turns."""
+                return dim / 2 * math.log(scaling["original_max_seq_len"] / (2 * math.pi * turns), theta)
+
+            first, last = pair_of(scaling.get("beta_fast", 32)), pair_of(scaling.get("beta_slow", 1))
+            if scaling.get("truncate", True):
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, dim - 1)
+            ramp = min(max((p - first) / (last - first), 0), 1)
+            freq = ramp * freq / s + (1 - ramp) * freq
+        freqs.append(freq)
+    return freqs
+
+
+LLAMA3 = {
+    "type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_seq_len": 8192,
+}
+YARN = {"type": "yarn", "factor": 4, "original_max_seq_len": 4096}
+SCALINGS = [
+    {"type": "linear", "factor": 4},
+    {"type": "ntk", "factor": 4.0},
+    LLAMA3,
+    {**LLAMA3, "original_max_seq_len": 100, "factor": 1},
+    YARN,
+    {**YARN, "truncate": False},
+    {**YARN, "beta_fast": 16, "beta_slow": 2.5, "original_max_seq_len": 1000},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize(("dim", "theta"), [(64, 5e5), (32, 10000.0)])
+def test_scaled_frequencies_follow_their_formulas(scaling: dict, dim: int, theta: float) -> None:
+    got = rotary(dim + 3, dim, theta=theta, scaling=scaling)._freqs[dim]
+    assert got == pytest.approx(scaled_frequencies(dim, theta, scaling), rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({}, 0.1 * math.log(4) + 1),
+        ({"attention_factor": 1.5}, 1.5),
+        ({"mscale": 1.0, "mscale_all_dim": 0.5}, (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)),
+        ({"attention_factor": 1.5, "mscale": 1.0, "mscale_all_dim": 0.5}, 1.5),
+        ({"factor": 1.0}, 1.0),
+    ],
+)
+def test_yarn_multiplies_rotated_features_by_its_attention_factor(options: dict, factor: float) -> None:
+    x = torch.randn(1, 2, 5, 20)
+    out = rotary(20, 16, scaling={**YARN, **options})(x)
+    torch.testing.assert_close(out[..., :16].norm(dim=-1), factor * x[..., :16].norm(dim=-1))
+    assert torch.equal(out[..., 16:], x[..., 16:])
+
+
+@pytest.mark.parametrize("dim", [8, 4, None])
+def test_half_pairing_rotates_permuted_features_as_interleaved_pairs(dim: int | None) -> None:
+    width = 8 if dim is None else dim
+    order = torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2), torch.arange(width, 8)))
+    x = torch.randn(2, 3, 11, 8)
+    part = rotary(8, dim, pairing="half")
+    for start in (0, 7, torch.randint(0, 50, (2, 11))):
+        torch.testing.assert_close(part(x[..., order], start), rotary(8, dim)(x, start)[..., order])
+
+
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+def test_explicit_positions_rotate_as_a_table_and_may_be_large(pairing: str) -> None:
+    part, x = rotary(8, scaling=YARN, pairing=pairing), torch.randn(2, 3, 11, 8)
+    ids = torch.randint(0, 60, (2, 11))
+    row = part(x[:, :, :1].expand(-1, -1, 60, -1))  # every position
+    for b in range(2):
+        for n in range(11):
+            one = part(x[b : b + 1, :, n : n + 1], int(ids[b, n]))[0, :, 0]
+            torch.testing.assert_close(part(x, ids)[b, :, n], one)
+    far = part(x, ids.to(torch.int32) + 10**6)
+    assert far.isfinite().all()
+    assert relative_error(far, rotary(8, scaling=YARN, pairing=pairing)(x, ids)) > 1e-2
+    assert row.shape[2] == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        *(
+            scaling for scaling in SCALINGS if scaling["type"] != "ntk"
+        ),  # transformers has it with a dynamic factor only
+        {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0},
+    ],
+    ids=str,
+)
+def test_rotary_table_equals_that_of_transformers(scaling: dict | None) -> None:
+    pytest.importorskip("transformers", reason="needs transformers, in the extra hf")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    names = {"type": "rope_type", "original_max_seq_len": "original_max_position_embeddings"}
+    parameters = {names.get(name, name): value for name, value in (scaling or {"type": "default"}).items()}
+    config = LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=4,
+        max_position_embeddings=4 * 4096,
+        rope_parameters={"rope_theta": 5e5, **parameters},
+    )
+    ids = torch.stack((torch.arange(300), 17 * torch.arange(300), torch.arange(300) + 10**6))
+    x = torch.randn(3, 4, 300, 64)
+    cos, sin = LlamaRotaryEmbedding(config)(x, ids)
+    want, _ = apply_rotary_pos_emb(x, x, cos, sin)
+    part = rotary(64, theta=5e5, scaling=scaling, pairing="half")
+    assert part._freqs[64] == LlamaRotaryEmbedding(config).inv_freq.tolist()
+    torch.testing.assert_close(part(x, ids), want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(part(x[:1]), want[:1], atol=2e-6, rtol=0)
 
 
 ROTATING = {
