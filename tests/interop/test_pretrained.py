@@ -79,7 +79,7 @@ def test_a_recorded_decoder_computes_what_transformers_computed(name: str) -> No
 @pytest.mark.parametrize("name", [*RECORDED, *OTHERS])
 def test_a_random_decoder_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="the extra hf is not installed")
-    write_decoder(tmp_path, (RECORDED | OTHERS)[name], max_shard_size="5KB" if "qwen" in name else "1GB")
+    write_decoder(tmp_path, (RECORDED | OTHERS)[name], max_shard_size="3KB" if "qwen" in name else "1GB")
     assert (tmp_path / INDEX).exists() == ("qwen" in name)
     assert_computes(from_pretrained_folder(str(tmp_path)), expected(tmp_path))
 

@@ -95,6 +95,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mistral, eight key/value heads by default": {
         **{name: value for name, value in MISTRAL.items() if name != "num_key_value_heads"},
         "num_attention_heads": 8,
+        "head_dim": 2,
         "sliding_window": 2,
     },
     "qwen2 without a window": {**QWEN2, "sliding_window": 3, "tie_word_embeddings": True},
