@@ -61,6 +61,7 @@ RECORDED: dict[str, dict[str, Any]] = {
     },
     "qwen3": {
         **QWEN3,
+        "rms_norm_eps": 1e-3,
         "use_sliding_window": True,
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
