@@ -98,6 +98,14 @@ CASES = [
         causal=False,
     ),
     Case(
+        "full: query-key RMSNorm, grouped heads, rotary",
+        lambda: FullAttention(DIM, qk_norm="rms", kv_heads=2, rotary=Rotary(), **SMALL),
+    ),
+    Case(
+        "full: l2-normalised queries and keys, relative bias",
+        lambda: FullAttention(DIM, qk_norm="l2", scale=5.0, kv_heads=1, bias=RelativeBias(4), **SMALL),
+    ),
+    Case(
         "full: pattern",
         lambda: FullAttention(DIM, pattern=striped(), **SMALL),
         options={"shift_invariant": False},  # the pattern is tied to the index

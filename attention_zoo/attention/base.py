@@ -20,6 +20,7 @@ from attention_zoo._checks import (
     check_positive,
     check_positive_number,
 )
+from attention_zoo.layers.norms import make_qk_norms
 from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.patterns import make_pattern
 from attention_zoo.layers.positions import RelativeBias, RotaryArgument, make_rotary
@@ -233,6 +234,11 @@ class SelfAttention(AttentionBlock):
         scale: scale of the scores. Default: dim_head^-0.5.
         rotary: rotary position embedding of queries and keys; True for `Rotary()`. A RotaryEmbedding of
             rotary-embedding-torch is converted, see `make_rotary`.
+        qk_norm: norm of the queries and keys of each head, before `rotary`: "rms", RMSNorm with one learned weight
+            (dim_head,) for all query heads and one for all key heads, as in Qwen3; or "l2", unit length, and a learned
+            scale per query head takes the place of `scale`, which is its initial value, by default dim_head^0.5. At
+            that value both kinds give the same scores. Default: no norm.
+        qk_norm_eps: added to the mean square ("rms"), or the smallest norm to divide by ("l2").
         bias: relative position bias, added to the scores.
         pattern: sparse pattern (`attention_zoo.ops.sparse`), or an (N, N) bool tensor, True where query i (row) may
             attend to key j (column), for sequences of up to N tokens.
@@ -243,7 +249,8 @@ class SelfAttention(AttentionBlock):
 
     Raises:
         ValueError: `kv_heads` does not divide `heads`, `bias` has another number of heads, `scale` is not positive or
-            is given with `pattern`, `pattern` is not square, `output_gate` is unknown, or `rotary` cannot be converted.
+            is given with `pattern`, `pattern` is not square, `output_gate` or `qk_norm` is unknown, `qk_norm_eps` is
+            not positive, or `rotary` cannot be converted.
         TypeError: an argument has another type, or `pattern` is a tensor that is not boolean.
     """
 
@@ -258,6 +265,8 @@ class SelfAttention(AttentionBlock):
         dropout: float = 0.0,
         scale: float | None = None,
         rotary: RotaryArgument = None,
+        qk_norm: str | None = None,
+        qk_norm_eps: float = 1e-6,
         bias: RelativeBias | None = None,
         pattern: Pattern | Tensor | None = None,
         qkv_bias: bool = False,
@@ -278,7 +287,8 @@ class SelfAttention(AttentionBlock):
             bias.check_heads(heads)
         if pattern is not None and scale is not None:
             raise ValueError(f"scale must be None with a pattern, got {scale=}")
-        self.scale = scale
+        self.scale = None if qk_norm == "l2" else scale
+        self.q_norm, self.k_norm = make_qk_norms(qk_norm, heads=heads, dim_head=dim_head, scale=scale, eps=qk_norm_eps)
         self.rotary = make_rotary(rotary, dim_head)
         self.bias = bias
         self.pattern = None if pattern is None else make_pattern(pattern, causal=causal)
@@ -328,7 +338,11 @@ class SelfAttention(AttentionBlock):
         """
         heads = split_heads(self.to_qkv(x), self.dim_head)  # (..., h + 2 kv_h, n, e), from one matrix product
         qk, v = heads[..., : -self.kv_heads, :, :], heads[..., -self.kv_heads :, :, :]
-        q, k = map_queries_and_keys(lambda qk: self.prepare(qk, start), qk, self.heads)
+        if self.q_norm is None or self.k_norm is None:
+            q, k = map_queries_and_keys(lambda qk: self.prepare(qk, start), qk, self.heads)
+        else:
+            q = self.prepare(self.q_norm(qk[..., : self.heads, :, :]), start)
+            k = self.prepare(self.k_norm(qk[..., self.heads :, :, :]), start)
         return q, k, v
 
     def prepare(self, qk: Tensor, start: int | Tensor) -> Tensor:
