@@ -122,8 +122,9 @@ class GateLoopAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x, mask, documents = self.reading_order(hide_masked(x, mask), mask, documents)
         out, _ = self.recur(*self.project(x), mask, documents=documents)
         has_valid = None
@@ -134,11 +135,17 @@ class GateLoopAttention(AttentionBlock):
         return out.flip(1) if self.reverse else out
 
     def step(
-        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         if self.reverse:
             raise ValueError("step needs reverse=False, got reverse=True, which reads later tokens first")
-        self.check_step(x, state, mask, GateLoopState, attn_mask)
+        self.check_step(x, state, mask, GateLoopState, attn_mask, position_ids)
         x = hide_masked(x, mask)
         has_valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.cumsum(1) > 0
         hidden, count = None, None
@@ -231,8 +238,9 @@ class GateLoopAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x, mask, documents = self.reading_order(hide_masked(x, mask), mask, documents)
         q, k, _, gate = self.split(*self.project(x), mask)
         weights = gate_loop_weights(q, k, gate, document_ids=documents)
@@ -245,8 +253,9 @@ class GateLoopAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> ValuesAndOutput:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x, mask, documents = self.reading_order(hide_masked(x, mask), mask, documents)
         q, k, v, z = self.project(x)
         out, _ = self.recur(q, k, v, z, mask, documents=documents)

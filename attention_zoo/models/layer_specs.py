@@ -18,7 +18,7 @@ from attention_zoo.layers.feedforward import FEEDFORWARDS
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 Make = Callable[..., nn.Module]
 # What a stack gives to a block besides the features, if its `forward` has an argument of the name.
-INPUTS = ("mask", "attn_mask", "context", "context_mask", "document_ids", "context_document_ids")
+INPUTS = ("mask", "attn_mask", "context", "context_mask", "document_ids", "context_document_ids", "position_ids")
 # One block: a name in BLOCKS, a class, a function of dim that returns a module, either with options, or a module.
 BlockSpec = str | Make | nn.Module | tuple[str | Make, Mapping[str, Any]]
 # One layer: a block, or a list of blocks.
