@@ -226,6 +226,19 @@ CASES = [
         options={"bf16_error": 0.1},
     ),
     Case("gate_loop: no transition", lambda: GateLoopAttention(DIM, heads=4, gate=None)),
+    Case(
+        "gate_loop: reverse",
+        lambda: GateLoopAttention(DIM, reverse=True, gradient_fraction=1.0),
+        causal=False,
+        # under autocast z is rounded, which turns the phase of gates with a small |z|, in both directions
+        options={"bf16_error": 0.1},
+    ),
+    Case(
+        "gate_loop: 4 heads, sub-norm, reverse",
+        lambda: GateLoopAttention(DIM, heads=4, sub_norm=True, reverse=True, gradient_fraction=1.0),
+        causal=False,
+        options={"empty_is_zero": True},  # before the first valid token the bias of the sub-norm is masked
+    ),
     Case("simple_gate_loop", lambda: SimpleGateLoop(DIM), lengths=LENGTHS),
     Case("simple_gate_loop: no norm, post-norm", lambda: SimpleGateLoop(DIM, norm=False, post_norm=True)),
     Case("simple_gate_loop: reverse", lambda: SimpleGateLoop(DIM, reverse=True), causal=False),

@@ -17,6 +17,7 @@ from attention_zoo._checks import (
     check_int,
     check_number,
     check_padding,
+    check_position_ids,
     check_positive,
     check_positive_number,
 )
@@ -61,6 +62,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
         compiles: whether torch.compile(fullgraph=True) can trace the layer.
         no_attn_mask: why the layer takes no `attn_mask`, a relative clause of the error message; None if it takes one.
         no_documents: likewise for `document_ids`.
+        no_position_ids: likewise for `position_ids`.
 
     Raises:
         TypeError: a size is not an int, `causal` is not a bool, or `dropout` is not a number.
@@ -92,6 +94,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence.
 
@@ -105,18 +108,28 @@ class AttentionBlock(RecordsArguments, nn.Module):
                 masking and `mask`. A query that may attend to no key gets 0 from the operation.
             document_ids: (b, n) int, for packed rows: a document is a maximal run of equal ids, and every document gets
                 what it would get alone. Models pass `Documents`, which they compute once.
+            position_ids: (b, n) int of any size, the positions of the tokens for the rotary position embedding, in
+                place of 0, ..., n - 1 (with `document_ids`, those in the document). Causality goes by the order of the
+                tokens.
 
         Returns:
             (b, n, d).
 
         Raises:
             TypeError: a tensor has the wrong dtype.
-            ValueError: a tensor has the wrong shape or device, or the layer takes no `attn_mask` or `document_ids`.
+            ValueError: a tensor has the wrong shape or device, or the layer takes no `attn_mask`, `document_ids` or
+                `position_ids`.
         """
         raise NotImplementedError
 
     def step(
-        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Decode: attend from new tokens to themselves and to all tokens of earlier steps.
 
@@ -126,6 +139,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
             mask: (b, t) bool, True = a valid token. The state holds the mask of the earlier tokens.
             attn_mask: the rows of `attn_mask` of `forward` for the new tokens: (t, j), (b, t, j) or (b, h, t, j) with
                 j = all tokens so far, the new ones included.
+            position_ids: (b, t) int, the positions of the new tokens, in place of their indices in the sequence.
 
         Returns:
             (b, t, d) and the new state.
@@ -143,6 +157,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Effective weights (b, h, i, j) on the values, before any gate, norm or projection. Args: see `forward`."""
         raise NotImplementedError
@@ -154,6 +169,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> ValuesAndOutput:
         """Values and output of the operation inside the layer, for checks of `attention_map`. Args: see `forward`."""
         raise NotImplementedError
@@ -168,12 +184,22 @@ class AttentionBlock(RecordsArguments, nn.Module):
         """Number of attention maps h."""
         return self.heads
 
+    @property
+    def no_position_ids(self) -> str | None:
+        rotary, bias, pattern = (getattr(self, name, None) for name in ("rotary", "bias", "pattern"))
+        if rotary is None:
+            return "which has no rotary position embedding"
+        if pattern is not None:
+            return "whose pattern is tied to the positions in the row"
+        return None if bias is None else "whose bias goes by the distances in the row"
+
     def check_inputs(
         self,
         x: Tensor,
         mask: Tensor | None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
         *,
         earlier: int = 0,
     ) -> Documents | None:
@@ -188,6 +214,10 @@ class AttentionBlock(RecordsArguments, nn.Module):
             self.check_attn_mask(attn_mask, x, earlier + x.shape[1])
         if document_ids is not None and self.no_documents is not None:
             raise ValueError(f"document_ids must be None for {type(self).__name__}, {self.no_documents}")
+        if position_ids is not None:
+            if self.no_position_ids is not None:
+                raise ValueError(f"position_ids must be None for {type(self).__name__}, {self.no_position_ids}")
+            check_position_ids(position_ids, x)
         return as_documents(document_ids, x)
 
     def check_attn_mask(self, attn_mask: Tensor | None, x: Tensor, keys: int) -> None:
@@ -208,13 +238,12 @@ class AttentionBlock(RecordsArguments, nn.Module):
         mask: Tensor | None,
         kind: type[State],
         attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> None:
         """Check the arguments of `step`; `kind` is the class of the layer's states. Errors as in `step`."""
         check_state(state, kind)
-        if attn_mask is None:
-            self.check_inputs(x, mask)
-        else:
-            self.check_inputs(x, mask, attn_mask, earlier=0 if state is None else state.length)
+        earlier = 0 if attn_mask is None or state is None else state.length
+        self.check_inputs(x, mask, attn_mask, None, position_ids, earlier=earlier)
         if not self.causal:
             raise ValueError(f"step needs causal=True, got causal={self.causal}")
 
@@ -308,24 +337,31 @@ class SelfAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
+        q, k, v = self.project(x, first_position(documents, position_ids))
         if documents is None:
-            q, k, v = self.project(x, start=0)
             return self.merge(self.attend(q, k, v, combine_masks(mask, attn_mask)), x)
-        q, k, v = self.project(x, start=documents.positions)
         out = documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
         return self.merge(out, x)
 
     def step(
-        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, KeyValueState]:
-        self.check_step(x, state, mask, KeyValueState, attn_mask)
+        self.check_step(x, state, mask, KeyValueState, attn_mask, position_ids)
         x = hide_masked(x, mask)
-        q, k, v = self.project(x, start=0 if state is None else state.length)
+        length = 0 if state is None else state.length
+        q, k, v = self.project(x, length if position_ids is None else position_ids)
         if isinstance(state, KeyValueState):
-            check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
+            check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], length, self.dim_head))
             state = state.append(k, v, mask)
         else:
             state = KeyValueState(k, v, own_mask(mask))
@@ -398,8 +434,9 @@ class SelfAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        q, k, _, pairs = self.project_rows(x, mask, attn_mask, document_ids)
+        q, k, _, pairs = self.project_rows(x, mask, attn_mask, document_ids, position_ids)
         return self.weights(q, k, pairs)
 
     def values_and_output(
@@ -409,8 +446,9 @@ class SelfAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> ValuesAndOutput:
-        q, k, v, pairs = self.project_rows(x, mask, attn_mask, document_ids)
+        q, k, v, pairs = self.project_rows(x, mask, attn_mask, document_ids, position_ids)
         return ValuesAndOutput(repeat_heads(v, q.shape[1]), self.attend(q, k, v, pairs))
 
     def project_rows(
@@ -419,10 +457,18 @@ class SelfAttention(AttentionBlock):
         mask: Tensor | None,
         attn_mask: Tensor | None,
         document_ids: Tensor | Documents | None,
+        position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values and the mask of `attend` and `weights` over whole rows. Arguments as in `forward`."""
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
-        if documents is None:
-            return *self.project(x, start=0), combine_masks(mask, attn_mask)
-        return *self.project(x, start=documents.positions), documents.mask_pairs(mask, attn_mask)
+        q, k, v = self.project(x, first_position(documents, position_ids))
+        pairs = combine_masks(mask, attn_mask) if documents is None else documents.mask_pairs(mask, attn_mask)
+        return q, k, v, pairs
+
+
+def first_position(documents: Documents | None, position_ids: Tensor | None) -> int | Tensor:
+    """The position of the first of consecutive tokens, 0, or the positions (b, n) of all tokens."""
+    if position_ids is not None:
+        return position_ids
+    return 0 if documents is None else documents.positions

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_flag
-from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
+from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput, first_position
 from attention_zoo.layers.gates import check_gate, gate_input
 from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.positions import RotaryArgument, make_rotary
@@ -120,26 +120,33 @@ class RelativeGateAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         return self.merge(
-            self.attend(*self.project(x, mask, 0 if documents is None else documents.positions), mask, documents), x
+            self.attend(*self.project(x, mask, first_position(documents, position_ids)), mask, documents), x
         )
 
     def step(
-        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        self.check_step(x, state, mask, RelativeGateState, attn_mask)
+        self.check_step(x, state, mask, RelativeGateState, attn_mask, position_ids)
         x = hide_masked(x, mask)
         if isinstance(state, RelativeGateState):
             shape = (x.shape[0], self.heads, state.length, self.dim_head)
             check_state_shape(state.cache.keys, "(b, heads, n, dim_head)", shape)
-            q, k, v, gate = self.project(x, mask, state.length)
+            q, k, v, gate = self.project(x, mask, state.length if position_ids is None else position_ids)
             cache = state.cache.append(k, v, mask)
             gates = torch.cat((state.gates, torch.view_as_real(gate)), dim=2)
         else:
-            q, k, v, gate = self.project(x, mask)
+            q, k, v, gate = self.project(x, mask, first_position(None, position_ids))
             cache, gates = KeyValueState(k, v, own_mask(mask)), torch.view_as_real(gate).clone()
         out = self.attend(q, cache.keys, cache.values, torch.view_as_complex(gates), cache.mask)
         return self.merge(out, x), RelativeGateState(cache, gates)
@@ -184,10 +191,11 @@ class RelativeGateAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
-        q, k, _, gate = self.project(x, mask, 0 if documents is None else documents.positions)
+        q, k, _, gate = self.project(x, mask, first_position(documents, position_ids))
         return relative_gate_weights(q, k, gate, mask=mask, softmax=self.softmax, document_ids=documents)
 
     def values_and_output(
@@ -197,8 +205,9 @@ class RelativeGateAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> ValuesAndOutput:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
-        q, k, v, gate = self.project(x, mask, 0 if documents is None else documents.positions)
+        q, k, v, gate = self.project(x, mask, first_position(documents, position_ids))
         return ValuesAndOutput(v, self.attend(q, k, v, gate, mask, documents))

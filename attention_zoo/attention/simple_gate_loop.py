@@ -47,7 +47,7 @@ class SimpleGateLoop(AttentionBlock):
         norm: whether an RMSNorm precedes the projection, as upstream, where the layer has no norm around it.
         post_norm: whether a LayerNorm follows the recurrence.
         reverse: whether the recurrence runs from the last token to the first. Such a layer is not causal and has no
-            `step`.
+            `step`. A stack with causal=False takes layers of both directions.
 
     Raises:
         TypeError: a flag is not a bool.
@@ -70,18 +70,25 @@ class SimpleGateLoop(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         out = self.recur(*self.project(x, mask, documents))
         return out if self.post_norm is None else self.post_norm(out)
 
     def step(
-        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         if self.reverse:
             raise ValueError("step needs reverse=False, got reverse=True, which reads later tokens first")
-        self.check_step(x, state, mask, SimpleGateLoopState, attn_mask)
+        self.check_step(x, state, mask, SimpleGateLoopState, attn_mask, position_ids)
         x = hide_masked(x, mask)
         q, kv, gate = self.project(x, mask)
         hidden, count = None, None
@@ -123,8 +130,9 @@ class SimpleGateLoop(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         q, _, gate = self.project(x, mask, documents)
         with no_autocast(x):
@@ -145,8 +153,9 @@ class SimpleGateLoop(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> ValuesAndOutput:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         q, kv, gate = self.project(x, mask, documents)
         out = self.recur(q, kv, gate)

@@ -17,7 +17,7 @@ from attention_zoo.layers.residual import Norm
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
 from attention_zoo.models.memformer import TargetDecoder
-from attention_zoo.models.positions import check_length, embed_tokens, position_parts
+from attention_zoo.models.positions import PositionSpec, check_length, embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
 
@@ -62,7 +62,7 @@ class EncoderDecoder(ComposedModel):
         dec_attention: AttentionSpec | None = None,
         heads: int | None = None,
         dim_head: int | None = None,
-        positions: str | None = "auto",
+        positions: PositionSpec = "auto",
         max_seq_len: int | None = None,
         feedforward: FeedForwardSpec = "gelu",
         ff_mult: float = 4,

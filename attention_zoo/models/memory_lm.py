@@ -20,7 +20,7 @@ from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import State, check_state, concat_masks, count_tokens, own_mask, register_state
 from attention_zoo.models.composed_model import ComposedModel, GenerateMixin
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
-from attention_zoo.models.positions import embed_tokens, position_parts
+from attention_zoo.models.positions import PositionSpec, embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
 
@@ -89,7 +89,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         attention: AttentionSpec = "full",
         heads: int | None = None,
         dim_head: int | None = None,
-        positions: str | None = "auto",
+        positions: PositionSpec = "auto",
         memory_updates: int = 1,
         memory_heads: int = 8,
         feedforward: FeedForwardSpec = "gelu",
