@@ -76,10 +76,12 @@ def test_a_recorded_decoder_computes_what_transformers_computed(name: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("keep_config", [True, False])
 @pytest.mark.parametrize("name", [*RECORDED, *OTHERS])
-def test_a_random_decoder_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+def test_a_random_decoder_computes_what_transformers_computes(name: str, keep_config: bool, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="the extra hf is not installed")
-    write_decoder(tmp_path, (RECORDED | OTHERS)[name], max_shard_size="3KB" if "qwen" in name else "1GB")
+    size = "3KB" if "qwen" in name else "1GB"
+    write_decoder(tmp_path, (RECORDED | OTHERS)[name], keep_config=keep_config, max_shard_size=size)
     assert (tmp_path / INDEX).exists() == ("qwen" in name)
     assert_computes(from_pretrained_folder(str(tmp_path)), expected(tmp_path))
 

@@ -105,19 +105,28 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_decoder(folder: Path, config: dict[str, Any], *, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-    """A folder with a decoder whose weights are random. The options are those of `save_pretrained`."""
+def write_decoder(folder: Path, config: dict[str, Any], *, keep_config: bool = True, **options: Any) -> None:
+    """A folder with a decoder whose weights are random.
+
+    Args:
+        folder: where to write.
+        config: the contents of config.json.
+        keep_config: whether config.json stays as given, with old keys where it has them; False: as `transformers`
+            writes it, with all keys.
+        options: of `save_pretrained`.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
     (folder / "config.json").write_text(text)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).to(dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=float("norm" in name), std=0.5)
     model.save_pretrained(folder, **options)
-    (folder / "config.json").write_text(text)  # as it was, with its old keys
+    if keep_config:
+        (folder / "config.json").write_text(text)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
