@@ -38,6 +38,7 @@ LABELS = {
     "compile": "`torch.compile(fullgraph=True)`",
     "double_backward": "Second derivatives without `reference()`",
     "rotary": "Rotary position embedding",
+    "position_ids": "Explicit positions (`position_ids`)",
     "bias": "Relative position bias",
     "kv_heads": "Grouped key/value heads",
     "qk_norm": "Query-key norm",

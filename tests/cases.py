@@ -89,6 +89,7 @@ CASES = [
             **SMALL,
         ),
     ),
+    Case("full: xpos", lambda: FullAttention(DIM, rotary=Rotary(xpos=True, xpos_scale_base=50.0), **SMALL)),
     Case("full: relative bias", lambda: FullAttention(DIM, bias=RelativeBias(4), **SMALL), lengths=(1, 7, 67, 131)),
     Case(
         "full: bidirectional, relative bias, biased projections",

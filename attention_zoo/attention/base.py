@@ -255,7 +255,7 @@ class SelfAttention(AttentionBlock):
     """Multi-head softmax self-attention: project, apply positions, attend, merge the heads.
 
     Subclasses override `prepare` (positions and norms of queries and keys), `attend` and `weights` (the operation), or
-    `project` and `merge`. `step` caches keys and values as `prepare` returns them.
+    `project` and `merge`. `step` caches keys and values as `project` returns them.
 
     Args:
         dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
@@ -279,7 +279,7 @@ class SelfAttention(AttentionBlock):
     Raises:
         ValueError: `kv_heads` does not divide `heads`, `bias` has another number of heads, `scale` is not positive or
             is given with `pattern`, `pattern` is not square, `output_gate` or `qk_norm` is unknown, `qk_norm_eps` is
-            not positive, or `rotary` cannot be converted.
+            not positive, `rotary` cannot be converted, or has xpos without `causal`.
         TypeError: an argument has another type, or `pattern` is a tensor that is not boolean.
     """
 
@@ -318,7 +318,7 @@ class SelfAttention(AttentionBlock):
             raise ValueError(f"scale must be None with a pattern, got {scale=}")
         self.scale = None if qk_norm == "l2" else scale
         self.q_norm, self.k_norm = make_qk_norms(qk_norm, heads=heads, dim_head=dim_head, scale=scale, eps=qk_norm_eps)
-        self.rotary = make_rotary(rotary, dim_head)
+        self.rotary = make_rotary(rotary, dim_head, causal=causal)
         self.bias = bias
         self.pattern = None if pattern is None else make_pattern(pattern, causal=causal)
         if pattern is not None:
@@ -379,7 +379,7 @@ class SelfAttention(AttentionBlock):
         else:
             q = self.prepare(self.q_norm(qk[..., : self.heads, :, :]), start)
             k = self.prepare(self.k_norm(qk[..., self.heads :, :, :]), start)
-        return q, k, v
+        return (q, k, v) if self.rotary is None else (*self.rotary.decay(q, k, start), v)
 
     def prepare(self, qk: Tensor, start: int | Tensor) -> Tensor:
         """Queries or keys (..., n, e), or both concatenated along the heads, with their positions applied."""

@@ -40,6 +40,7 @@ class Capabilities:
         dropout: dropout of the attention weights.
         attn_mask: boolean or additive masks of pairs of query and key.
         documents: packed documents, `document_ids`.
+        position_ids: explicit positions, with rotary position embedding.
     """
 
     causal: str
@@ -59,6 +60,7 @@ class Capabilities:
     dropout: bool
     attn_mask: bool
     documents: bool
+    position_ids: bool
 
 
 def capabilities(blocks: Mapping[str, type[nn.Module]] | None = None) -> dict[str, Capabilities]:
@@ -100,6 +102,7 @@ def capabilities_of(cls: type[nn.Module]) -> Capabilities:
         dropout="dropout" in takes,
         attn_mask="attn_mask" in reads and getattr(block, "no_attn_mask", None) is None,
         documents="document_ids" in reads and getattr(block, "no_documents", None) is None,
+        position_ids="position_ids" in reads and getattr(block, "no_position_ids", None) is None,
     )
 
 
@@ -123,7 +126,7 @@ def _has(cls: type[nn.Module], method: str) -> bool:
 
 def _tiny(cls: type[nn.Module]) -> nn.Module:
     takes = inspect.signature(cls).parameters
-    sizes: dict[str, Any] = {"heads": 2, "dim_head": 8, "layout": LAYOUT}
+    sizes: dict[str, Any] = {"heads": 2, "dim_head": 8, "layout": LAYOUT, "rotary": True}
     if "dim_head" not in takes:
         del sizes["heads"]  # one head per channel by default
     with torch.random.fork_rng(devices=[]):

@@ -155,7 +155,7 @@ class RelativeGateAttention(AttentionBlock):
         """Queries, keys and values (b, h, n, e) and gates (b, h, n, e / 2), 1 at masked tokens."""
         q, k, v = (split_heads(to(x), self.dim_head) for to in (self.to_q, self.to_k, self.to_v))
         if self.rotary is not None:
-            q, k = self.rotary(q, start), self.rotary(k, start)
+            q, k = self.rotary.decay(self.rotary(q, start), self.rotary(k, start), start)
         shape = (*x.shape[:2], self.heads, self.dim_head // 2)
         if self.to_a is None:
             gate = torch.ones(shape, dtype=complex_of(x.dtype), device=x.device)

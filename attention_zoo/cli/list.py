@@ -19,7 +19,7 @@ NOTES = """
 causal: always, or optional. mask: padding of keys, or also attn_mask for pairs of query and key. doc: packed
 documents. jit: torch.compile(fullgraph=True). state: growth of the decoding state with the number of tokens.
 2nd: second derivatives of the fast implementation; inside attention_zoo.reference() every layer has them.
-takes: an argument that the layer has beyond the features. rope: rotary position embedding. kv: grouped key/value heads.
+takes: an argument that the layer has beyond the features. rope: rotary position embedding, ids: with position_ids. kv: grouped key/value heads.
 qkn: norms of queries and keys. drop: dropout of the attention weights."""
 
 
@@ -67,7 +67,7 @@ def _cells(can: Capabilities) -> dict[str, str]:
         "jit": can.compile,
         "2nd": can.double_backward,
         "takes": ", ".join(name for name, takes in taken.items() if takes),
-        "rope": can.rotary,
+        "rope": can.rotary and ("ids" if can.position_ids else "yes"),
         "bias": can.bias,
         "kv": can.kv_heads,
         "qkn": can.qk_norm,

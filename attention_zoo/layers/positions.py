@@ -1,7 +1,7 @@
 """Positions: learned position embeddings, rotary position embedding (for text and images too), T5's relative bias.
 
 Papers: RoFormer, https://arxiv.org/abs/2104.09864; position interpolation, https://arxiv.org/abs/2306.15595; YaRN,
-    https://arxiv.org/abs/2309.00071; T5, https://arxiv.org/abs/1910.10683
+    https://arxiv.org/abs/2309.00071; xPos, https://arxiv.org/abs/2212.10554; T5, https://arxiv.org/abs/1910.10683
 """
 
 from __future__ import annotations
@@ -66,10 +66,12 @@ class RotaryEmbedding(RecordsArguments, nn.Module):
     Attributes:
         pairing: which features are a pair; see `ops.rotate`.
         attention_factor: factor of the cosines and sines, and so of the rotated features.
+        xpos: whether `decay` changes queries and keys, which needs a causal layer.
     """
 
     pairing: str = "interleaved"
     attention_factor: float = 1.0
+    xpos: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,10 +107,17 @@ class RotaryEmbedding(RecordsArguments, nn.Module):
         """
         if isinstance(start, Tensor):
             shape = (start.shape[0], *(1,) * (x.ndim - 3), start.shape[1], -1)
-            cos, sin = (table.view(shape) for table in self._build(start, x.shape[-1]))
+            cos, sin = (table.view(shape) for table in self._build(start.long(), x.shape[-1]))
         else:
             cos, sin = self.table(start, start + x.shape[-2], x.shape[-1], x.device)
         return rotate(x, cos, sin, pairing=self.pairing)
+
+    def decay(self, q: Tensor, k: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys (..., n, e) with a decay of their scores with the distance; here unchanged.
+
+        `start` as in `forward`.
+        """
+        return q, k
 
     def _build(self, positions: Tensor, dim_head: int) -> tuple[Tensor, Tensor]:
         angle = self.angles(positions, dim_head)
@@ -139,13 +148,19 @@ class Rotary(RotaryEmbedding):
         freqs: r / 2 frequencies in radians per token, in place of those of theta.
         pairing: "interleaved" for the pairs (x0, x1), (x2, x3), ... of rotated features, or "half" for (x0, x_{r/2}),
             (x1, x_{r/2+1}), ..., as Llama's weights in `transformers`.
+        xpos: xPos (https://arxiv.org/abs/2212.10554): the products of pair p of queries and keys are multiplied by
+            zeta_p^(distance / xpos_scale_base), zeta_p = (2p / r + 0.4) / 1.4, so that scores decay with the distance.
+            For causal layers. Queries are multiplied by zeta_p^(position / xpos_scale_base) and keys divided by it,
+            which limits the positions: with the default base to 3,116 in float16 and 31,161 in bfloat16 and float32.
+            "linear" scaling divides these positions too.
+        xpos_scale_base: tokens over which the products of pair p decay by zeta_p.
 
     Raises:
-        TypeError: `dim` is not an int, `theta`, a frequency or an option of `scaling` is not a number, or `scaling`
-            is not a mapping.
-        ValueError: `dim` is odd, `theta` is not positive, a frequency is not finite, the length of `freqs` is not
-            dim / 2, `pairing` is unknown, `scaling` is given with `freqs`, or its type, or an option, is unknown,
-            missing or out of range.
+        TypeError: `dim` is not an int, `theta`, a frequency or an option of `scaling` is not a number, `scaling` is
+            not a mapping, or `xpos` is not a bool.
+        ValueError: `dim` is odd, `theta` or `xpos_scale_base` is not positive, a frequency is not finite, the length
+            of `freqs` is not dim / 2, `pairing` is unknown, `scaling` is given with `freqs`, or its type, or an
+            option, is unknown, missing or out of range, or `xpos_scale_base` is given without `xpos`.
     """
 
     def __init__(
@@ -156,10 +171,15 @@ class Rotary(RotaryEmbedding):
         scaling: Mapping[str, Any] | None = None,
         freqs: Sequence[float] | None = None,
         pairing: str = "interleaved",
+        xpos: bool = False,
+        xpos_scale_base: float = 512.0,
     ) -> None:
         super().__init__()
         check_positive(dim=dim)
-        check_positive_number(theta=theta)
+        check_positive_number(theta=theta, xpos_scale_base=xpos_scale_base)
+        check_flag(xpos=xpos)
+        if not xpos and xpos_scale_base != 512:
+            raise ValueError(f"xpos_scale_base must be 512 without xpos, got {xpos_scale_base=}, {xpos=}")
         check_choice("pairing", pairing, PAIRINGS)
         if dim is not None and dim % 2:
             raise ValueError(f"dim must be even, features are rotated in pairs, got {dim=}")
@@ -175,6 +195,8 @@ class Rotary(RotaryEmbedding):
         self.dim = dim
         self.theta = theta
         self.pairing = pairing
+        self.xpos = xpos
+        self.xpos_scale_base = xpos_scale_base
         if self.scaling is not None and self.scaling["type"] == "yarn":
             self.attention_factor = yarn_attention_factor(self.scaling)
         self._freqs: dict[int, list[float]] = {} if dim is None or freqs is None else {dim: list(freqs)}
@@ -187,6 +209,38 @@ class Rotary(RotaryEmbedding):
 
     def angles(self, positions: Tensor, dim_head: int) -> Tensor:
         return positions[..., None].float() * self._frequencies(self._rotated(dim_head), positions.device)
+
+    def decay(self, q: Tensor, k: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
+        if not self.xpos:
+            return q, k
+        n, dim_head = q.shape[-2:]
+        dim, base = self._rotated(dim_head), self.xpos_scale_base
+        if self.scaling is not None and self.scaling["type"] == "linear":
+            base = base * self.scaling["factor"]
+        self._check_range(start, n, base, q.dtype)
+        if isinstance(start, Tensor):
+            positions = start.view(start.shape[0], *(1,) * (q.ndim - 3), n)
+        else:
+            positions = torch.arange(start, start + n, device=q.device)
+        zeta = (torch.arange(0, dim, 2, device=q.device) / dim + XPOS_GAMMA) / (1 + XPOS_GAMMA)
+        scale = zeta ** (positions[..., None].float() / base)
+        scale = spread_over_pairs(scale, scale, pairing=self.pairing)
+        scale = nn.functional.pad(scale, (0, dim_head - dim), value=1.0)
+        return (q * scale).to(q.dtype), (k / scale).to(k.dtype)
+
+    def _check_range(self, start: int | Tensor, n: int, base: float, dtype: torch.dtype) -> None:
+        """Check that the scales fit a dtype; not for tensors on other devices, where it would synchronise.
+
+        Raises:
+            ValueError: a position is too large.
+        """
+        on_cpu = not isinstance(start, Tensor) or start.device.type == "cpu"
+        if torch.compiler.is_compiling() or not on_cpu or n == 0:
+            return
+        furthest = int(start.long().abs().max()) if isinstance(start, Tensor) else start + n - 1
+        limit = int(base * XPOS_BITS.get(dtype, 110) * math.log(2) / math.log(1 + 1 / XPOS_GAMMA))
+        if furthest > limit:
+            raise ValueError(f"positions must be at most {limit} with xpos in {dtype}, got {furthest}")
 
     def _frequencies(self, dim: int, device: torch.device) -> Tensor:
         """The frequencies (r / 2,) on a device, where they are kept: copying them there would synchronise."""
@@ -204,9 +258,9 @@ class Rotary(RotaryEmbedding):
         return dim
 
     def extra_repr(self) -> str:
-        options = {"scaling": self.scaling, "pairing": self.pairing}
-        defaults = {"scaling": None, "pairing": "interleaved"}
-        given = "".join(f", {name}={value!r}" for name, value in options.items() if value != defaults[name])
+        defaults = {"scaling": None, "pairing": "interleaved", "xpos": False, "xpos_scale_base": 512}
+        values = ((name, getattr(self, name)) for name in defaults)
+        given = "".join(f", {name}={value!r}" for name, value in values if value != defaults[name])
         return f"dim={self.dim}, theta={self.theta}{given}"
 
 
@@ -227,6 +281,8 @@ SCALINGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         },
     ),
 }
+XPOS_GAMMA = 0.4
+XPOS_BITS = {torch.float16: 11, torch.float64: 1000}  # the largest binary exponent of a scale; 110 for other dtypes
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # types of `transformers`
 
 
@@ -323,15 +379,18 @@ def yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
 RotaryArgument = RotaryEmbedding | bool | Any | None
 
 
-def make_rotary(rotary: RotaryArgument, dim_head: int) -> RotaryEmbedding | None:
+def make_rotary(rotary: RotaryArgument, dim_head: int, *, causal: bool = True) -> RotaryEmbedding | None:
     """The rotary position embedding of a layer with heads of `dim_head` features. See `as_rotary`.
 
     Raises:
-        TypeError, ValueError: see `as_rotary`; or heads of this size cannot be rotated.
+        TypeError, ValueError: see `as_rotary`; or heads of this size cannot be rotated, or xpos in a layer that is
+            not causal.
     """
     embedding = as_rotary(rotary)
     if embedding is not None:
         embedding.prepare(dim_head)
+        if embedding.xpos and not causal:
+            raise ValueError(f"rotary.xpos must be False with {causal=}: scores of later keys would grow")
     return embedding
 
 
@@ -341,11 +400,12 @@ def as_rotary(rotary: RotaryArgument) -> RotaryEmbedding | None:
     Args:
         rotary: a `RotaryEmbedding`; True for `Rotary()`; None or False for no rotation; or a RotaryEmbedding of
             rotary-embedding-torch, whose frequencies and interpolation factor are taken over by a `Rotary`, so that
-            queries and keys (b, h, n, e) are rotated as by its `rotate_queries_or_keys`.
+            queries and keys (b, h, n, e) are rotated as by its `rotate_queries_or_keys`, or with `use_xpos` have the
+            scores of its `rotate_queries_and_keys`.
 
     Raises:
         TypeError: `rotary` is something else.
-        ValueError: an object of rotary-embedding-torch has learned frequencies, xpos, or a table of frequencies.
+        ValueError: an object of rotary-embedding-torch has learned frequencies, or a table of frequencies.
     """
     if rotary is None or rotary is False:
         return None
@@ -364,16 +424,16 @@ def as_rotary(rotary: RotaryArgument) -> RotaryEmbedding | None:
 
 def _convert_rotary(rotary: Any) -> Rotary:
     """A `Rotary` with the angles of a RotaryEmbedding of rotary-embedding-torch."""
-    for name in ("learned_freq", "use_xpos"):
-        if getattr(rotary, name):
-            raise ValueError(f"rotary must have {name}=False to be converted to attention_zoo.Rotary, got {name}=True")
+    if rotary.learned_freq:
+        raise ValueError("rotary must have learned_freq=False to be converted to attention_zoo.Rotary, got True")
     if rotary.freqs.requires_grad:
         raise ValueError("rotary.freqs must not require gradients to be converted to attention_zoo.Rotary")
     if rotary.freqs.ndim != 1:
         shape = tuple(rotary.freqs.shape)
         raise ValueError(f"rotary.freqs must be (pairs,), the same for all heads, got custom_freqs of shape {shape}")
     freqs = rotary.freqs.detach().double() / rotary.interpolate_factor
-    return Rotary(2 * freqs.numel(), freqs=freqs.tolist())
+    xpos = {"xpos": True, "xpos_scale_base": rotary.scale_base * rotary.interpolate_factor} if rotary.use_xpos else {}
+    return Rotary(2 * freqs.numel(), freqs=freqs.tolist(), **xpos)
 
 
 class TextImageRotary(RotaryEmbedding):

@@ -48,6 +48,19 @@ def test_capabilities_agree_with_the_contract_checks(name: str, capability: str,
     assert run_check(check, subject(name)).status == expected
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_position_ids_capability_agrees_with_what_a_layer_with_rotary_positions_takes(name: str) -> None:
+    cls, others = BLOCKS[name], {"context": torch.randn(1, 3, DIM)} if FOUND[name].context else {}
+    options = {"rotary": True, "layout": LAYOUT}
+    layer = cls(DIM, **{key: options[key] for key in options if key in inspect.signature(cls).parameters})
+    ids = torch.tensor([[0, 1, 5, 6]])
+    if FOUND[name].position_ids:
+        assert not torch.equal(layer(torch.ones(1, 4, DIM), position_ids=ids), torch.zeros(1, 4, DIM))
+    else:
+        with pytest.raises(ValueError, match="position_ids must be None for"):
+            layer(torch.ones(1, 4, DIM), position_ids=ids, **others)
+
+
 @pytest.mark.slow  # test_contract.py runs the compile check on every block
 @pytest.mark.parametrize("name", BLOCKS)
 def test_compile_capability_agrees_with_torch_compile(name: str) -> None:

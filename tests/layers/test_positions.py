@@ -184,6 +184,12 @@ def test_rotary_compiles_as_one_graph_at_any_start() -> None:
             lambda: RelativeGateAttention(8, rotary=Rotary(pairing="half")),
             "rotary.pairing must be 'interleaved', the pairs of the gates, got 'half'",
         ),
+        (lambda: Rotary(xpos_scale_base=99), "xpos_scale_base must be 512 without xpos, got xpos_scale_base=99"),
+        (lambda: Rotary(xpos=True, xpos_scale_base=0), "xpos_scale_base must be positive, got xpos_scale_base=0"),
+        (
+            lambda: FullAttention(8, causal=False, rotary=Rotary(xpos=True)),
+            "rotary.xpos must be False with causal=False: scores of later keys would grow",
+        ),
         (lambda: Rotary(4, freqs=[1.0]), "freqs must hold dim / 2 numbers, got dim=4 and 1 freqs"),
         (lambda: rotary(8, 10), "rotary must rotate 2 ... dim_head features, got rotary.dim=10, dim_head=8"),
         (lambda: rotary(1), "rotary must rotate 2 ... dim_head features, got rotary.dim=None, dim_head=1"),
@@ -384,6 +390,83 @@ def test_yarn_multiplies_rotated_features_by_its_attention_factor(options: dict,
     assert torch.equal(out[..., 16:], x[..., 16:])
 
 
+def xpos_scores(q: Tensor, k: Tensor, i: int, j: int, *, base: float, theta: float = 10000.0) -> Tensor:
+    """Scores of rotated queries (..., r) at i and keys at j in float64, a complex number per interleaved pair."""
+    r = q.shape[-1]
+    p = torch.arange(r // 2, dtype=torch.float64)
+    q, k = (torch.view_as_complex(part.double().unflatten(-1, (-1, 2)).contiguous()) for part in (q, k))
+    zeta = (2 * p / r + 0.4) / 1.4
+    angle = (i - j) * theta ** (-2 * p / r)
+    return ((q * k.conj() * torch.polar(torch.ones_like(angle), angle)).real * zeta ** ((i - j) / base)).sum(-1)
+
+
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2}])
+def test_xpos_scores_decay_with_the_distance(pairing: str, scaling: dict | None) -> None:
+    part = rotary(11, 8, pairing=pairing, scaling=scaling, xpos=True, xpos_scale_base=20.0)
+    q, k = torch.randn(2, 3, 30, 11), torch.randn(2, 1, 30, 11)
+    order = torch.arange(8) if pairing == "interleaved" else torch.arange(8).view(2, 4).t().flatten()
+    for start in (0, 13, torch.arange(30).expand(2, -1), torch.arange(30).expand(2, -1).to(torch.uint8) + 40):
+        queries, keys = part.decay(part(q, start), part(k, start), start)
+        scores = queries @ keys.transpose(-1, -2)
+        for i in range(0, 30, 7):
+            for j in range(0, i + 1, 5):
+                factor = 1 if scaling is None else 2
+                want = xpos_scores(q[..., i, order], k[..., j, order], i / factor, j / factor, base=20.0) + (
+                    q[..., i, 8:] * k[..., j, 8:]
+                ).sum(-1)
+                torch.testing.assert_close(scores[..., i, j].double(), want, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"xpos_scale_base": 100}, {"interpolate_factor": 2.5}], ids=str)
+def test_xpos_of_rotary_embedding_torch_is_converted_with_equal_scores(options: dict) -> None:
+    library = pytest.importorskip("rotary_embedding_torch").RotaryEmbedding(8, use_xpos=True, **options)
+    block = FullAttention(16, heads=2, dim_head=8, rotary=library)
+    q, k = torch.randn(2, 1, 2, 40, 8).unbind()
+    scores = [
+        (queries @ keys.transpose(-1, -2)).tril()
+        for queries, keys in (
+            library.rotate_queries_and_keys(q, k),
+            block.rotary.decay(block.rotary(q), block.rotary(k), 0),
+        )
+    ]
+    torch.testing.assert_close(scores[1], scores[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["full", "cosine_sim", "talking_heads", "relative_gate"])
+def test_layers_apply_xpos_in_every_method(name: str) -> None:
+    part = Rotary(xpos=True, xpos_scale_base=10.0)
+    block, plain = ROTATING[name](part).eval(), ROTATING[name](Rotary()).eval()
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(2, 20, 16)
+    out = block(x)
+    assert relative_error(plain(x), out) > 1e-3
+    values, output = block.values_and_output(x)
+    assert relative_error(block.attention_map(x) @ values, output) < 1e-5
+    first, state = block.step(x[:, :13])
+    second, _ = block.step(x[:, 13:], state)
+    assert relative_error(torch.cat((first, second), 1), out) < 1e-5
+    ids = torch.arange(40, 60).expand(2, -1)
+    torch.testing.assert_close(block(x, position_ids=ids), out, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float16, 3116), (torch.bfloat16, 31161), (torch.float32, 31161)], ids=str
+)
+def test_xpos_is_finite_up_to_its_limit_and_refuses_positions_beyond(dtype: torch.dtype, limit: int) -> None:
+    part = rotary(8, xpos=True)
+    q = torch.randn(1, 1, 2, 8).to(dtype)
+    for start in (limit - 1, torch.tensor([[0, limit]])):
+        for out in part.decay(part(q, start), part(q, start), start):
+            assert out.isfinite().all()
+            assert (out != 0).all()
+    for start in (limit, torch.tensor([[0, limit + 1]]), torch.tensor([[-limit - 1, 0]])):
+        with pytest.raises(
+            ValueError, match=f"positions must be at most {limit} with xpos in {dtype}, got {limit + 1}"
+        ):
+            part.decay(q, q, start)
+
+
 @pytest.mark.parametrize("dim", [8, 4, None])
 def test_half_pairing_rotates_permuted_features_as_interleaved_pairs(dim: int | None) -> None:
     width = 8 if dim is None else dim
@@ -506,8 +589,7 @@ def test_every_layer_with_rotary_takes_true_and_objects_of_rotary_embedding_torc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learned_freq": True}, "rotary must have learned_freq=False .*, got learned_freq=True"),
-        ({"use_xpos": True}, "rotary must have use_xpos=False .*, got use_xpos=True"),
+        ({"learned_freq": True}, "rotary must have learned_freq=False .*, got True"),
         ({"custom_freqs": torch.ones(2, 4)}, r"rotary.freqs must be \(pairs,\), .* custom_freqs of shape \(2, 4\)"),
         ({"dim": 16}, "rotary must rotate 2 ... dim_head features, got rotary.dim=16, dim_head=8"),
     ],

@@ -59,7 +59,7 @@ def test_models_give_the_options_of_rotary_positions_to_their_blocks(name: str) 
     model, plain = make(positions=("rotary", ROTARY)), make(positions="rotary")
     assert parts(model, Rotary)
     for part in parts(model, Rotary):
-        assert part.arguments == {"theta": 5e5, "dim": 6, "scaling": YARN, "pairing": "half", "freqs": None}
+        assert part.arguments == {**ROTARY, "freqs": None, "xpos": False, "xpos_scale_base": 512.0}
     plain.load_state_dict(model.state_dict())
     assert not torch.allclose(output(plain, inputs), output(model, inputs), atol=1e-4)
     for block in model.modules():
@@ -89,6 +89,20 @@ def test_positions_with_options_survive_saving_and_loading(name: str, positions:
     assert torch.equal(output(loaded, inputs), output(model, inputs))
     loaded.save(tmp_path / "again.safetensors")
     assert torch.equal(output(type(model).load(tmp_path / "again.safetensors"), inputs), output(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["LanguageModel", "MemoryLanguageModel"])
+def test_models_with_xpos_survive_saving_and_bidirectional_models_refuse_it(name: str, tmp_path: Path) -> None:
+    make, inputs = MODELS[name]
+    model = make(positions=("rotary", {"xpos": True, "xpos_scale_base": 5.0}))
+    plain = make_like(make, model, "rotary")
+    assert not torch.allclose(output(plain, inputs), output(model, inputs), atol=1e-4)
+    model.save(tmp_path / "model.safetensors")
+    loaded = type(model).load(tmp_path / "model.safetensors")
+    assert torch.equal(output(loaded, inputs), output(model, inputs))
+    for other in ("Encoder", "EncoderDecoder"):
+        with pytest.raises(ValueError, match=r"rotary\.xpos must be False with causal=False"):
+            MODELS[other][0](positions=("rotary", {"xpos": True}))
 
 
 def test_a_stack_with_scaled_rotary_positions_survives_saving_within_a_model(tmp_path: Path) -> None:
