@@ -226,7 +226,8 @@ class SelfAttention(AttentionBlock):
     """Multi-head softmax self-attention: project, apply positions, attend, merge the heads.
 
     Subclasses override `prepare` (positions and norms of queries and keys), `attend` and `weights` (the operation), or
-    `project` and `merge`. `step` caches keys and values as `prepare` returns them.
+    `project` and `merge`. `step` caches keys and values as `prepare` returns them; a subclass with another state
+    overrides `state_class` and `attend_cached`.
 
     Args:
         dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
@@ -253,6 +254,8 @@ class SelfAttention(AttentionBlock):
             not positive, or `rotary` cannot be converted.
         TypeError: an argument has another type, or `pattern` is a tensor that is not boolean.
     """
+
+    state_class: ClassVar[type[State]] = KeyValueState
 
     def __init__(
         self,
@@ -311,25 +314,42 @@ class SelfAttention(AttentionBlock):
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
         x = hide_masked(x, mask)
-        if documents is None:
-            q, k, v = self.project(x, start=0)
-            return self.merge(self.attend(q, k, v, combine_masks(mask, attn_mask)), x)
-        q, k, v = self.project(x, start=documents.positions)
-        out = documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
-        return self.merge(out, x)
+        q, k, v = self.project(x, start=0 if documents is None else documents.positions)
+        return self.merge(self.attend_rows(q, k, v, mask, attn_mask, documents), x)
 
     def step(
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
-    ) -> tuple[Tensor, KeyValueState]:
-        self.check_step(x, state, mask, KeyValueState, attn_mask)
+    ) -> tuple[Tensor, State]:
+        self.check_step(x, state, mask, self.state_class, attn_mask)
         x = hide_masked(x, mask)
         q, k, v = self.project(x, start=0 if state is None else state.length)
+        out, state = self.attend_cached(q, k, v, state, mask, attn_mask)
+        return self.merge(out, x), state
+
+    def attend_rows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
+        """`attend` over whole rows, or over each of their documents; the masks are those of `forward`."""
+        if documents is None:
+            return self.attend(q, k, v, combine_masks(mask, attn_mask))
+        return documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
+
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State | None, mask: Tensor | None, attn_mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """`attend` over the new tokens and those of the state, and the new state; arguments as in `step`."""
         if isinstance(state, KeyValueState):
             check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
             state = state.append(k, v, mask)
         else:
             state = KeyValueState(k, v, own_mask(mask))
-        return self.merge(self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), x), state
+        return self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), state
 
     def project(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, n, e), keys and values (b, kv_h, n, e) of tokens at the positions start, start + 1, ...
@@ -423,6 +443,11 @@ class SelfAttention(AttentionBlock):
         """Queries, keys, values and the mask of `attend` and `weights` over whole rows. Arguments as in `forward`."""
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
         x = hide_masked(x, mask)
-        if documents is None:
-            return *self.project(x, start=0), combine_masks(mask, attn_mask)
-        return *self.project(x, start=documents.positions), documents.mask_pairs(mask, attn_mask)
+        q, k, v = self.project(x, start=0 if documents is None else documents.positions)
+        return q, k, v, self.mask_rows(k, mask, attn_mask, documents)
+
+    def mask_rows(
+        self, k: Tensor, mask: Tensor | None, attn_mask: Tensor | None, documents: Documents | None
+    ) -> Tensor | None:
+        """The masks of `forward` as the mask of `attend` and `weights` over whole rows with keys (b, kv_h, n, e)."""
+        return combine_masks(mask, attn_mask) if documents is None else documents.mask_pairs(mask, attn_mask)
