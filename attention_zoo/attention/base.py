@@ -255,7 +255,8 @@ class SelfAttention(AttentionBlock):
     """Multi-head softmax self-attention: project, apply positions, attend, merge the heads.
 
     Subclasses override `prepare` (positions and norms of queries and keys), `attend` and `weights` (the operation), or
-    `project` and `merge`. `step` caches keys and values as `project` returns them.
+    `project` and `merge`. `step` caches keys and values as `project` returns them; a subclass with another state
+    overrides `state_class` and `attend_cached`.
 
     Args:
         dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
@@ -282,6 +283,8 @@ class SelfAttention(AttentionBlock):
             not positive, `rotary` cannot be converted, or has xpos without `causal`.
         TypeError: an argument has another type, or `pattern` is a tensor that is not boolean.
     """
+
+    state_class: ClassVar[type[State]] = KeyValueState
 
     def __init__(
         self,
@@ -342,10 +345,7 @@ class SelfAttention(AttentionBlock):
         documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         q, k, v = self.project(x, first_position(documents, position_ids))
-        if documents is None:
-            return self.merge(self.attend(q, k, v, combine_masks(mask, attn_mask)), x)
-        out = documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
-        return self.merge(out, x)
+        return self.merge(self.attend_rows(q, k, v, mask, attn_mask, documents), x)
 
     def step(
         self,
@@ -355,17 +355,38 @@ class SelfAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, KeyValueState]:
-        self.check_step(x, state, mask, KeyValueState, attn_mask, position_ids)
+    ) -> tuple[Tensor, State]:
+        self.check_step(x, state, mask, self.state_class, attn_mask, position_ids)
         x = hide_masked(x, mask)
         length = 0 if state is None else state.length
         q, k, v = self.project(x, length if position_ids is None else position_ids)
+        out, state = self.attend_cached(q, k, v, state, mask, attn_mask)
+        return self.merge(out, x), state
+
+    def attend_rows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
+        """`attend` over whole rows, or over each of their documents; the masks are those of `forward`."""
+        if documents is None:
+            return self.attend(q, k, v, combine_masks(mask, attn_mask))
+        return documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
+
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State | None, mask: Tensor | None, attn_mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """`attend` over the new tokens and those of the state, and the new state; arguments as in `step`."""
         if isinstance(state, KeyValueState):
-            check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], length, self.dim_head))
+            check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
             state = state.append(k, v, mask)
         else:
             state = KeyValueState(k, v, own_mask(mask))
-        return self.merge(self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), x), state
+        return self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), state
 
     def project(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, n, e), keys and values (b, kv_h, n, e) of tokens at the positions start, start + 1, ...
@@ -463,8 +484,13 @@ class SelfAttention(AttentionBlock):
         documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         q, k, v = self.project(x, first_position(documents, position_ids))
-        pairs = combine_masks(mask, attn_mask) if documents is None else documents.mask_pairs(mask, attn_mask)
-        return q, k, v, pairs
+        return q, k, v, self.mask_rows(k, mask, attn_mask, documents)
+
+    def mask_rows(
+        self, k: Tensor, mask: Tensor | None, attn_mask: Tensor | None, documents: Documents | None
+    ) -> Tensor | None:
+        """The masks of `forward` as the mask of `attend` and `weights` over whole rows with keys (b, kv_h, n, e)."""
+        return combine_masks(mask, attn_mask) if documents is None else documents.mask_pairs(mask, attn_mask)
 
 
 def first_position(documents: Documents | None, position_ids: Tensor | None) -> int | Tensor:
