@@ -84,7 +84,7 @@ def from_pretrained_folder(
 def _build(folder: Path, decoder: Decoder) -> LanguageModel:
     try:
         return LanguageModel(**decoder.arguments())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
 
 

@@ -169,7 +169,7 @@ def read_config(path: Path) -> Decoder:
     given = read_json(path)
     try:
         return _decoder(given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

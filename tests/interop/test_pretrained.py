@@ -276,6 +276,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "factor of text": (rope(factor="4"), "factor must be a number, got factor='4'"),
     "original length": (rope(original_max_position_embeddings=0), "original_max_position_embeddings must be at least"),
+    "huge factor": (rope(factor=1e308), "config.json: "),
+    "huge theta": ({"rope_theta": 10**400}, "config.json: "),
     "theta": ({"rope_theta": -1}, "theta must be positive, got theta=-1"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
     "one layer less": ({"num_hidden_layers": 1}, "unexpected 'model.layers.1.input_layernorm.weight', .* and 4 more"),
