@@ -18,6 +18,7 @@ from attention_zoo._arguments import RecordsArguments
 from attention_zoo._checks import (
     check_choice,
     check_flag,
+    check_in,
     check_instance,
     check_int,
     check_number,
@@ -313,8 +314,8 @@ def check_scaling(scaling: Mapping[str, Any], theta: float) -> dict[str, Any]:
             check_flag(**argument)
         elif name == "original_max_seq_len":
             check_positive(**argument)
-        elif name != "type":
-            check_positive_number(**argument)
+        elif name != "type" and value is not None:
+            check_in("[1e-9, 1e9]", **argument)
     if options["factor"] < 1:
         raise ValueError(f"scaling['factor'] must be at least 1, got {options['factor']}")
     for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
