@@ -15,12 +15,14 @@ from attention_zoo.attention import (
     SelfAttention,
     SimpleGateLoop,
     TalkingHeadsAttention,
+    WindowAttention,
     capabilities,
     register_block,
 )
 from attention_zoo.generation import generate, generate_image_tokens, generate_images, generate_stream, generate_text
 from attention_zoo.layers import (
     GEGLU,
+    ALiBi,
     FeedForward,
     KeyValueState,
     LayerNorm,
@@ -59,6 +61,8 @@ from attention_zoo.ops import (
     cosine_sim_attention,
     reference,
     softmax_attention,
+    window_attention,
+    window_mask,
 )
 
 __version__ = "0.1.0"
@@ -66,6 +70,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BLOCKS",
     "GEGLU",
+    "ALiBi",
     "AttentionBlock",
     "AxialAttention",
     "BlockSparseAttention",
@@ -100,6 +105,7 @@ __all__ = [
     "TextImageLayout",
     "TextImageRotary",
     "TextToImageTransformer",
+    "WindowAttention",
     "__version__",
     "axial_attention",
     "axial_mask",
@@ -121,4 +127,6 @@ __all__ = [
     "register_block",
     "replace_block",
     "softmax_attention",
+    "window_attention",
+    "window_mask",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import (
+    ALiBi,
     AxialAttention,
     BlockSparseAttention,
     ConvAttention,
@@ -24,6 +25,7 @@ from attention_zoo import (
     TalkingHeadsAttention,
     TextImageLayout,
     TextImageRotary,
+    WindowAttention,
 )
 from attention_zoo.interop.dalle import RotatedAxialAttention
 from attention_zoo.testing import Subject
@@ -106,10 +108,41 @@ CASES = [
         "full: l2-normalised queries and keys, relative bias",
         lambda: FullAttention(DIM, qk_norm="l2", scale=5.0, kv_heads=1, bias=RelativeBias(4), **SMALL),
     ),
+    Case("full: ALiBi, grouped heads", lambda: FullAttention(DIM, bias=ALiBi(4), kv_heads=2, **SMALL)),
+    Case(
+        "full: bidirectional, ALiBi",
+        lambda: FullAttention(DIM, causal=False, bias=ALiBi(4), **SMALL),
+        causal=False,
+    ),
     Case(
         "full: pattern",
         lambda: FullAttention(DIM, pattern=striped(), **SMALL),
         options={"shift_invariant": False},  # the pattern is tied to the index
+    ),
+    # lengths within one window, of several windows, and of several chunks of 64 queries
+    Case("window", lambda: WindowAttention(DIM, window=5, rotary=Rotary(), **SMALL), lengths=LENGTHS),
+    Case(
+        "window: sinks, grouped heads, query-key norm",
+        lambda: WindowAttention(DIM, window=9, sinks=3, kv_heads=2, rotary=Rotary(), qk_norm="rms", **SMALL),
+        lengths=(1, 2, 7, 67, 131, 200),
+    ),
+    Case(
+        "window: chunks, biased projections, output gate",
+        lambda: WindowAttention(
+            DIM, window=70, qk_norm="l2", scale=5.0, qkv_bias=True, out_bias=True, output_gate="silu", **SMALL
+        ),
+        lengths=(7, 67, 273),
+    ),
+    Case("window: its own token only", lambda: WindowAttention(DIM, window=1, sinks=1, **SMALL), lengths=(1, 7, 131)),
+    Case(
+        "window: longer than the sequences, as many sinks",
+        lambda: WindowAttention(DIM, window=500, sinks=300, **SMALL),
+    ),
+    Case(
+        "window: bidirectional, sinks",
+        lambda: WindowAttention(DIM, window=9, sinks=3, kv_heads=1, causal=False, **SMALL),
+        causal=False,
+        lengths=(1, 7, 67, 200),
     ),
     Case(
         "cross",

@@ -24,7 +24,7 @@ from attention_zoo._checks import (
 from attention_zoo.layers.norms import make_qk_norms
 from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.patterns import make_pattern
-from attention_zoo.layers.positions import RelativeBias, RotaryArgument, make_rotary
+from attention_zoo.layers.positions import ALiBi, RelativeBias, RotaryArgument, make_rotary
 from attention_zoo.layers.projections import Projections, map_queries_and_keys, merge_heads, split_heads
 from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape, own_mask
 from attention_zoo.ops.documents import Documents, as_documents
@@ -255,7 +255,8 @@ class SelfAttention(AttentionBlock):
     """Multi-head softmax self-attention: project, apply positions, attend, merge the heads.
 
     Subclasses override `prepare` (positions and norms of queries and keys), `attend` and `weights` (the operation), or
-    `project` and `merge`. `step` caches keys and values as `project` returns them.
+    `project` and `merge`. `step` caches keys and values as `project` returns them; a subclass with another state
+    overrides `state_class` and `attend_cached`.
 
     Args:
         dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
@@ -268,7 +269,7 @@ class SelfAttention(AttentionBlock):
             scale per query head takes the place of `scale`, which is its initial value, by default dim_head^0.5. At
             that value both kinds give the same scores. Default: no norm.
         qk_norm_eps: added to the mean square ("rms"), or the smallest norm to divide by ("l2").
-        bias: relative position bias, added to the scores.
+        bias: position bias by distance, added to the scores: `RelativeBias` (T5, learned) or `ALiBi`.
         pattern: sparse pattern (`attention_zoo.ops.sparse`), or an (N, N) bool tensor, True where query i (row) may
             attend to key j (column), for sequences of up to N tokens.
         qkv_bias, out_bias: whether the QKV projection and the output projection have a bias.
@@ -283,6 +284,8 @@ class SelfAttention(AttentionBlock):
         TypeError: an argument has another type, or `pattern` is a tensor that is not boolean.
     """
 
+    state_class: ClassVar[type[State]] = KeyValueState
+
     def __init__(
         self,
         dim: int,
@@ -296,7 +299,7 @@ class SelfAttention(AttentionBlock):
         rotary: RotaryArgument = None,
         qk_norm: str | None = None,
         qk_norm_eps: float = 1e-6,
-        bias: RelativeBias | None = None,
+        bias: RelativeBias | ALiBi | None = None,
         pattern: Pattern | Tensor | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
@@ -307,7 +310,7 @@ class SelfAttention(AttentionBlock):
         check_positive(kv_heads=kv_heads)
         check_positive_number(scale=scale)
         check_flag(qkv_bias=qkv_bias, out_bias=out_bias)
-        check_instance(RelativeBias, type(None), bias=bias)
+        check_instance(RelativeBias, ALiBi, type(None), bias=bias)
         check_instance(Pattern, Tensor, type(None), pattern=pattern)
         self.kv_heads = heads if kv_heads is None else kv_heads
         if heads % self.kv_heads:
@@ -342,10 +345,7 @@ class SelfAttention(AttentionBlock):
         documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         q, k, v = self.project(x, first_position(documents, position_ids))
-        if documents is None:
-            return self.merge(self.attend(q, k, v, combine_masks(mask, attn_mask)), x)
-        out = documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
-        return self.merge(out, x)
+        return self.merge(self.attend_rows(q, k, v, mask, attn_mask, documents), x)
 
     def step(
         self,
@@ -355,17 +355,38 @@ class SelfAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, KeyValueState]:
-        self.check_step(x, state, mask, KeyValueState, attn_mask, position_ids)
+    ) -> tuple[Tensor, State]:
+        self.check_step(x, state, mask, self.state_class, attn_mask, position_ids)
         x = hide_masked(x, mask)
-        length = 0 if state is None else state.length
-        q, k, v = self.project(x, length if position_ids is None else position_ids)
+        start = 0 if state is None else state.length
+        q, k, v = self.project(x, start if position_ids is None else position_ids)
+        out, state = self.attend_cached(q, k, v, state, mask, attn_mask)
+        return self.merge(out, x), state
+
+    def attend_rows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
+        """`attend` over whole rows, or over each of their documents; the masks are those of `forward`."""
+        if documents is None:
+            return self.attend(q, k, v, combine_masks(mask, attn_mask))
+        return documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
+
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State | None, mask: Tensor | None, attn_mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """`attend` over the new tokens and those of the state, and the new state; arguments as in `step`."""
         if isinstance(state, KeyValueState):
-            check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], length, self.dim_head))
+            check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
             state = state.append(k, v, mask)
         else:
             state = KeyValueState(k, v, own_mask(mask))
-        return self.merge(self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), x), state
+        return self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), state
 
     def project(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, n, e), keys and values (b, kv_h, n, e) of tokens at the positions start, start + 1, ...
@@ -463,8 +484,13 @@ class SelfAttention(AttentionBlock):
         documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         q, k, v = self.project(x, first_position(documents, position_ids))
-        pairs = combine_masks(mask, attn_mask) if documents is None else documents.mask_pairs(mask, attn_mask)
-        return q, k, v, pairs
+        return q, k, v, self.mask_rows(k, mask, attn_mask, documents)
+
+    def mask_rows(
+        self, k: Tensor, mask: Tensor | None, attn_mask: Tensor | None, documents: Documents | None
+    ) -> Tensor | None:
+        """The masks of `forward` as the mask of `attend` and `weights` over whole rows with keys (b, kv_h, n, e)."""
+        return combine_masks(mask, attn_mask) if documents is None else documents.mask_pairs(mask, attn_mask)
 
 
 def first_position(documents: Documents | None, position_ids: Tensor | None) -> int | Tensor:
