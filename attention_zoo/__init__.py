@@ -22,6 +22,7 @@ from attention_zoo.attention import (
 from attention_zoo.generation import generate, generate_image_tokens, generate_images, generate_stream, generate_text
 from attention_zoo.layers import (
     GEGLU,
+    ALiBi,
     FeedForward,
     KeyValueState,
     LayerNorm,
@@ -69,6 +70,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BLOCKS",
     "GEGLU",
+    "ALiBi",
     "AttentionBlock",
     "AxialAttention",
     "BlockSparseAttention",

@@ -317,3 +317,26 @@ def check_attn_mask(attn_mask: Tensor | None, x: Tensor, heads: int, keys: int, 
         )
     if attn_mask.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {attn_mask.device}")
+
+
+def check_pair_bias(bias: Tensor, x: Tensor, heads: int, keys: int, *, name: str = "bias") -> None:
+    """Check that a bias of every pair is floating point, (h, n, j) or (b, h, n, j).
+
+    Args:
+        bias: the bias; b may be 1.
+        x: (b, n, d), the input of the layer.
+        heads: number of attention maps h.
+        keys: number of keys j.
+
+    Raises:
+        TypeError: `bias` is not a floating point tensor.
+        ValueError: `bias` has another shape, or is on another device than `x`.
+    """
+    check_floats(**{name: bias})
+    want, shape = (heads, x.shape[1], keys), tuple(bias.shape)
+    if shape[-3:] != want or bias.ndim not in (3, 4) or (bias.ndim == 4 and shape[0] not in (1, x.shape[0])):
+        raise ValueError(
+            f"{name} must be (h, i, j) = {want} or (b, h, i, j) with b = 1 or {x.shape[0]}, got shape {shape}"
+        )
+    if bias.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {bias.device}")

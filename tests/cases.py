@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import (
+    ALiBi,
     AxialAttention,
     BlockSparseAttention,
     ConvAttention,
@@ -106,6 +107,12 @@ CASES = [
     Case(
         "full: l2-normalised queries and keys, relative bias",
         lambda: FullAttention(DIM, qk_norm="l2", scale=5.0, kv_heads=1, bias=RelativeBias(4), **SMALL),
+    ),
+    Case("full: ALiBi, grouped heads", lambda: FullAttention(DIM, bias=ALiBi(4), kv_heads=2, **SMALL)),
+    Case(
+        "full: bidirectional, ALiBi",
+        lambda: FullAttention(DIM, causal=False, bias=ALiBi(4), **SMALL),
+        causal=False,
     ),
     Case(
         "full: pattern",

@@ -24,7 +24,7 @@ from attention_zoo._checks import (
 from attention_zoo.layers.norms import make_qk_norms
 from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.patterns import make_pattern
-from attention_zoo.layers.positions import RelativeBias, RotaryArgument, make_rotary
+from attention_zoo.layers.positions import ALiBi, RelativeBias, RotaryArgument, make_rotary
 from attention_zoo.layers.projections import Projections, map_queries_and_keys, merge_heads, split_heads
 from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape, own_mask
 from attention_zoo.ops.documents import Documents, as_documents
@@ -269,7 +269,7 @@ class SelfAttention(AttentionBlock):
             scale per query head takes the place of `scale`, which is its initial value, by default dim_head^0.5. At
             that value both kinds give the same scores. Default: no norm.
         qk_norm_eps: added to the mean square ("rms"), or the smallest norm to divide by ("l2").
-        bias: relative position bias, added to the scores.
+        bias: position bias by distance, added to the scores: `RelativeBias` (T5, learned) or `ALiBi`.
         pattern: sparse pattern (`attention_zoo.ops.sparse`), or an (N, N) bool tensor, True where query i (row) may
             attend to key j (column), for sequences of up to N tokens.
         qkv_bias, out_bias: whether the QKV projection and the output projection have a bias.
@@ -299,7 +299,7 @@ class SelfAttention(AttentionBlock):
         rotary: RotaryArgument = None,
         qk_norm: str | None = None,
         qk_norm_eps: float = 1e-6,
-        bias: RelativeBias | None = None,
+        bias: RelativeBias | ALiBi | None = None,
         pattern: Pattern | Tensor | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
@@ -310,7 +310,7 @@ class SelfAttention(AttentionBlock):
         check_positive(kv_heads=kv_heads)
         check_positive_number(scale=scale)
         check_flag(qkv_bias=qkv_bias, out_bias=out_bias)
-        check_instance(RelativeBias, type(None), bias=bias)
+        check_instance(RelativeBias, ALiBi, type(None), bias=bias)
         check_instance(Pattern, Tensor, type(None), pattern=pattern)
         self.kv_heads = heads if kv_heads is None else kv_heads
         if heads % self.kv_heads:
@@ -358,8 +358,8 @@ class SelfAttention(AttentionBlock):
     ) -> tuple[Tensor, State]:
         self.check_step(x, state, mask, self.state_class, attn_mask, position_ids)
         x = hide_masked(x, mask)
-        length = 0 if state is None else state.length
-        q, k, v = self.project(x, length if position_ids is None else position_ids)
+        start = 0 if state is None else state.length
+        q, k, v = self.project(x, start if position_ids is None else position_ids)
         out, state = self.attend_cached(q, k, v, state, mask, attn_mask)
         return self.merge(out, x), state
 

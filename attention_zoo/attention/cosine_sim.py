@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attention_zoo._checks import check_int, check_number
 from attention_zoo.attention.base import SelfAttention
-from attention_zoo.layers.positions import RelativeBias, RotaryArgument
+from attention_zoo.layers.positions import ALiBi, RelativeBias, RotaryArgument
 from attention_zoo.ops.cosine_sim import l2_normalize
 
 
@@ -45,7 +45,7 @@ class CosineSimAttention(SelfAttention):
         causal: bool = True,
         dropout: float = 0.0,
         rotary: RotaryArgument = None,
-        bias: RelativeBias | None = None,
+        bias: RelativeBias | ALiBi | None = None,
         output_gate: str | None = None,
         output_gate_per: str = "feature",
     ) -> None:

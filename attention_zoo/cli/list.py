@@ -17,10 +17,10 @@ from attention_zoo.cli._table import print_table
 WIDTH = 100  # characters of a line
 NOTES = """
 causal: always, or optional. mask: padding of keys, or also attn_mask for pairs of query and key. doc: packed
-documents. jit: torch.compile(fullgraph=True). state: growth of the decoding state with the number of tokens.
-2nd: second derivatives of the fast implementation; inside attention_zoo.reference() every layer has them.
-takes: an argument that the layer has beyond the features. rope: rotary position embedding, ids: with position_ids. kv: grouped key/value heads.
-qkn: norms of queries and keys. drop: dropout of the attention weights."""
+documents. jit: torch.compile(fullgraph=True). state: growth of the decoding state with the number of tokens. 2nd:
+second derivatives of the fast implementation; inside attention_zoo.reference() every layer has them. takes: an
+argument that the layer has beyond the features. rope: rotary position embedding, ids: with position_ids. kv: grouped
+key/value heads. qkn: norms of queries and keys. drop: dropout of the attention weights."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

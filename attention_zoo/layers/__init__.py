@@ -5,7 +5,14 @@ from attention_zoo.layers.layer_scale import LayerScale
 from attention_zoo.layers.memory_update import InitialMemory, MemoryUpdate
 from attention_zoo.layers.norms import NORMS, LayerNorm, RMSNorm
 from attention_zoo.layers.output_gate import OutputGate
-from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary, RotaryEmbedding, TextImageRotary
+from attention_zoo.layers.positions import (
+    ALiBi,
+    LearnedPositions,
+    RelativeBias,
+    Rotary,
+    RotaryEmbedding,
+    TextImageRotary,
+)
 from attention_zoo.layers.projections import Projections, merge_heads, split_heads
 from attention_zoo.layers.residual import RESIDUALS, DeepNorm, PostNorm, PreNorm, Residual, SandwichNorm
 from attention_zoo.layers.reversible import reversible
@@ -17,6 +24,7 @@ __all__ = [
     "GEGLU",
     "NORMS",
     "RESIDUALS",
+    "ALiBi",
     "DeepNorm",
     "FeedForward",
     "InitialMemory",

@@ -1,7 +1,8 @@
-"""Positions: learned position embeddings, rotary position embedding (for text and images too), T5's relative bias.
+"""Positions: learned position embeddings, rotary position embedding (for text and images too), biases by distance.
 
 Papers: RoFormer, https://arxiv.org/abs/2104.09864; position interpolation, https://arxiv.org/abs/2306.15595; YaRN,
-    https://arxiv.org/abs/2309.00071; xPos, https://arxiv.org/abs/2212.10554; T5, https://arxiv.org/abs/1910.10683
+    https://arxiv.org/abs/2309.00071; xPos, https://arxiv.org/abs/2212.10554; T5, https://arxiv.org/abs/1910.10683;
+    ALiBi, https://arxiv.org/abs/2108.12409
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from attention_zoo._arguments import RecordsArguments
 from attention_zoo._checks import (
     check_choice,
     check_flag,
+    check_in,
     check_instance,
     check_int,
     check_number,
@@ -313,8 +315,8 @@ def check_scaling(scaling: Mapping[str, Any], theta: float) -> dict[str, Any]:
             check_flag(**argument)
         elif name == "original_max_seq_len":
             check_positive(**argument)
-        elif name != "type":
-            check_positive_number(**argument)
+        elif name != "type" and value is not None:
+            check_in("[1e-9, 1e9]", **argument)
     if options["factor"] < 1:
         raise ValueError(f"scaling['factor'] must be at least 1, got {options['factor']}")
     for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
@@ -547,3 +549,49 @@ class RelativeBias(RecordsArguments, nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, buckets={self.weight.shape[0]}, max_distance={self.max_distance}"
+
+
+class ALiBi(RecordsArguments, nn.Module):
+    """Attention with linear biases: -m_h |i - j| is added to the scores of head h. No parameters.
+
+    The slopes m_h are 2^(-8 / h), 2^(-16 / h), ..., 2^-8 for a power of two of heads. For other numbers they are those
+    of the next smaller power of two, and every second slope of the next larger one, as in the authors' code.
+
+    Paper: Train Short, Test Long, https://arxiv.org/abs/2108.12409
+
+    Args:
+        heads: number of heads h.
+
+    Example:
+        >>> layer = FullAttention(512, bias=ALiBi(8))
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        check_int(1, heads=heads)
+        self.heads = heads
+        self.slopes = _alibi_slopes(heads)
+
+    def check_heads(self, heads: int) -> None:
+        """Check that a layer has as many heads as this bias.
+
+        Raises:
+            ValueError: it has another number of heads.
+        """
+        if heads != self.heads:
+            raise ValueError(f"bias must have one slope per head, got {self.heads} slopes and {heads=}")
+
+    def forward(self, queries: int, keys: int, device: torch.device) -> DistanceBias:
+        """The bias (h, queries + keys - 1) per distance; the last query is at the position of the last key."""
+        distance = torch.arange(1 - keys, queries, dtype=torch.float32, device=device)
+        return DistanceBias(torch.tensor(self.slopes, device=device)[:, None] * -distance.abs())
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+
+def _alibi_slopes(heads: int) -> list[float]:
+    """The slopes of `ALiBi`."""
+    power = 1 << heads.bit_length() - 1  # the largest power of two up to `heads`
+    slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
+    return slopes + [2 ** (-8 * (head + 1) / (2 * power)) for head in range(0, 2 * (heads - power), 2)]

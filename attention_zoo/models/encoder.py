@@ -46,7 +46,7 @@ class Encoder(ComposedModel):
         attn_dropout, ff_dropout, checkpoint_layers: see `Stack`.
         max_seq_len: the longest sequence that the model accepts, in tokens or patches. None: no limit; learned
             positions need one.
-        positions: "auto", "rotary", "t5", "learned" or None; see `LanguageModel`.
+        positions: "auto", "rotary", "t5", "alibi", "learned" or None; see `LanguageModel`.
 
     Raises:
         ValueError, TypeError: an argument is invalid, or a block is always causal; the message names it.
@@ -110,7 +110,7 @@ class Encoder(ComposedModel):
             ff_dropout=ff_dropout,
             ff_mult=ff_mult,
             checkpoint_layers=checkpoint_layers,
-            **position_parts(positions, heads, known=("auto", "rotary", "learned", "t5"), causal=False),
+            **position_parts(positions, heads, known=("auto", "rotary", "learned", "t5", "alibi"), causal=False),
         )
         if self.stack.takes_context:
             raise ValueError(f"attention must not read a context in an Encoder, which has none, got {attention!r}")

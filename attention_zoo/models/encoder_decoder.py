@@ -36,7 +36,7 @@ class EncoderDecoder(ComposedModel):
         dec_attention: self-attention of the decoder, causal. None: as `attention`.
         heads, dim_head, feedforward, ff_mult, norm, residual, attn_dropout, ff_dropout, checkpoint_layers: of both;
             see `Stack`.
-        positions: "auto", "rotary", "t5" or None; see `LanguageModel`. Encoder and decoder have their own.
+        positions: "auto", "rotary", "t5", "alibi" or None; see `LanguageModel`. Encoder and decoder have their own.
         max_seq_len: the longest source and the longest target, in tokens. None: no limit.
 
     Raises:
@@ -81,7 +81,7 @@ class EncoderDecoder(ComposedModel):
         self.target_embedding = nn.Embedding(num_tokens, dim)
         for embedding in (self.source_embedding, self.target_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
-        known = ("auto", "rotary", "t5")
+        known = ("auto", "rotary", "t5", "alibi")
         options: dict[str, Any] = {
             "feedforward": feedforward,
             "norm": norm,

@@ -62,9 +62,10 @@ class LanguageModel(GenerateMixin, ComposedModel):
         stack: a causal stack, in place of `dim`, `depth` and all arguments of `Stack`. It has its own positions, so
             that `positions` is then "auto", which adds none, "learned" or None.
         max_seq_len: the longest sequence that the model accepts, in tokens. None: no limit; learned positions need one.
-        positions: "rotary", "t5" (relative position bias) or "learned" (a table). "auto": rotary for the blocks that
-            take it, nothing for the others. None: no positions. `(name, options)` gives "rotary" and "auto" the
-            arguments of `Rotary`, and "t5" `buckets` and `max_distance`, as in `("rotary", {"theta": 5e5})`.
+        positions: "rotary", "t5" (relative position bias), "alibi" (`ALiBi`) or "learned" (a table). "auto": rotary
+            for the blocks that take it, nothing for the others. None: no positions. `(name, options)` gives "rotary"
+            and "auto" the arguments of `Rotary`, and "t5" `buckets` and `max_distance`, as in
+            `("rotary", {"theta": 5e5})`.
         tie_embeddings: whether the logits use the weights of the token embedding.
 
     Raises:
@@ -116,7 +117,7 @@ class LanguageModel(GenerateMixin, ComposedModel):
                 ff_dropout=ff_dropout,
                 ff_mult=ff_mult,
                 checkpoint_layers=checkpoint_layers,
-                **position_parts(positions, heads, known=("auto", "rotary", "learned", "t5")),
+                **position_parts(positions, heads, known=("auto", "rotary", "learned", "t5", "alibi")),
             )
         else:
             _check_stack(stack, self.arguments)

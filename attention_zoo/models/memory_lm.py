@@ -70,7 +70,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
         memory_slots: slots m of the memory.
         segment_len: tokens of a segment.
         attention, heads, dim_head, feedforward, ff_mult, norm, residual, attn_dropout, ff_dropout: see `Stack`.
-        positions: "auto", "rotary", "t5" or None, within a segment; see `LanguageModel`.
+        positions: "auto", "rotary", "t5", "alibi" or None, within a segment; see `LanguageModel`.
         memory_updates: number of memory updates per segment.
         memory_heads: number of heads of the memory update.
 
@@ -119,7 +119,7 @@ class MemoryLanguageModel(GenerateMixin, ComposedModel):
             attn_dropout=attn_dropout,
             ff_dropout=ff_dropout,
             ff_mult=ff_mult,
-            **position_parts(positions, heads, known=("auto", "rotary", "t5")),
+            **position_parts(positions, heads, known=("auto", "rotary", "t5", "alibi")),
         )
         self.stack.fixed_blocks = 1  # the cross-attention to the memory
         self.update = MemoryUpdate(dim, heads=memory_heads, updates=memory_updates, ff_mult=ff_mult)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice, check_features, check_tokens
-from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary
+from attention_zoo.layers.positions import ALiBi, LearnedPositions, RelativeBias, Rotary
 from attention_zoo.layers.state import State
 from attention_zoo.models.layer_specs import has_options
 from attention_zoo.ops.documents import Documents
@@ -23,6 +23,7 @@ POSITIONS: dict[str, tuple[str, ...]] = {
     "auto": ROTARY_OPTIONS,
     "rotary": ROTARY_OPTIONS,
     "t5": ("buckets", "max_distance"),
+    "alibi": (),
     "learned": (),
 }
 
@@ -58,9 +59,9 @@ def position_parts(
 
     Args:
         positions: a name or `(name, options)`. "rotary", with the options of `Rotary`; "t5" for a relative position
-            bias, with `buckets` and `max_distance` of `RelativeBias`; "auto" for rotary in the blocks that take it. Any
-            other: no positions.
-        heads: heads of the relative bias. None: 8, the blocks' default.
+            bias, with `buckets` and `max_distance` of `RelativeBias`; "alibi"; "auto" for rotary in the blocks that
+            take it. Any other: no positions.
+        heads: heads of the bias. None: 8, the blocks' default.
         known: the names that the model accepts.
         causal: whether the blocks are causal.
 
@@ -72,6 +73,8 @@ def position_parts(
         return {"rotary": Rotary(**options)}
     if name == "t5":
         return {"bias": RelativeBias(8 if heads is None else heads, causal=causal, **options)}
+    if name == "alibi":
+        return {"bias": ALiBi(8 if heads is None else heads)}
     return {"defaults": {"rotary": Rotary(**options)}} if name == "auto" else {}
 
 

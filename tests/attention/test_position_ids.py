@@ -23,6 +23,7 @@ from attention_zoo import (
     Stack,
     TalkingHeadsAttention,
     TextImageLayout,
+    WindowAttention,
 )
 from tests.formulas import relative_error
 
@@ -33,6 +34,8 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "full": lambda: FullAttention(DIM, rotary=Rotary(), **SMALL),
     "full, half-split yarn": lambda: FullAttention(DIM, rotary=Rotary(6, scaling=YARN, pairing="half"), **SMALL),
     "full, bidirectional": lambda: FullAttention(DIM, rotary=Rotary(), causal=False, **SMALL),
+    "full, query-key norm": lambda: FullAttention(DIM, rotary=Rotary(), qk_norm="rms", **SMALL),
+    "window": lambda: WindowAttention(DIM, window=30, sinks=2, rotary=Rotary(), **SMALL),
     "cosine_sim": lambda: CosineSimAttention(DIM, kv_heads=1, rotary=Rotary(), **SMALL),
     "talking_heads": lambda: TalkingHeadsAttention(DIM, rotary=Rotary(), **SMALL),
     "relative_gate": lambda: RelativeGateAttention(DIM, rotary=Rotary(), **SMALL),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -26,6 +27,14 @@ from attention_zoo import (
 from tests.formulas import relative_error
 
 CPU = torch.device("cpu")
+LLAMA3 = {
+    "type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_seq_len": 8192,
+}
+YARN = {"type": "yarn", "factor": 4, "original_max_seq_len": 4096}
 
 
 def turned(x: Tensor, start: int, *, width: int, theta: float = 10000.0, freqs: list[float] | None = None) -> Tensor:
@@ -170,7 +179,8 @@ def test_rotary_compiles_as_one_graph_at_any_start() -> None:
         (lambda: Rotary(scaling={"type": "llama3", "factor": 2}), "must have low_freq_factor, high_freq_factor, orig"),
         (lambda: Rotary(scaling={"type": "ntk", "faktor": 2}), "options of scaling 'ntk' must be .* mean 'factor'"),
         (lambda: Rotary(scaling={"type": "linear", "factor": 0.5}), r"\['factor'\] must be at least 1, got 0.5"),
-        (lambda: Rotary(scaling={"type": "linear", "factor": 0}), r"\['factor'\] must be positive"),
+        (lambda: Rotary(scaling={"type": "linear", "factor": 0}), r"\['factor'\] must lie in \[1e-9, 1e9\], got"),
+        (lambda: Rotary(scaling={"type": "ntk", "factor": 1e300}), r"\['factor'\] must lie in \[1e-9, 1e9\], got"),
         (lambda: Rotary(scaling={**YARN, "beta_fast": 1}), r"\['beta_fast'\] must exceed scaling\['beta_slow'\]"),
         (lambda: Rotary(scaling={**YARN, "mscale": 1}), "both or none of mscale and mscale_all_dim"),
         (lambda: Rotary(theta=1, scaling=YARN), "theta must exceed 1 with scaling 'yarn', got theta=1"),
@@ -206,6 +216,15 @@ def test_rotary_compiles_as_one_graph_at_any_start() -> None:
 def test_position_modules_name_invalid_arguments(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["type", *LLAMA3, *YARN, "beta_fast", "beta_slow", "attention_factor", "truncate"])
+def test_any_value_of_an_option_of_scaling_works_or_is_named(name: str) -> None:
+    values = ["1", None, math.inf, math.nan, -1, 0, 1.5, True, object(), [], {}, 10**30, 1e-320, torch.zeros(2)]
+    for scaling in (LLAMA3, YARN):
+        for value in values:
+            with contextlib.suppress(TypeError, ValueError):
+                rotary(8, scaling={**scaling, name: value})(torch.randn(1, 1, 3, 8))
 
 
 @pytest.mark.parametrize(
@@ -347,14 +366,6 @@ def scaled_frequencies(dim: int, theta: float, scaling: dict) -> list[float]:
     return freqs
 
 
-LLAMA3 = {
-    "type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_seq_len": 8192,
-}
-YARN = {"type": "yarn", "factor": 4, "original_max_seq_len": 4096}
 SCALINGS = [
     {"type": "linear", "factor": 4},
     {"type": "ntk", "factor": 4.0},

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from attention_zoo import (
+    ALiBi,
     Encoder,
     EncoderDecoder,
     FullAttention,
@@ -78,7 +79,9 @@ def make_like(make: Callable[..., Any], model: Any, positions: Any) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "positions", [("rotary", ROTARY), ["auto", ROTARY], ("t5", {"buckets": 8, "max_distance": 9})], ids=str
+    "positions",
+    [("rotary", ROTARY), ["auto", ROTARY], ("t5", {"buckets": 8, "max_distance": 9}), ("alibi", {})],
+    ids=["rotary", "auto", "t5", "alibi"],
 )
 def test_positions_with_options_survive_saving_and_loading(name: str, positions: Any, tmp_path: Path) -> None:
     make, inputs = MODELS[name]
@@ -119,6 +122,14 @@ def test_t5_options_reach_the_relative_bias() -> None:
     assert bias.arguments == {"heads": 2, "buckets": 8, "max_distance": 50, "causal": True}
     encoder = Encoder(num_tokens=9, depth=1, positions=("t5", {"buckets": 8}), **SIZES)
     assert parts(encoder, RelativeBias)[0].arguments["causal"] is False
+
+
+def test_alibi_gives_all_blocks_one_bias_with_the_heads_of_the_model() -> None:
+    model = LanguageModel(num_tokens=9, depth=2, positions="alibi", attention=["full", "cosine_sim"], **SIZES)
+    (bias,) = {id(part): part for part in parts(model, ALiBi)}.values()
+    assert bias.heads == 2
+    with pytest.raises(ValueError, match="options of positions 'alibi' must be one of"):
+        LanguageModel(num_tokens=9, depth=2, positions=("alibi", {"heads": 4}), **SIZES)
 
 
 def test_text_to_image_models_take_the_base_of_text_positions(tmp_path: Path) -> None:

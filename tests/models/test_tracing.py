@@ -24,7 +24,7 @@ def make(name: str) -> LanguageModel:
     if "layout" in takes:
         options["layout"] = TextImageLayout(text_len=20, height=8, width=8)
     if name == "window":
-        options |= {"window": 3, "sinks": 1}
+        options |= {"window": 2, "sinks": 1}
     return LanguageModel(num_tokens=64, max_seq_len=64, dim=32, depth=2, attention=[(name, options)]).eval()
 
 
