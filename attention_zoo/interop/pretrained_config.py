@@ -12,6 +12,7 @@ from attention_zoo._checks import (
     check_choice,
     check_flag,
     check_fraction,
+    check_in,
     check_int,
     check_positive,
     check_positive_number,
@@ -205,7 +206,7 @@ def _decoder(given: Mapping[str, Any]) -> Decoder:
         raise ValueError(f"head_dim must be even, features are rotated in pairs, got {dim_head}")
     if config["hidden_act"] not in ("silu", "swish"):  # two names of one function
         raise ValueError(f"hidden_act must be 'silu', got {config['hidden_act']!r}")
-    check_positive_number(rms_norm_eps=config["rms_norm_eps"])
+    check_in("(0, inf)", rms_norm_eps=config["rms_norm_eps"])
     check_fraction(attention_dropout=config["attention_dropout"])
     flags = {key: config[key] for key in ("tie_word_embeddings", "attention_bias", "mlp_bias") if key in known}
     check_flag(**flags)
