@@ -53,7 +53,7 @@ def test_capabilities_agree_with_the_contract_checks(name: str, capability: str,
 @pytest.mark.parametrize("name", BLOCKS)
 def test_position_ids_capability_agrees_with_what_a_layer_with_rotary_positions_takes(name: str) -> None:
     cls, others = BLOCKS[name], {"context": torch.randn(1, 3, DIM)} if FOUND[name].context else {}
-    options = {"rotary": True, "layout": LAYOUT, "window": 9}
+    options = {"rotary": True, "layout": LAYOUT, **({"window": 9} if name == "window" else {})}
     layer = cls(DIM, **{key: options[key] for key in options if key in inspect.signature(cls).parameters})
     ids = torch.tensor([[0, 1, 5, 6]])
     if FOUND[name].position_ids:
