@@ -55,7 +55,7 @@ def no_keys(k: Tensor, v: Tensor, gate: Tensor) -> DecayedKeys:
 
 
 def extend(cache: DecayedKeys, k: Tensor, v: Tensor, gate: Tensor) -> DecayedKeys:
-    """The new full chunks, all recent tokens and `since` of all chunks, after tokens (b, h, t, e)."""
+    """The cache after new tokens (b, h, t, e), whose `keys` and `values` are those of the new chunks only."""
     total = products_up_to(gate)[:, :, -1:]
     recent = torch.cat(
         (turn_keys(cache.recent_keys, total), fold_key(k.to(gate.real.dtype), products_after(gate))), dim=2
