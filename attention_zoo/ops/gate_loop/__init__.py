@@ -18,6 +18,7 @@ from attention_zoo.ops.gate_loop.channel import fused_channel_gate_loop
 from attention_zoo.ops.gate_loop.chunked import chunked_gate_loop, decay
 from attention_zoo.ops.gate_loop.gates import complex_of, gate_products, scale_gradient, unit_gate
 from attention_zoo.ops.gate_loop.recurrence import HAS_NUMBA, elementwise_gate_loop, fast_linear_recurrence
+from attention_zoo.ops.gate_loop.simple_gla import simple_gla_gate_loop
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax import check_qkv
@@ -71,7 +72,9 @@ def gate_loop(
         impl: "reference" (loop over time, twice differentiable), "chunked" (matrix products in chunks of 64 tokens, one
             group of chunks after the other), "batched" (those of all chunks at once, and one product for the states
             between chunks) or "auto": chunked on the CPU, otherwise batched, and an elementwise recurrence for heads
-            of size 1. A second derivative of the fast implementations raises RuntimeError.
+            of size 1. A second derivative of these raises RuntimeError. "fla" is `chunk_simple_gla` of
+            flash-linear-attention, which needs a GPU, computes products of matrices in the dtype of v, and has not been
+            tested on one; the rounding error of its gradient of a gate grows with 1 / |a|.
 
     Returns:
         `out` (b, h, n, e_v) in the dtype of v, and the final `state` (b, h, e, e_v), complex.
@@ -79,8 +82,9 @@ def gate_loop(
     Raises:
         TypeError: `gate` is not complex, or `state` has the wrong dtype.
         ValueError: shapes do not match, or n is 0.
+        ImportError: impl="fla", and flash-linear-attention is not installed.
     """
-    impl = choose(impl, ("chunked", "batched"))
+    impl = choose(impl, ("chunked", "batched", "fla"))
     check_qkv(q, k, v)
     if not gate.is_complex():
         raise TypeError(f"gate must be complex, got dtype {gate.dtype}")
@@ -99,6 +103,8 @@ def gate_loop(
             from attention_zoo.ops.gate_loop.reference import gate_loop_reference
 
             out, state = gate_loop_reference(*args)
+        elif impl == "fla":
+            out, state = simple_gla_gate_loop(*args, v.dtype)
         elif impl == "auto" and q.shape[3] == v.shape[3] == 1:
             out, state = elementwise_gate_loop(*args, _fast_impl("auto", q))
         else:

@@ -81,6 +81,15 @@ def gate_products(gate: Tensor) -> Tensor:
     return torch.where(later, gate[..., :, None], 1.0).cumprod(-2).tril()
 
 
+def products_up_to(gate: Tensor) -> Tensor:
+    """a_1 ... a_t along axis 2, in a logarithmic number of products, so that gradients need no division."""
+    shift = 1
+    while shift < gate.shape[2]:
+        gate = torch.cat((gate[:, :, :shift], gate[:, :, shift:] * gate[:, :, :-shift]), dim=2)
+        shift *= 2
+    return gate
+
+
 def magnitude(log: Tensor, dtype: torch.dtype) -> Tensor:
     """exp(log) of a cumulative log-magnitude, through `flush_denormal_`; 1 for log > 0, of keys after their query."""
     least = math.log(torch.finfo(dtype).tiny) / 2 - 1

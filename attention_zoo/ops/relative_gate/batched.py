@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from attention_zoo.ops.gate_loop.gates import products_up_to
 from attention_zoo.ops.masks import visible
 from attention_zoo.ops.tiling import masked_softmax
 
@@ -95,15 +96,6 @@ def turn_keys(keys: Tensor, factor: Tensor) -> Tensor:
     (re, im), factor = keys.unflatten(-1, (2, 2, -1)).unbind(-3), factor[..., None, :]
     turned = re * factor.real + im * factor.imag, im * factor.real - re * factor.imag
     return torch.stack(turned, dim=-3).flatten(-3)
-
-
-def products_up_to(gate: Tensor) -> Tensor:
-    """a_1 ... a_t along axis 2, in a logarithmic number of products, so that gradients need no division."""
-    shift = 1
-    while shift < gate.shape[2]:
-        gate = torch.cat((gate[:, :, :shift], gate[:, :, shift:] * gate[:, :, :-shift]), dim=2)
-        shift *= 2
-    return gate
 
 
 def products_after(gate: Tensor) -> Tensor:

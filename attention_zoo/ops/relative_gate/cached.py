@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attention_zoo.ops.gate_loop.gates import products_up_to
 from attention_zoo.ops.masks import visible
 from attention_zoo.ops.relative_gate.batched import (
     fold_key,
     fold_query,
     products_after,
-    products_up_to,
     relative_scores,
     turn_keys,
 )

@@ -54,7 +54,7 @@ def test_operators_on_other_devices_grow_at_most_with_the_logarithm_of_the_lengt
         return count(lambda: block(x, mask=mask).sum().backward())
 
     counts = [train(n) for n in (1024, 2048, 4096)]
-    assert counts[2] - counts[0] <= 2 * (90 if name == "relative_gate" else 10)
+    assert counts[2] - counts[0] <= 2 * (90 if name == "relative_gate" else 15)
     if name.startswith("gate_loop, "):
         assert counts[0] == counts[2]
     assert counts[2] < (1000 if name == "relative_gate" else 400)
