@@ -173,10 +173,10 @@ class RelativeGateAttention(AttentionBlock):
             cache, mask = no_keys(k, v, gate), own_mask(mask)
             out = self.attend(q, k, v, gate, mask)
         new = extend(cache, k, v, gate)
-        stored = [part.flatten(2).unsqueeze(1) for part in (new.keys, new.values)]  # (b, 1, N, h c f)
-        chunks = KeyValueState(*stored)
+        keys, values = (part.flatten(2).unsqueeze(1) for part in (new.keys, new.values))  # (b, 1, N, h c f)
+        chunks = KeyValueState(keys, values)
         if isinstance(state, RelativeGateState):
-            chunks = state.chunks.append(*stored, None) if new.keys.shape[1] else state.chunks
+            chunks = state.chunks.append(keys, values, None) if new.keys.shape[1] else state.chunks
         gates = torch.view_as_real(new.since)
         return self.merge(out, x), RelativeGateState(chunks, new.recent_keys, new.recent_values, gates, mask)
 

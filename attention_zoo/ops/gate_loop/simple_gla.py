@@ -46,8 +46,9 @@ def simple_gla_arguments(
     size = size_and_direction(torch.view_as_real(gate))[0]
     smallest = size < 1e-43
     log = torch.where(smallest, 1.0, size).log().masked_fill(smallest, LEAST)
-    fold = lambda x: torch.cat((x * waves.real[..., None], x * waves.imag[..., None]), dim=-1)  # noqa: E731
-    tokens = {name: x.to(dtype).transpose(1, 2) for name, x in (("q", fold(q)), ("k", fold(k)), ("v", v))}
+    cos, sin = waves.real[..., None], waves.imag[..., None]
+    folded = {"q": torch.cat((q * cos, q * sin), dim=-1), "k": torch.cat((k * cos, k * sin), dim=-1), "v": v}
+    tokens = {name: x.to(dtype).transpose(1, 2) for name, x in folded.items()}
     initial = torch.cat((state.real, -state.imag), dim=-2)
     return {**tokens, "g": log.transpose(1, 2), "scale": 1.0, "initial_state": initial, "output_final_state": True}
 
@@ -59,7 +60,7 @@ def load_kernel() -> Callable[..., tuple[Tensor, Tensor]]:
         ImportError: flash-linear-attention is not installed.
     """
     try:
-        from fla.ops.simple_gla import chunk_simple_gla
+        from fla.ops.simple_gla import chunk_simple_gla  # type: ignore[import-not-found]
     except ImportError as error:
         raise ImportError("impl='fla' needs flash-linear-attention: pip install flash-linear-attention") from error
     kernel: Callable[..., tuple[Tensor, Tensor]] = chunk_simple_gla

@@ -30,7 +30,7 @@ def batched_relative_gate_attention(
     """The outputs (b, h, i, e_v); arguments as in `relative_gate_attention`, in at least float32 and complex64."""
     arguments = q, k, v, torch.view_as_real(gate.resolve_conj()), mask, softmax, dropout
     if torch.is_grad_enabled():  # the scores of all pairs are recomputed in backward instead of saved
-        return checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0)  # type: ignore
+        return checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0)
     return _attend(*arguments)
 
 
@@ -61,13 +61,14 @@ def relative_scores(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
     missing = size * 2**levels - keys  # tokens at the end, which no result contains
     q, k = F.pad(q, (0, 0, keys - queries, missing)), F.pad(k, (0, 0, 0, missing))
     gate = torch.cat((gate, gate.new_ones(*gate.shape[:2], missing, gate.shape[3])), dim=2)
-    q, k, gate = (x.unflatten(2, (-1, size)) for x in (q, k, gate))  # (b, h, blocks, size, ...)
+    q, k, gate = (split_axis(x, 2, (-1, size)) for x in (q, k, gate))  # (b, h, blocks, size, ...)
 
     products = _products(gate)  # (b, h, blocks, i, j, p)
-    scores = (q[..., :, None, :] * k[..., None, :, :]).unflatten(-1, (-1, 2)).sum(-1).mul(products.real).sum(-1)
+    pairs = split_axis(q[..., :, None, :] * k[..., None, :, :], -1, (-1, 2)).sum(-1)
+    scores = pairs.mul(products.real).sum(-1)
     since, after = gate[..., :1, :] * products[..., 0, :], products[..., -1, :, :]
     for _ in range(levels):
-        q, k, scores, since, after = (x.unflatten(2, (-1, 2)) for x in (q, k, scores, since, after))
+        q, k, scores, since, after = (split_axis(x, 2, (-1, 2)) for x in (q, k, scores, since, after))
         (past, present), (since, later), (before, after) = (x.unbind(3) for x in (scores, since, after))
         across = fold_query(q[:, :, :, 1], later) @ fold_key(k[:, :, :, 0], before).transpose(-1, -2)
         scores = torch.cat((F.pad(past, (0, past.shape[-1])), torch.cat((across, present), dim=-1)), dim=-2)
@@ -79,7 +80,7 @@ def relative_scores(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
 
 def fold_query(q: Tensor, factor: Tensor | None = None) -> Tensor:
     """[q Re f, q Im f], (..., n, 2e), for a factor f (..., n, e / 2) of every pair of features; None: 1."""
-    q = q.unflatten(-1, (-1, 2)).transpose(-1, -2)  # (..., 2, p): operators are slow along an axis of size 2
+    q = split_axis(q, -1, (-1, 2)).transpose(-1, -2)  # (..., 2, p): operators are slow along an axis of size 2
     if factor is None:
         return torch.stack((q, torch.zeros_like(q)), dim=-3).flatten(-3)
     factor = factor[..., None, :]
@@ -93,9 +94,15 @@ def fold_key(k: Tensor, factor: Tensor) -> Tensor:
 
 def turn_keys(keys: Tensor, factor: Tensor) -> Tensor:
     """`fold_key` of keys with a further factor (..., n, e / 2), from keys (..., n, 2e) folded before."""
-    (re, im), factor = keys.unflatten(-1, (2, 2, -1)).unbind(-3), factor[..., None, :]
+    (re, im), factor = split_axis(keys, -1, (2, 2, -1)).unbind(-3), factor[..., None, :]
     turned = re * factor.real + im * factor.imag, im * factor.real - re * factor.imag
     return torch.stack(turned, dim=-3).flatten(-3)
+
+
+def split_axis(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """One axis as several."""
+    out: Tensor = x.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return out
 
 
 def products_after(gate: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from attention_zoo.ops.relative_gate.batched import (
     fold_query,
     products_after,
     relative_scores,
+    split_axis,
     turn_keys,
 )
 from attention_zoo.ops.tiling import masked_softmax
@@ -62,9 +63,10 @@ def extend(cache: DecayedKeys, k: Tensor, v: Tensor, gate: Tensor) -> DecayedKey
     )
     values = torch.cat((cache.recent_values, v), dim=2)
     full = recent.shape[2] // CHUNK * CHUNK
-    chunks = (x[:, :, :full].unflatten(2, (full // CHUNK, CHUNK)).transpose(1, 2) for x in (recent, values))
+    sizes = full // CHUNK, CHUNK
+    chunks = [split_axis(x[:, :, :full], 2, sizes).transpose(1, 2) for x in (recent, values)]
     since = torch.cat((cache.since * total, total.new_ones(*total.shape[:2], full // CHUNK, total.shape[3])), dim=2)
-    return DecayedKeys(*chunks, recent[:, :, full:], values[:, :, full:], since)
+    return DecayedKeys(chunks[0], chunks[1], recent[:, :, full:].clone(), values[:, :, full:].clone(), since)
 
 
 def cached_relative_gate_attention(
@@ -110,5 +112,5 @@ def cached_relative_gate_attention(
     out = later @ torch.cat((cache.recent_values.to(v.dtype), v), dim=2)
     if new >= CHUNK:
         return (out + by_chunk @ values).to(dtype)
-    by_chunk = by_chunk.unflatten(3, (values.shape[1], CHUNK)).permute(0, 3, 1, 2, 4)
+    by_chunk = split_axis(by_chunk, 3, (values.shape[1], CHUNK)).permute(0, 3, 1, 2, 4)
     return (out + (by_chunk @ values).sum(1)).to(dtype)
