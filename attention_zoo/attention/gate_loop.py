@@ -2,9 +2,9 @@
 
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 Upstream: gateloop-transformer, GateLoopedAttention.
-Differs: from the paper, |a| = sigmoid(|z|) >= 0.5: every token keeps at least half of the magnitude of the hidden state,
-so that no token can reset it, and t tokens leave at least 2^-t of it. Heads with several features have one gate, where
-the paper's table has one per channel; with the default, heads of one feature, both are the same. From upstream, a
+Differs: from the paper, |a| = sigmoid(|z|) >= 0.5: every token keeps at least half of the magnitude of the hidden
+state, so that no token can reset it, and t tokens leave at least 2^-t of it. Heads with several features have one gate,
+where the paper's table has one per channel; with the default, heads of one feature, both are the same. From upstream, a
 reverse direction, padding masks, step-by-step decoding, half precision, and exactness at any length.
 """
 

@@ -16,7 +16,7 @@ from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.norms import LayerNorm, RMSNorm
 from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.documents import Documents
-from attention_zoo.ops.gate_loop import linear_recurrence
+from attention_zoo.ops.gate_loop import gate_products, linear_recurrence
 from attention_zoo.ops.masks import hide_masked
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
@@ -138,10 +138,7 @@ class SimpleGateLoop(AttentionBlock):
         with no_autocast(x):
             if self.reverse:
                 q, gate = q.flip(1), gate.flip(1)
-            log = gate.double().clamp(min=1e-300).log().masked_fill(gate == 0, -2000.0)  # whose exponential is 0
-            log = log.cumsum(1).transpose(1, 2)  # (b, h, n)
-            decay = (log[..., :, None] - log[..., None, :]).exp().tril().to(at_least_float32(q).dtype)
-            weights = q.transpose(1, 2)[..., None] * decay
+            weights = q.transpose(1, 2)[..., None] * gate_products(gate.transpose(1, 2))
         if mask is not None:
             weights = weights.masked_fill(~(mask.flip(1) if self.reverse else mask)[:, None, None], 0.0)
         return weights.flip(-1, -2) if self.reverse else weights

@@ -354,7 +354,8 @@ class Stack(RecordsArguments, nn.Module):
 
     def _check_directions(self) -> None:
         if self.causal is False:
-            check_directions([(sub.spec.name, sub.attention) for sub in self.sublayers() if sub.spec is not None])
+            blocks = [(sub.spec.name, sub.attention) for sub in self.sublayers() if sub.spec is not None]
+            check_directions([(name, block) for name, block in blocks if block is not None])
 
     @property
     def is_replaced(self) -> bool:
