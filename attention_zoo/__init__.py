@@ -15,12 +15,14 @@ from attention_zoo.attention import (
     SelfAttention,
     SimpleGateLoop,
     TalkingHeadsAttention,
+    WindowAttention,
     capabilities,
     register_block,
 )
 from attention_zoo.generation import generate, generate_image_tokens, generate_images, generate_stream, generate_text
 from attention_zoo.layers import (
     GEGLU,
+    ALiBi,
     BiasedMemoryUpdate,
     FeedForward,
     KeyValueState,
@@ -60,6 +62,8 @@ from attention_zoo.ops import (
     cosine_sim_attention,
     reference,
     softmax_attention,
+    window_attention,
+    window_mask,
 )
 
 __version__ = "0.1.0"
@@ -67,6 +71,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BLOCKS",
     "GEGLU",
+    "ALiBi",
     "AttentionBlock",
     "AxialAttention",
     "BiasedMemoryUpdate",
@@ -102,6 +107,7 @@ __all__ = [
     "TextImageLayout",
     "TextImageRotary",
     "TextToImageTransformer",
+    "WindowAttention",
     "__version__",
     "axial_attention",
     "axial_mask",
@@ -123,4 +129,6 @@ __all__ = [
     "register_block",
     "replace_block",
     "softmax_attention",
+    "window_attention",
+    "window_mask",
 ]

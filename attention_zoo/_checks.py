@@ -160,6 +160,20 @@ def check_padding(mask: Tensor | None, x: Tensor, *, name: str = "mask") -> None
         raise ValueError(f"{name} must be (b, n) = {tuple(x.shape[:2])}, got shape {tuple(mask.shape)}")
 
 
+def check_position_ids(position_ids: Tensor, x: Tensor) -> None:
+    """Check that positions are integers (b, n) on the device of x (b, n, ...).
+
+    Raises:
+        TypeError: `position_ids` is not an integer tensor.
+        ValueError: it has another shape or device.
+    """
+    check_integers(position_ids=position_ids)
+    if position_ids.shape != x.shape[:2]:
+        raise ValueError(f"position_ids must be (b, n) = {tuple(x.shape[:2])}, got shape {tuple(position_ids.shape)}")
+    if position_ids.device != x.device:
+        raise ValueError(f"position_ids must be on the device of x, {x.device}, got {position_ids.device}")
+
+
 def check_has_data(module: nn.Module, x: Tensor) -> None:
     """Check that no parameter or buffer is on the meta device unless the input `x` is; not in a compiled function.
 
@@ -180,8 +194,12 @@ def _has_meta(module: nn.Module) -> bool:
     return any(child is not None and _has_meta(child) for child in module._modules.values())
 
 
-def check_tokens(tokens: Tensor, num_tokens: int, *, name: str = "tokens", minimum: int = 1) -> None:
+def check_tokens(
+    tokens: Tensor, num_tokens: int, *, name: str = "tokens", minimum: int = 1, limit: str = "num_tokens"
+) -> None:
     """Check that token ids are integers (b, n) with n >= minimum, and on the CPU that they are in range.
+
+    `limit` is the name of `num_tokens` in the error message.
 
     The range is not checked on other devices, where the check would synchronise, nor in a compiled function.
 
@@ -193,10 +211,10 @@ def check_tokens(tokens: Tensor, num_tokens: int, *, name: str = "tokens", minim
     if tokens.ndim != 2 or tokens.shape[1] < minimum:
         raise ValueError(f"{name} must be (b, n) with n >= {minimum}, got shape {tuple(tokens.shape)}")
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_token_range(tokens, num_tokens, name=name)
+        check_token_range(tokens, num_tokens, name=name, limit=limit)
 
 
-def check_token_range(tokens: Tensor, num_tokens: int, *, name: str = "tokens") -> None:
+def check_token_range(tokens: Tensor, num_tokens: int, *, name: str = "tokens", limit: str = "num_tokens") -> None:
     """Check that token ids lie in 0 ... num_tokens - 1. Synchronises with the device.
 
     Raises:
@@ -207,7 +225,7 @@ def check_token_range(tokens: Tensor, num_tokens: int, *, name: str = "tokens") 
     # torch 2.13 cannot compare wide unsigned integers
     low, high = (int(end) for end in (tokens if tokens.dtype in SIGNED else tokens.long()).aminmax())
     if low < 0 or high >= num_tokens:
-        raise ValueError(f"{name} must lie in 0 ... num_tokens - 1 = {num_tokens - 1}, got ids from {low} to {high}")
+        raise ValueError(f"{name} must lie in 0 ... {limit} - 1 = {num_tokens - 1}, got ids from {low} to {high}")
 
 
 def _type_of(value: object) -> str:
@@ -304,3 +322,26 @@ def check_attn_mask(attn_mask: Tensor | None, x: Tensor, heads: int, keys: int, 
 def is_builtin(module: nn.Module) -> bool:
     """Whether the class of a module is defined in this package."""
     return type(module).__module__.startswith("attention_zoo.")
+
+
+def check_pair_bias(bias: Tensor, x: Tensor, heads: int, keys: int, *, name: str = "bias") -> None:
+    """Check that a bias of every pair is floating point, (h, n, j) or (b, h, n, j).
+
+    Args:
+        bias: the bias; b may be 1.
+        x: (b, n, d), the input of the layer.
+        heads: number of attention maps h.
+        keys: number of keys j.
+
+    Raises:
+        TypeError: `bias` is not a floating point tensor.
+        ValueError: `bias` has another shape, or is on another device than `x`.
+    """
+    check_floats(**{name: bias})
+    want, shape = (heads, x.shape[1], keys), tuple(bias.shape)
+    if shape[-3:] != want or bias.ndim not in (3, 4) or (bias.ndim == 4 and shape[0] not in (1, x.shape[0])):
+        raise ValueError(
+            f"{name} must be (h, i, j) = {want} or (b, h, i, j) with b = 1 or {x.shape[0]}, got shape {shape}"
+        )
+    if bias.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {bias.device}")

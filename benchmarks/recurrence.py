@@ -49,7 +49,8 @@ def measure_recurrences(setup: Setup) -> Iterator[RecurrenceCost]:
 
     Memory speed: the time to read the two inputs and write the output, as fast as one of them is copied.
     """
-    impls = ["scan", *(["numba"] if find_spec("numba") and setup.device.type == "cpu" else [])]
+    on_cpu = setup.device.type == "cpu"
+    impls = ["scan", *(["numba"] if find_spec("numba") else [])] if on_cpu else ["batched"]
     for rows, length in SIZES:
         q, k, v = (torch.randn(rows, length, setup.dim, device=setup.device) for _ in range(3))
         z = torch.randn(rows, length, setup.dim, 2, device=setup.device)

@@ -17,12 +17,14 @@ from attention_zoo._checks import (
     check_int,
     check_number,
     check_padding,
+    check_position_ids,
     check_positive,
     check_positive_number,
 )
+from attention_zoo.layers.norms import make_qk_norms
 from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.patterns import make_pattern
-from attention_zoo.layers.positions import RelativeBias, RotaryArgument, make_rotary
+from attention_zoo.layers.positions import ALiBi, RelativeBias, RotaryArgument, make_rotary
 from attention_zoo.layers.projections import Projections, map_queries_and_keys, merge_heads, split_heads
 from attention_zoo.layers.state import KeyValueState, State, check_state, check_state_shape, own_mask
 from attention_zoo.ops.documents import Documents, as_documents
@@ -60,6 +62,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
         compiles: whether torch.compile(fullgraph=True) can trace the layer.
         no_attn_mask: why the layer takes no `attn_mask`, a relative clause of the error message; None if it takes one.
         no_documents: likewise for `document_ids`.
+        no_position_ids: likewise for `position_ids`.
 
     Raises:
         TypeError: a size is not an int, `causal` is not a bool, or `dropout` is not a number.
@@ -91,6 +94,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Attend over a whole sequence.
 
@@ -104,18 +108,28 @@ class AttentionBlock(RecordsArguments, nn.Module):
                 masking and `mask`. A query that may attend to no key gets 0 from the operation.
             document_ids: (b, n) int, for packed rows: a document is a maximal run of equal ids, and every document gets
                 what it would get alone. Models pass `Documents`, which they compute once.
+            position_ids: (b, n) int of any size, the positions of the tokens for the rotary position embedding, in
+                place of 0, ..., n - 1 (with `document_ids`, those in the document). Causality goes by the order of the
+                tokens.
 
         Returns:
             (b, n, d).
 
         Raises:
             TypeError: a tensor has the wrong dtype.
-            ValueError: a tensor has the wrong shape or device, or the layer takes no `attn_mask` or `document_ids`.
+            ValueError: a tensor has the wrong shape or device, or the layer takes no `attn_mask`, `document_ids` or
+                `position_ids`.
         """
         raise NotImplementedError
 
     def step(
-        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Decode: attend from new tokens to themselves and to all tokens of earlier steps.
 
@@ -125,6 +139,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
             mask: (b, t) bool, True = a valid token. The state holds the mask of the earlier tokens.
             attn_mask: the rows of `attn_mask` of `forward` for the new tokens: (t, j), (b, t, j) or (b, h, t, j) with
                 j = all tokens so far, the new ones included.
+            position_ids: (b, t) int, the positions of the new tokens, in place of their indices in the sequence.
 
         Returns:
             (b, t, d) and the new state.
@@ -142,6 +157,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Effective weights (b, h, i, j) on the values, before any gate, norm or projection. Args: see `forward`."""
         raise NotImplementedError
@@ -153,6 +169,7 @@ class AttentionBlock(RecordsArguments, nn.Module):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> ValuesAndOutput:
         """Values and output of the operation inside the layer, for checks of `attention_map`. Args: see `forward`."""
         raise NotImplementedError
@@ -167,12 +184,22 @@ class AttentionBlock(RecordsArguments, nn.Module):
         """Number of attention maps h."""
         return self.heads
 
+    @property
+    def no_position_ids(self) -> str | None:
+        rotary, bias, pattern = (getattr(self, name, None) for name in ("rotary", "bias", "pattern"))
+        if rotary is None:
+            return "which has no rotary position embedding"
+        if pattern is not None:
+            return "whose pattern is tied to the positions in the row"
+        return None if bias is None else "whose bias goes by the distances in the row"
+
     def check_inputs(
         self,
         x: Tensor,
         mask: Tensor | None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
         *,
         earlier: int = 0,
     ) -> Documents | None:
@@ -187,6 +214,10 @@ class AttentionBlock(RecordsArguments, nn.Module):
             self.check_attn_mask(attn_mask, x, earlier + x.shape[1])
         if document_ids is not None and self.no_documents is not None:
             raise ValueError(f"document_ids must be None for {type(self).__name__}, {self.no_documents}")
+        if position_ids is not None:
+            if self.no_position_ids is not None:
+                raise ValueError(f"position_ids must be None for {type(self).__name__}, {self.no_position_ids}")
+            check_position_ids(position_ids, x)
         return as_documents(document_ids, x)
 
     def check_attn_mask(self, attn_mask: Tensor | None, x: Tensor, keys: int) -> None:
@@ -207,13 +238,12 @@ class AttentionBlock(RecordsArguments, nn.Module):
         mask: Tensor | None,
         kind: type[State],
         attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> None:
         """Check the arguments of `step`; `kind` is the class of the layer's states. Errors as in `step`."""
         check_state(state, kind)
-        if attn_mask is None:
-            self.check_inputs(x, mask)
-        else:
-            self.check_inputs(x, mask, attn_mask, earlier=0 if state is None else state.length)
+        earlier = 0 if attn_mask is None or state is None else state.length
+        self.check_inputs(x, mask, attn_mask, None, position_ids, earlier=earlier)
         if not self.causal:
             raise ValueError(f"step needs causal=True, got causal={self.causal}")
 
@@ -225,7 +255,8 @@ class SelfAttention(AttentionBlock):
     """Multi-head softmax self-attention: project, apply positions, attend, merge the heads.
 
     Subclasses override `prepare` (positions and norms of queries and keys), `attend` and `weights` (the operation), or
-    `project` and `merge`. `step` caches keys and values as `prepare` returns them.
+    `project` and `merge`. `step` caches keys and values as `project` returns them; a subclass with another state
+    overrides `state_class` and `attend_cached`.
 
     Args:
         dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
@@ -233,7 +264,12 @@ class SelfAttention(AttentionBlock):
         scale: scale of the scores. Default: dim_head^-0.5.
         rotary: rotary position embedding of queries and keys; True for `Rotary()`. A RotaryEmbedding of
             rotary-embedding-torch is converted, see `make_rotary`.
-        bias: relative position bias, added to the scores.
+        qk_norm: norm of the queries and keys of each head, before `rotary`: "rms", RMSNorm with one learned weight
+            (dim_head,) for all query heads and one for all key heads, as in Qwen3; or "l2", unit length, and a learned
+            scale per query head takes the place of `scale`, which is its initial value, by default dim_head^0.5. At
+            that value both kinds give the same scores. Default: no norm.
+        qk_norm_eps: added to the mean square ("rms"), or the smallest norm to divide by ("l2").
+        bias: position bias by distance, added to the scores: `RelativeBias` (T5, learned) or `ALiBi`.
         pattern: sparse pattern (`attention_zoo.ops.sparse`), or an (N, N) bool tensor, True where query i (row) may
             attend to key j (column), for sequences of up to N tokens.
         qkv_bias, out_bias: whether the QKV projection and the output projection have a bias.
@@ -243,9 +279,12 @@ class SelfAttention(AttentionBlock):
 
     Raises:
         ValueError: `kv_heads` does not divide `heads`, `bias` has another number of heads, `scale` is not positive or
-            is given with `pattern`, `pattern` is not square, `output_gate` is unknown, or `rotary` cannot be converted.
+            is given with `pattern`, `pattern` is not square, `output_gate` or `qk_norm` is unknown, `qk_norm_eps` is
+            not positive, `rotary` cannot be converted, or has xpos without `causal`.
         TypeError: an argument has another type, or `pattern` is a tensor that is not boolean.
     """
+
+    state_class: ClassVar[type[State]] = KeyValueState
 
     def __init__(
         self,
@@ -258,7 +297,9 @@ class SelfAttention(AttentionBlock):
         dropout: float = 0.0,
         scale: float | None = None,
         rotary: RotaryArgument = None,
-        bias: RelativeBias | None = None,
+        qk_norm: str | None = None,
+        qk_norm_eps: float = 1e-6,
+        bias: RelativeBias | ALiBi | None = None,
         pattern: Pattern | Tensor | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
@@ -269,7 +310,7 @@ class SelfAttention(AttentionBlock):
         check_positive(kv_heads=kv_heads)
         check_positive_number(scale=scale)
         check_flag(qkv_bias=qkv_bias, out_bias=out_bias)
-        check_instance(RelativeBias, type(None), bias=bias)
+        check_instance(RelativeBias, ALiBi, type(None), bias=bias)
         check_instance(Pattern, Tensor, type(None), pattern=pattern)
         self.kv_heads = heads if kv_heads is None else kv_heads
         if heads % self.kv_heads:
@@ -278,8 +319,9 @@ class SelfAttention(AttentionBlock):
             bias.check_heads(heads)
         if pattern is not None and scale is not None:
             raise ValueError(f"scale must be None with a pattern, got {scale=}")
-        self.scale = scale
-        self.rotary = make_rotary(rotary, dim_head)
+        self.scale = None if qk_norm == "l2" else scale
+        self.q_norm, self.k_norm = make_qk_norms(qk_norm, heads=heads, dim_head=dim_head, scale=scale, eps=qk_norm_eps)
+        self.rotary = make_rotary(rotary, dim_head, causal=causal)
         self.bias = bias
         self.pattern = None if pattern is None else make_pattern(pattern, causal=causal)
         if pattern is not None:
@@ -298,28 +340,53 @@ class SelfAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
-        if documents is None:
-            q, k, v = self.project(x, start=0)
-            return self.merge(self.attend(q, k, v, combine_masks(mask, attn_mask)), x)
-        q, k, v = self.project(x, start=documents.positions)
-        out = documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
-        return self.merge(out, x)
+        q, k, v = self.project(x, first_position(documents, position_ids))
+        return self.merge(self.attend_rows(q, k, v, mask, attn_mask, documents), x)
 
     def step(
-        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
-    ) -> tuple[Tensor, KeyValueState]:
-        self.check_step(x, state, mask, KeyValueState, attn_mask)
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        self.check_step(x, state, mask, self.state_class, attn_mask, position_ids)
         x = hide_masked(x, mask)
-        q, k, v = self.project(x, start=0 if state is None else state.length)
+        start = 0 if state is None else state.length
+        q, k, v = self.project(x, start if position_ids is None else position_ids)
+        out, state = self.attend_cached(q, k, v, state, mask, attn_mask)
+        return self.merge(out, x), state
+
+    def attend_rows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
+        """`attend` over whole rows, or over each of their documents; the masks are those of `forward`."""
+        if documents is None:
+            return self.attend(q, k, v, combine_masks(mask, attn_mask))
+        return documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
+
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State | None, mask: Tensor | None, attn_mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """`attend` over the new tokens and those of the state, and the new state; arguments as in `step`."""
         if isinstance(state, KeyValueState):
             check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
             state = state.append(k, v, mask)
         else:
             state = KeyValueState(k, v, own_mask(mask))
-        return self.merge(self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), x), state
+        return self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), state
 
     def project(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, n, e), keys and values (b, kv_h, n, e) of tokens at the positions start, start + 1, ...
@@ -328,8 +395,12 @@ class SelfAttention(AttentionBlock):
         """
         heads = split_heads(self.to_qkv(x), self.dim_head)  # (..., h + 2 kv_h, n, e), from one matrix product
         qk, v = heads[..., : -self.kv_heads, :, :], heads[..., -self.kv_heads :, :, :]
-        q, k = map_queries_and_keys(lambda qk: self.prepare(qk, start), qk, self.heads)
-        return q, k, v
+        if self.q_norm is None or self.k_norm is None:
+            q, k = map_queries_and_keys(lambda qk: self.prepare(qk, start), qk, self.heads)
+        else:
+            q = self.prepare(self.q_norm(qk[..., : self.heads, :, :]), start)
+            k = self.prepare(self.k_norm(qk[..., self.heads :, :, :]), start)
+        return (q, k, v) if self.rotary is None else (*self.rotary.decay(q, k, start), v)
 
     def prepare(self, qk: Tensor, start: int | Tensor) -> Tensor:
         """Queries or keys (..., n, e), or both concatenated along the heads, with their positions applied."""
@@ -384,8 +455,9 @@ class SelfAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        q, k, _, pairs = self.project_rows(x, mask, attn_mask, document_ids)
+        q, k, _, pairs = self.project_rows(x, mask, attn_mask, document_ids, position_ids)
         return self.weights(q, k, pairs)
 
     def values_and_output(
@@ -395,8 +467,9 @@ class SelfAttention(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> ValuesAndOutput:
-        q, k, v, pairs = self.project_rows(x, mask, attn_mask, document_ids)
+        q, k, v, pairs = self.project_rows(x, mask, attn_mask, document_ids, position_ids)
         return ValuesAndOutput(repeat_heads(v, q.shape[1]), self.attend(q, k, v, pairs))
 
     def project_rows(
@@ -405,10 +478,23 @@ class SelfAttention(AttentionBlock):
         mask: Tensor | None,
         attn_mask: Tensor | None,
         document_ids: Tensor | Documents | None,
+        position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values and the mask of `attend` and `weights` over whole rows. Arguments as in `forward`."""
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
-        if documents is None:
-            return *self.project(x, start=0), combine_masks(mask, attn_mask)
-        return *self.project(x, start=documents.positions), documents.mask_pairs(mask, attn_mask)
+        q, k, v = self.project(x, first_position(documents, position_ids))
+        return q, k, v, self.mask_rows(k, mask, attn_mask, documents)
+
+    def mask_rows(
+        self, k: Tensor, mask: Tensor | None, attn_mask: Tensor | None, documents: Documents | None
+    ) -> Tensor | None:
+        """The masks of `forward` as the mask of `attend` and `weights` over whole rows with keys (b, kv_h, n, e)."""
+        return combine_masks(mask, attn_mask) if documents is None else documents.mask_pairs(mask, attn_mask)
+
+
+def first_position(documents: Documents | None, position_ids: Tensor | None) -> int | Tensor:
+    """The position of the first of consecutive tokens, 0, or the positions (b, n) of all tokens."""
+    if position_ids is not None:
+        return position_ids
+    return 0 if documents is None else documents.positions

@@ -36,9 +36,11 @@ class Capabilities:
         streams: heads can be mixed across streams.
         rotary, bias: rotary position embedding, relative position bias.
         kv_heads: grouped key/value heads.
+        qk_norm: norms of queries and keys.
         dropout: dropout of the attention weights.
         attn_mask: boolean or additive masks of pairs of query and key.
         documents: packed documents, `document_ids`.
+        position_ids: explicit positions, with rotary position embedding.
     """
 
     causal: str
@@ -54,9 +56,11 @@ class Capabilities:
     rotary: bool
     bias: bool
     kv_heads: bool
+    qk_norm: bool
     dropout: bool
     attn_mask: bool
     documents: bool
+    position_ids: bool
 
 
 def capabilities(blocks: Mapping[str, type[nn.Module]] | None = None) -> dict[str, Capabilities]:
@@ -94,9 +98,11 @@ def capabilities_of(cls: type[nn.Module]) -> Capabilities:
         rotary="rotary" in takes,
         bias="bias" in takes,
         kv_heads="kv_heads" in takes,
+        qk_norm="qk_norm" in takes,
         dropout="dropout" in takes,
         attn_mask="attn_mask" in reads and getattr(block, "no_attn_mask", None) is None,
         documents="document_ids" in reads and getattr(block, "no_documents", None) is None,
+        position_ids="position_ids" in reads and getattr(block, "no_position_ids", None) is None,
     )
 
 
@@ -120,9 +126,11 @@ def _has(cls: type[nn.Module], method: str) -> bool:
 
 def _tiny(cls: type[nn.Module]) -> nn.Module:
     takes = inspect.signature(cls).parameters
-    sizes: dict[str, Any] = {"heads": 2, "dim_head": 8, "layout": LAYOUT}
+    sizes: dict[str, Any] = {"heads": 2, "dim_head": 8, "layout": LAYOUT, "rotary": True}
     if "dim_head" not in takes:
         del sizes["heads"]  # one head per channel by default
+    if (window := takes.get("window")) is not None and window.default is window.empty:
+        sizes["window"] = 3
     with torch.random.fork_rng(devices=[]):
         return cls(DIM, **{name: size for name, size in sizes.items() if name in takes}).eval()
 

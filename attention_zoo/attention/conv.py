@@ -34,7 +34,8 @@ class ConvAttention(SelfAttention):
         window: "quadrant" (above and left of the token) or "causal" (the part of the centred kernel before the token).
 
     Raises:
-        ValueError: `kernel_size` is even, `window` is unknown, or a size is below 1.
+        ValueError: `kernel_size` is even, `window` is unknown, a size is below 1, or the image has one row or column;
+            for that `WindowAttention` is faster.
     """
 
     def __init__(
@@ -52,6 +53,11 @@ class ConvAttention(SelfAttention):
         out_bias: bool = False,
     ) -> None:
         check_instance(TextImageLayout, layout=layout)
+        if 1 in (layout.height, layout.width) and layout.height != layout.width:  # every token would be a tile
+            raise ValueError(
+                "layout must have several rows and columns, a window over one of them is that of WindowAttention, got "
+                f"{layout}"
+            )
         super().__init__(
             dim,
             heads=heads,

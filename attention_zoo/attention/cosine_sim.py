@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice, check_int, check_number
 from attention_zoo.attention.base import SelfAttention
-from attention_zoo.layers.positions import RelativeBias, RotaryArgument
+from attention_zoo.layers.positions import ALiBi, RelativeBias, RotaryArgument
 from attention_zoo.ops.cosine_sim import l2_normalize, scale_unit_queries
 
 SCALES_PER = ("layer", "head")
@@ -64,7 +64,7 @@ class CosineSimAttention(SelfAttention):
         causal: bool = True,
         dropout: float = 0.0,
         rotary: RotaryArgument = None,
-        bias: RelativeBias | None = None,
+        bias: RelativeBias | ALiBi | None = None,
         output_gate: str | None = None,
         output_gate_per: str = "feature",
     ) -> None:
@@ -100,9 +100,9 @@ class CosineSimAttention(SelfAttention):
             self.learned_scale = nn.Parameter(torch.full((heads if scale_per == "head" else 1,), start))
         if dim_head % groups:
             raise ValueError(f"groups must divide dim_head, got {groups=}, {dim_head=}")
-        if self.rotary is not None and groups > 1 and dim_head // groups % 2:
+        if self.rotary is not None and groups > 1 and (dim_head // groups % 2 or self.rotary.pairing == "half"):
             # The norm of a group that holds half of a rotated pair depends on the absolute position.
-            raise ValueError(f"groups must not split rotary pairs, got {groups=}, {dim_head=}")
+            raise ValueError(f"groups must not split rotary pairs, got {groups=}, {dim_head=}, {self.rotary}")
         self.groups = groups
 
     def prepare(self, qk: Tensor, start: int | Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class CrossAttention(AttentionBlock):
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
         context_document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Attend to a context.
 
@@ -99,12 +100,15 @@ class CrossAttention(AttentionBlock):
                 `AttentionBlock.forward`.
             document_ids, context_document_ids: (b, n) and (b, j) int, both or neither: a token attends to the part of
                 the context with its own id.
+            position_ids: None; the layer has no positions.
 
         Returns:
             (b, n, d).
         """
         documents = document_ids, context_document_ids
-        return self.merge(self.attend(*self.project(x, context, mask, context_mask, attn_mask, documents)))
+        return self.merge(
+            self.attend(*self.project(x, context, mask, context_mask, attn_mask, documents, position_ids))
+        )
 
     def step(
         self,
@@ -115,6 +119,7 @@ class CrossAttention(AttentionBlock):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, CrossAttentionState]:
         """Attend from new tokens (b, t, d) to the context, which is given to the first step only.
 
@@ -131,7 +136,7 @@ class CrossAttention(AttentionBlock):
             ValueError: `context` is missing in the first step, `context` or `context_mask` is given in a later one, or
                 `state` comes from another layer or batch size.
         """
-        self.check_step(x, state, mask, CrossAttentionState)
+        self.check_step(x, state, mask, CrossAttentionState, position_ids=position_ids)
         x = hide_masked(x, mask)
         if isinstance(state, CrossAttentionState):
             if context is not None or context_mask is not None:
@@ -158,9 +163,10 @@ class CrossAttention(AttentionBlock):
         context_mask: Tensor | None,
         attn_mask: Tensor | None,
         documents: tuple[Tensor | Documents | None, Tensor | Documents | None],
+        position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values and the mask of the operation; `documents` are the ids of x and of the context."""
-        self.check_inputs(x, mask)
+        self.check_inputs(x, mask, position_ids=position_ids)
         x = hide_masked(x, mask)
         k, v = self.project_context(context, context_mask, x)
         pairs = self.masked(x, k, context_mask, attn_mask)
@@ -210,10 +216,11 @@ class CrossAttention(AttentionBlock):
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
         context_document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """The weights (b, h, n, j) on the values of the context."""
         documents = document_ids, context_document_ids
-        q, k, _, pairs = self.project(x, context, mask, context_mask, attn_mask, documents)
+        q, k, _, pairs = self.project(x, context, mask, context_mask, attn_mask, documents, position_ids)
         return softmax_attention_weights(q, k, mask=pairs)
 
     def values_and_output(  # type: ignore[override]
@@ -226,7 +233,8 @@ class CrossAttention(AttentionBlock):
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
         context_document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> ValuesAndOutput:
         documents = document_ids, context_document_ids
-        q, k, v, pairs = self.project(x, context, mask, context_mask, attn_mask, documents)
+        q, k, v, pairs = self.project(x, context, mask, context_mask, attn_mask, documents, position_ids)
         return ValuesAndOutput(v, self.attend(q, k, v, pairs))

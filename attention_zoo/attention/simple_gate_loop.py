@@ -16,7 +16,7 @@ from attention_zoo.attention.base import AttentionBlock, ValuesAndOutput
 from attention_zoo.layers.norms import LayerNorm, RMSNorm
 from attention_zoo.layers.state import State, check_state_shape, count_tokens, register_state
 from attention_zoo.ops.documents import Documents
-from attention_zoo.ops.gate_loop import linear_recurrence
+from attention_zoo.ops.gate_loop import gate_products, linear_recurrence
 from attention_zoo.ops.masks import hide_masked
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 
@@ -47,7 +47,7 @@ class SimpleGateLoop(AttentionBlock):
         norm: whether an RMSNorm precedes the projection, as upstream, where the layer has no norm around it.
         post_norm: whether a LayerNorm follows the recurrence.
         reverse: whether the recurrence runs from the last token to the first. Such a layer is not causal and has no
-            `step`.
+            `step`. A stack with causal=False takes layers of both directions.
 
     Raises:
         TypeError: a flag is not a bool.
@@ -70,18 +70,25 @@ class SimpleGateLoop(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         out = self.recur(*self.project(x, mask, documents))
         return out if self.post_norm is None else self.post_norm(out)
 
     def step(
-        self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         if self.reverse:
             raise ValueError("step needs reverse=False, got reverse=True, which reads later tokens first")
-        self.check_step(x, state, mask, SimpleGateLoopState, attn_mask)
+        self.check_step(x, state, mask, SimpleGateLoopState, attn_mask, position_ids)
         x = hide_masked(x, mask)
         q, kv, gate = self.project(x, mask)
         hidden, count = None, None
@@ -123,17 +130,15 @@ class SimpleGateLoop(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         q, _, gate = self.project(x, mask, documents)
         with no_autocast(x):
             if self.reverse:
                 q, gate = q.flip(1), gate.flip(1)
-            log = gate.double().clamp(min=1e-300).log().masked_fill(gate == 0, -2000.0)  # whose exponential is 0
-            log = log.cumsum(1).transpose(1, 2)  # (b, h, n)
-            decay = (log[..., :, None] - log[..., None, :]).exp().tril().to(at_least_float32(q).dtype)
-            weights = q.transpose(1, 2)[..., None] * decay
+            weights = q.transpose(1, 2)[..., None] * gate_products(gate.transpose(1, 2))
         if mask is not None:
             weights = weights.masked_fill(~(mask.flip(1) if self.reverse else mask)[:, None, None], 0.0)
         return weights.flip(-1, -2) if self.reverse else weights
@@ -145,8 +150,9 @@ class SimpleGateLoop(AttentionBlock):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> ValuesAndOutput:
-        documents = self.check_inputs(x, mask, attn_mask, document_ids)
+        documents = self.check_inputs(x, mask, attn_mask, document_ids, position_ids)
         x = hide_masked(x, mask)
         q, kv, gate = self.project(x, mask, documents)
         out = self.recur(q, kv, gate)

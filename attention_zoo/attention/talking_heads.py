@@ -184,10 +184,11 @@ class TalkingHeadsAttention(SelfAttention):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
         mixed: bool = True,
     ) -> Tensor:
         """The weights (b, s h_v, i, j) on the values; with `mixed=False` the softmax (b, s h, i, j)."""
-        q, k, _, pairs = self.project_rows(x, mask, attn_mask, document_ids)
+        q, k, _, pairs = self.project_rows(x, mask, attn_mask, document_ids, position_ids)
         return self.weights(q, k, pairs) if mixed else self.softmax_weights(q, k, pairs)
 
     def values_and_output(
@@ -197,8 +198,9 @@ class TalkingHeadsAttention(SelfAttention):
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> ValuesAndOutput:
-        q, k, v, pairs = self.project_rows(x, mask, attn_mask, document_ids)
+        q, k, v, pairs = self.project_rows(x, mask, attn_mask, document_ids, position_ids)
         return ValuesAndOutput(v, self.attend(q, k, v, pairs))
 
     def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor, HeadMix]:
@@ -217,6 +219,7 @@ class TalkingHeadsAttention(SelfAttention):
         mask: Tensor | None,
         attn_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
         *,
         earlier: int = 0,
     ) -> Documents | None:
@@ -225,7 +228,7 @@ class TalkingHeadsAttention(SelfAttention):
                 want = f"(b, streams, n, dim) with streams={self.streams}, dim={self.dim}"
                 raise ValueError(f"x must be {want}, got shape {tuple(x.shape)}")
             x = x[:, 0]
-        return super().check_inputs(x, mask, attn_mask, document_ids, earlier=earlier)
+        return super().check_inputs(x, mask, attn_mask, document_ids, position_ids, earlier=earlier)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, qk_heads={self.qk_heads}, v_heads={self.v_heads}, streams={self.streams}"

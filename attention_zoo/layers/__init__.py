@@ -5,11 +5,18 @@ from attention_zoo.layers.layer_scale import LayerScale
 from attention_zoo.layers.memory_update import BiasedMemory, BiasedMemoryUpdate, InitialMemory, MemoryUpdate
 from attention_zoo.layers.norms import NORMS, LayerNorm, RMSNorm
 from attention_zoo.layers.output_gate import OutputGate
-from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotary, RotaryEmbedding, TextImageRotary
+from attention_zoo.layers.positions import (
+    ALiBi,
+    LearnedPositions,
+    RelativeBias,
+    Rotary,
+    RotaryEmbedding,
+    TextImageRotary,
+)
 from attention_zoo.layers.projections import Projections, merge_heads, split_heads
 from attention_zoo.layers.residual import RESIDUALS, DeepNorm, PostNorm, PreNorm, Residual, SandwichNorm
 from attention_zoo.layers.reversible import reversible
-from attention_zoo.layers.state import KeyValueState, State, count_tokens, register_state
+from attention_zoo.layers.state import KeyValueState, State, WindowState, count_tokens, register_state
 from attention_zoo.layers.token_shift import TokenShift, TokenShiftState
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "GEGLU",
     "NORMS",
     "RESIDUALS",
+    "ALiBi",
     "BiasedMemory",
     "BiasedMemoryUpdate",
     "DeepNorm",
@@ -42,6 +50,7 @@ __all__ = [
     "TextImageRotary",
     "TokenShift",
     "TokenShiftState",
+    "WindowState",
     "count_tokens",
     "merge_heads",
     "register_state",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_zoo._checks import check_flag, check_fraction, check_has_data, check_int, check_number
+from attention_zoo._checks import check_flag, check_fraction, check_has_data, check_int, check_number, check_positive
 
 
 class FeedForward(nn.Module):
@@ -19,24 +19,34 @@ class FeedForward(nn.Module):
     Args:
         dim: input and output features d.
         mult: hidden features as a multiple of dim.
+        dim_inner: hidden features. Default: dim * mult, rounded down.
         dropout: dropout probability of the hidden features.
         bias: whether W1 and W2 have a bias.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `dim` is below 1, `mult` gives no hidden feature, or `dropout` is outside [0, 1).
+        ValueError: `dim` or `dim_inner` is below 1, `mult` gives no hidden feature, or `dropout` is outside [0, 1).
     """
 
     activation: Callable[[Tensor], Tensor] = staticmethod(F.gelu)
     gated = False
 
-    def __init__(self, dim: int, *, mult: float = 4, dropout: float = 0.0, bias: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mult: float = 4,
+        dim_inner: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         check_int(1, dim=dim)
+        check_positive(dim_inner=dim_inner)
         check_number(mult=mult, dropout=dropout)
         check_fraction(dropout=dropout)
         check_flag(bias=bias)
-        hidden = int(dim * mult)
+        hidden = int(dim * mult) if dim_inner is None else dim_inner
         if hidden < 1:
             raise ValueError(f"mult must give at least one hidden feature, got {mult=} with {dim=}")
         self.dropout = dropout

@@ -6,7 +6,8 @@ DeepNet, https://arxiv.org/abs/2203.00555
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from attention_zoo.layers.layer_scale import LayerScale
 from attention_zoo.layers.norms import make_norm
 from attention_zoo.layers.projections import Projections
 
-Norm = str | Callable[[int], nn.Module]
+Norm = str | tuple[str, Mapping[str, Any]] | Callable[[int], nn.Module]
 
 
 class Residual(nn.Module):
@@ -24,7 +25,7 @@ class Residual(nn.Module):
 
     Args:
         dim: features d.
-        norm: a name in NORMS, or a function of dim that returns a module.
+        norm: a name in NORMS, `(name, options)`, or a function of dim that returns a module.
         depth: number of layers of the stack.
         scale: initial value of the factors of `LayerScale` on the output of the sub-layer; None for no LayerScale.
 

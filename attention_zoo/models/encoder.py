@@ -10,12 +10,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice, check_features, check_int, check_padding, check_positive
-from attention_zoo.layers.positions import LearnedPositions
 from attention_zoo.layers.projections import project_logits
 from attention_zoo.layers.residual import Norm
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec
-from attention_zoo.models.positions import check_length, count_valid_tokens, embed_tokens, position_parts
+from attention_zoo.models.positions import (
+    PositionSpec,
+    check_length,
+    count_valid_tokens,
+    embed_tokens,
+    learned_positions,
+    position_parts,
+)
 from attention_zoo.models.stack import Stack
 from attention_zoo.ops.documents import Documents, as_documents
 from attention_zoo.ops.losses import LossTerm, masked_cross_entropy, total_loss
@@ -40,7 +46,7 @@ class Encoder(ComposedModel):
         attn_dropout, ff_dropout, checkpoint_layers: see `Stack`.
         max_seq_len: the longest sequence that the model accepts, in tokens or patches. None: no limit; learned
             positions need one.
-        positions: "auto", "rotary", "t5", "learned" or None; see `LanguageModel`.
+        positions: "auto", "rotary", "t5", "alibi", "learned" or None; see `LanguageModel`.
 
     Raises:
         ValueError, TypeError: an argument is invalid, or a block is always causal; the message names it.
@@ -63,7 +69,7 @@ class Encoder(ComposedModel):
         heads: int | None = None,
         dim_head: int | None = None,
         max_seq_len: int | None = None,
-        positions: str | None = "auto",
+        positions: PositionSpec = "auto",
         feedforward: FeedForwardSpec = "gelu",
         ff_mult: float = 4,
         norm: Norm = "layer",
@@ -89,11 +95,7 @@ class Encoder(ComposedModel):
         elif patch_dim is not None:
             self.embedding = nn.Linear(patch_dim, dim)
         self.class_token = nn.Parameter(0.02 * torch.randn(dim)) if pooling == "class" else None
-        self.positions = None
-        if positions == "learned":
-            if max_seq_len is None:
-                raise ValueError("max_seq_len must be given with positions='learned', got max_seq_len=None")
-            self.positions = LearnedPositions(max_seq_len, dim)
+        self.positions = learned_positions(positions, max_seq_len, dim)
         self.stack = Stack(
             dim,
             depth,
@@ -108,7 +110,7 @@ class Encoder(ComposedModel):
             ff_dropout=ff_dropout,
             ff_mult=ff_mult,
             checkpoint_layers=checkpoint_layers,
-            **position_parts(positions, heads, known=("auto", "rotary", "learned", "t5"), causal=False),
+            **position_parts(positions, heads, known=("auto", "rotary", "learned", "t5", "alibi"), causal=False),
         )
         if self.stack.takes_context:
             raise ValueError(f"attention must not read a context in an Encoder, which has none, got {attention!r}")

@@ -17,7 +17,7 @@ from attention_zoo.layers.residual import Norm
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
 from attention_zoo.models.memformer import TargetDecoder
-from attention_zoo.models.positions import check_length, embed_tokens, position_parts
+from attention_zoo.models.positions import PositionSpec, check_length, embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
 
@@ -36,7 +36,7 @@ class EncoderDecoder(ComposedModel):
         dec_attention: self-attention of the decoder, causal. None: as `attention`.
         heads, dim_head, feedforward, ff_mult, norm, residual, attn_dropout, ff_dropout, checkpoint_layers: of both;
             see `Stack`.
-        positions: "auto", "rotary", "t5" or None; see `LanguageModel`. Encoder and decoder have their own.
+        positions: "auto", "rotary", "t5", "alibi" or None; see `LanguageModel`. Encoder and decoder have their own.
         max_seq_len: the longest source and the longest target, in tokens. None: no limit.
 
     Raises:
@@ -62,7 +62,7 @@ class EncoderDecoder(ComposedModel):
         dec_attention: AttentionSpec | None = None,
         heads: int | None = None,
         dim_head: int | None = None,
-        positions: str | None = "auto",
+        positions: PositionSpec = "auto",
         max_seq_len: int | None = None,
         feedforward: FeedForwardSpec = "gelu",
         ff_mult: float = 4,
@@ -81,7 +81,7 @@ class EncoderDecoder(ComposedModel):
         self.target_embedding = nn.Embedding(num_tokens, dim)
         for embedding in (self.source_embedding, self.target_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
-        known = ("auto", "rotary", "t5")
+        known = ("auto", "rotary", "t5", "alibi")
         options: dict[str, Any] = {
             "feedforward": feedforward,
             "norm": norm,

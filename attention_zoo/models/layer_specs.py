@@ -18,14 +18,17 @@ from attention_zoo.layers.feedforward import FEEDFORWARDS
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 Make = Callable[..., nn.Module]
 # What a stack gives to a block besides the features, if its `forward` has an argument of the name.
-INPUTS = ("mask", "attn_mask", "context", "context_mask", "document_ids", "context_document_ids")
+INPUTS = ("mask", "attn_mask", "context", "context_mask", "document_ids", "context_document_ids", "position_ids")
 # One block: a name in BLOCKS, a class, a function of dim that returns a module, either with options, or a module.
 BlockSpec = str | Make | nn.Module | tuple[str | Make, Mapping[str, Any]]
 # One layer: a block, or a list of blocks.
 LayerSpec = BlockSpec | Sequence[BlockSpec]
 # The attention of a whole stack: one layer, or a list of layers cycled over the depth.
 AttentionSpec = LayerSpec | Sequence[LayerSpec]
-FeedForwardSpec = str | tuple[str, Mapping[str, Any]] | Make | None
+# One feedforward: a name in FEEDFORWARDS, (name, options), a function of dim, or None for no feedforward.
+FeedForward = str | tuple[str, Mapping[str, Any]] | Make | None
+# The feedforwards of a whole stack: one for every layer, or a list cycled over the depth.
+FeedForwardSpec = FeedForward | Sequence[FeedForward]
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,8 @@ def make_block(block: Block, dim: int, *, causal: bool | None, shared: Mapping[s
     Args:
         block: the resolved spec.
         dim: features d.
-        causal: passed to a block that has the argument. A block with an attribute `causal` must agree with it. None:
-            neither.
+        causal: passed to a block that has the argument. A block with an attribute `causal` must agree with it; for
+            recurrences in one direction see `check_directions`. None: neither.
         shared: parts and sizes; the block gets those that its constructor has an argument for.
 
     Raises:
@@ -192,11 +195,22 @@ def make_block(block: Block, dim: int, *, causal: bool | None, shared: Mapping[s
                 f"attention {block.name!r} must be causal in a causal model, got causal={module.causal!r}, which sees "
                 "later tokens"
             )
-        if not causal and not sees_future:
+        if not causal and not sees_future and not _is_forward(module):
             raise ValueError(f"causal=False must be possible for every block, but {block.name!r} is causal")
     if not is_builtin(module):
         _check_output(module, block.name, dim)
     return module
+
+
+def check_directions(blocks: Sequence[tuple[str, nn.Module]]) -> None:
+    """Check the blocks of a bidirectional stack, with their names: recurrences need one that starts at the last token.
+
+    Raises:
+        ValueError: there is a block with `reverse = False`, and none with `reverse = True`.
+    """
+    forward = [name for name, module in blocks if _is_forward(module)]
+    if forward and not any(getattr(module, "reverse", None) is True for _, module in blocks):
+        raise ValueError(f"causal=False must be possible for every block, but {forward[0]!r} is causal")
 
 
 def saved_spec(block: Block, module: nn.Module, *, causal: bool | None, shared: Mapping[str, Any]) -> Any:
@@ -248,7 +262,20 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
     return {name: getattr(module, name) for name in parameters if hasattr(module, name)}
 
 
-def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Module:
+def resolve_feedforwards(feedforward: FeedForwardSpec, depth: int) -> list[FeedForward]:
+    """The feedforward of each of `depth` layers. A list is cycled over the depth.
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    if not isinstance(feedforward, (list, tuple)) or has_options(feedforward):
+        return [feedforward] * depth  # type: ignore[list-item]
+    if not feedforward:
+        raise ValueError(f"feedforward must name at least one feedforward, got {feedforward!r}")
+    return [feedforward[layer % len(feedforward)] for layer in range(depth)]
+
+
+def make_feedforward(spec: FeedForward, dim: int, **defaults: Any) -> nn.Module:
     """Build one feedforward. The options of `(name, options)` take precedence over `defaults`.
 
     Raises:
@@ -260,7 +287,7 @@ def make_feedforward(spec: FeedForwardSpec, dim: int, **defaults: Any) -> nn.Mod
         check_instance(nn.Module, feedforward=made)
         return made
     if not isinstance(spec, str) and not has_options(spec):
-        raise TypeError(f"feedforward must be a name, (name, options), a callable or None, got {spec!r}")
+        raise TypeError(f"feedforward must be a name, (name, options), a callable, None or a list, got {spec!r}")
     name, options = (spec, {}) if isinstance(spec, str) else spec  # type: ignore[misc]
     check_choice("feedforward", name, FEEDFORWARDS)
     for option in options:
@@ -299,6 +326,11 @@ def first_with_same_id(name: str, ids: Sequence[int] | None, specs: Sequence[Any
 def takes(block: nn.Module | type[nn.Module], name: str) -> bool:
     """Whether `forward` of a block has a parameter called `name`."""
     return name in inspect.signature(block.forward).parameters
+
+
+def _is_forward(module: nn.Module) -> bool:
+    """Whether a block is a recurrence from the first token to the last that could run in the other direction."""
+    return getattr(module, "reverse", None) is False
 
 
 def _given(block: Block, shared: Mapping[str, Any], causal: bool | None) -> dict[str, Any]:

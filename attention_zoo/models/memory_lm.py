@@ -22,7 +22,7 @@ from attention_zoo.layers.state import State, check_state, concat_masks, count_t
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec, parse_layers
 from attention_zoo.models.memory import MemoryMixin, MemoryUpdateSpec, make_initial_memory, make_memory_update
-from attention_zoo.models.positions import embed_tokens, position_parts
+from attention_zoo.models.positions import PositionSpec, embed_tokens, position_parts
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops.losses import LossTerm, count_next_tokens, next_token_loss, total_loss
 
@@ -72,7 +72,7 @@ class MemoryLanguageModel(MemoryMixin, ComposedModel):
         memory_slots: slots m of the memory.
         segment_len: tokens of a segment.
         attention, heads, dim_head, feedforward, ff_mult, norm, residual, attn_dropout, ff_dropout: see `Stack`.
-        positions: "auto", "rotary", "t5" or None, within a segment; see `LanguageModel`.
+        positions: "auto", "rotary", "t5", "alibi" or None, within a segment; see `LanguageModel`.
         memory_update: "gru", upstream's `MemoryUpdate`; "paper", slot attention with biased memory normalisation, see
             `BiasedMemoryUpdate`; or (name, options), such as ("paper", {"temperature": 0.5}).
         memory_updates: number of memory updates per segment.
@@ -95,7 +95,7 @@ class MemoryLanguageModel(MemoryMixin, ComposedModel):
         attention: AttentionSpec = "full",
         heads: int | None = None,
         dim_head: int | None = None,
-        positions: str | None = "auto",
+        positions: PositionSpec = "auto",
         memory_update: MemoryUpdateSpec = "gru",
         memory_updates: int = 1,
         memory_heads: int = 8,
@@ -126,7 +126,7 @@ class MemoryLanguageModel(MemoryMixin, ComposedModel):
             attn_dropout=attn_dropout,
             ff_dropout=ff_dropout,
             ff_mult=ff_mult,
-            **position_parts(positions, heads, known=("auto", "rotary", "t5")),
+            **position_parts(positions, heads, known=("auto", "rotary", "t5", "alibi")),
         )
         self.stack.fixed_blocks = 1  # the cross-attention to the memory
         self.update = make_memory_update(

@@ -2,39 +2,93 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice, check_features, check_tokens
-from attention_zoo.layers.positions import RelativeBias, Rotary
+from attention_zoo.layers.positions import ALiBi, LearnedPositions, RelativeBias, Rotary
 from attention_zoo.layers.state import State
+from attention_zoo.models.layer_specs import has_options
 from attention_zoo.ops.documents import Documents
+
+# A name, or (name, options), which is a list where it was read from JSON.
+PositionSpec = str | tuple[str, Mapping[str, Any]] | None
+ROTARY_OPTIONS = tuple(inspect.signature(Rotary).parameters)
+# The options of each name.
+POSITIONS: dict[str, tuple[str, ...]] = {
+    "auto": ROTARY_OPTIONS,
+    "rotary": ROTARY_OPTIONS,
+    "t5": ("buckets", "max_distance"),
+    "alibi": (),
+    "learned": (),
+}
+
+
+def parse_positions(
+    positions: PositionSpec, *, known: Mapping[str, Sequence[str]] = POSITIONS
+) -> tuple[str | None, dict[str, Any]]:
+    """The name and the options of an argument `positions`.
+
+    Args:
+        positions: a name, `(name, options)` or None.
+        known: the accepted names with their options.
+
+    Raises:
+        TypeError: `positions` is something else.
+        ValueError: the name or an option is unknown.
+    """
+    if positions is None:
+        return None, {}
+    if not isinstance(positions, str) and not has_options(positions):
+        raise TypeError(f"positions must be a name, (name, options) or None, got {positions!r}")
+    name, options = (positions, {}) if isinstance(positions, str) else positions
+    check_choice("positions", name, known)
+    for option in options:
+        check_choice(f"options of positions {name!r}", option, known[name])
+    return name, dict(options)
 
 
 def position_parts(
-    positions: str | None, heads: int | None, *, known: tuple[str, ...], causal: bool = True
+    positions: PositionSpec, heads: int | None, *, known: Sequence[str], causal: bool = True
 ) -> dict[str, Any]:
     """The arguments of `Stack` that give its blocks their positions.
 
     Args:
-        positions: "rotary"; "t5" for a relative position bias; "auto" for rotary in the blocks that take it. Any other
-            value: no positions.
-        heads: heads of the relative bias. None: 8, the blocks' default.
-        known: the values of `positions` that the model accepts besides None.
+        positions: a name or `(name, options)`. "rotary", with the options of `Rotary`; "t5" for a relative position
+            bias, with `buckets` and `max_distance` of `RelativeBias`; "alibi"; "auto" for rotary in the blocks that
+            take it. Any other: no positions.
+        heads: heads of the bias. None: 8, the blocks' default.
+        known: the names that the model accepts.
         causal: whether the blocks are causal.
 
     Raises:
-        ValueError: `positions` is not accepted.
+        TypeError, ValueError: `positions` is not accepted, or an option is invalid.
     """
-    if positions is not None:
-        check_choice("positions", positions, known)
-    if positions == "rotary":
-        return {"rotary": Rotary()}
-    if positions == "t5":
-        return {"bias": RelativeBias(8 if heads is None else heads, causal=causal)}
-    return {"defaults": {"rotary": Rotary()}} if positions == "auto" else {}
+    name, options = parse_positions(positions, known={name: POSITIONS[name] for name in known})
+    if name == "rotary":
+        return {"rotary": Rotary(**options)}
+    if name == "t5":
+        return {"bias": RelativeBias(8 if heads is None else heads, causal=causal, **options)}
+    if name == "alibi":
+        return {"bias": ALiBi(8 if heads is None else heads)}
+    return {"defaults": {"rotary": Rotary(**options)}} if name == "auto" else {}
+
+
+def learned_positions(positions: PositionSpec, max_seq_len: int | None, dim: int) -> LearnedPositions | None:
+    """The table of positions="learned"; None for others.
+
+    Raises:
+        ValueError: `max_seq_len` is None.
+    """
+    if parse_positions(positions)[0] != "learned":
+        return None
+    if max_seq_len is None:
+        raise ValueError("max_seq_len must be given with positions='learned', got max_seq_len=None")
+    return LearnedPositions(max_seq_len, dim)
 
 
 def embed_tokens(

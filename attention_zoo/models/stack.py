@@ -20,6 +20,7 @@ from attention_zoo._checks import (
     check_instance,
     check_int,
     check_padding,
+    check_position_ids,
     check_positive,
     is_builtin,
 )
@@ -34,10 +35,12 @@ from attention_zoo.models.layer_specs import (
     AttentionSpec,
     Block,
     FeedForwardSpec,
+    check_directions,
     check_shared,
     first_with_same_id,
     make_block,
     make_feedforward,
+    resolve_feedforwards,
     resolve_layers,
     run_block,
     saved_spec,
@@ -63,6 +66,8 @@ class BlockInputs(NamedTuple):
         context_mask: (b, j) bool, True = a valid token of the context.
         document_ids: the documents of packed rows. Blocks of other packages get the tensor (b, n).
         context_document_ids: (b, j) int, the documents of the context.
+        position_ids: (b, n) int, the positions of the tokens. Blocks whose `no_position_ids` says why they cannot
+            use them do not get them.
     """
 
     mask: Tensor | None = None
@@ -71,6 +76,7 @@ class BlockInputs(NamedTuple):
     context_mask: Tensor | None = None
     document_ids: Documents | None = None
     context_document_ids: Tensor | None = None
+    position_ids: Tensor | None = None
 
 
 @dataclass
@@ -112,6 +118,11 @@ class Sublayer(nn.Module):
         names = [name for name in BlockInputs._fields if not self.tokenwise and takes(block, name)]
         # an attention mask is over the tokens of the stack, not over a context
         self.takes = tuple(name for name in names if name != "attn_mask" or "context" not in names)
+
+    @property
+    def takes_position_ids(self) -> bool:
+        """Whether the block uses `position_ids`, which depends on its positions and not on its class alone."""
+        return "position_ids" in self.takes and getattr(self.attention, "no_position_ids", None) is None
 
     @property
     def attention(self) -> nn.Module | None:
@@ -161,6 +172,8 @@ class Sublayer(nn.Module):
     def _keywords(self, inputs: BlockInputs, *, decoding: bool = False) -> dict[str, Any]:
         names = (name for name in self.takes if not (decoding and "document" in name))  # a decoded row is one document
         keywords = {name: getattr(inputs, name) for name in names}
+        if inputs.position_ids is not None and not self.takes_position_ids:
+            keywords.pop("position_ids", None)
         if inputs.document_ids is not None and not is_builtin(self.block):
             keywords["document_ids"] = inputs.document_ids.ids
         return keywords
@@ -200,12 +213,13 @@ class Stack(RecordsArguments, nn.Module):
         depth: number of layers.
         attention: the block of every layer, or a list cycled over the depth. A layer with several blocks is a list of
             them within the list: `[["full", "cross"]]`.
-        feedforward: a name in FEEDFORWARDS, `(name, options)`, a function of dim, or None for no feedforward.
-        norm: a name in NORMS, or a function of dim.
+        feedforward: the feedforward of every layer, or a list cycled over the depth: each a name in FEEDFORWARDS,
+            `(name, options)`, a function of dim, or None for no feedforward.
+        norm: a name in NORMS, `(name, options)` such as ("rms", {"eps": 1e-6}), or a function of dim.
         residual: a name in RESIDUALS: "pre", "post", "sandwich" or "deepnorm".
         heads, dim_head: number and size of the heads of every block that takes them. None: the defaults of each block.
-        causal: whether the blocks are causal. A block with an attribute `causal` that differs is an error. None: every
-            block is as it says.
+        causal: whether the blocks are causal. A block with an attribute `causal` that differs is an error, but for
+            recurrences in a stack that is not causal and holds one with reverse=True. None: every block is as it says.
         attn_dropout: dropout probability of the attention weights.
         ff_dropout: dropout probability of the hidden features of the feedforwards.
         ff_mult: hidden features of the feedforward as a multiple of dim.
@@ -261,7 +275,8 @@ class Stack(RecordsArguments, nn.Module):
         check_instance(TextImageLayout, type(None), token_shift=token_shift)
         check_choice("residual", residual, RESIDUALS)
         check_fraction(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
-        if ff_dropout and (feedforward is None or callable(feedforward)):
+        feedforwards = resolve_feedforwards(feedforward, depth)
+        if ff_dropout and all(one is None or callable(one) for one in feedforwards):
             raise ValueError(f"ff_dropout must be 0 with feedforward={feedforward!r}, got {ff_dropout=}")
         if reversible and not RESIDUALS[residual].additive:
             raise ValueError(f"residual must add to the stream with reversible=True, got {residual=}")
@@ -285,7 +300,7 @@ class Stack(RecordsArguments, nn.Module):
         attn_from = first_with_same_id(
             "shared_attn_ids", shared_attn_ids, [[block.spec for block in layer] for layer in specs]
         )
-        ff_from = first_with_same_id("shared_ff_ids", shared_ff_ids, [feedforward] * depth)
+        ff_from = first_with_same_id("shared_ff_ids", shared_ff_ids, feedforwards)
 
         self.layers = nn.ModuleList()
         blocks: dict[tuple[str, int, int], nn.Module] = {}  # by the layer and place where the weights first occur
@@ -293,7 +308,7 @@ class Stack(RecordsArguments, nn.Module):
             entries: dict[tuple[str, int, int], Block | None] = {
                 ("attention", attn_from[layer], place): spec for place, spec in enumerate(specs[layer])
             }
-            if feedforward is not None:
+            if feedforwards[layer] is not None:
                 entries["feedforward", ff_from[layer], 0] = None
             scale = layer_scale_start(layer) if layer_scale else None
             sublayers = []
@@ -302,12 +317,13 @@ class Stack(RecordsArguments, nn.Module):
                 if key not in blocks and spec is not None:
                     blocks[key] = self.make_block(spec, connection)
                 elif key not in blocks:
-                    block = make_feedforward(feedforward, dim, mult=ff_mult, dropout=ff_dropout)
+                    block = make_feedforward(feedforwards[layer], dim, mult=ff_mult, dropout=ff_dropout)
                     connection.initialize(block)
                     blocks[key] = block if token_shift is None else TokenShift(block, dim, layout=token_shift)
                 tokenwise = spec is None and token_shift is None
                 sublayers.append(Sublayer(blocks[key], connection, tokenwise=tokenwise, spec=spec))
             self.layers.append(Layer(sublayers))
+        self._check_directions()
         self.norm = make_norm(norm, dim) if RESIDUALS[residual].final_norm else nn.Identity()
         self.takes_context = any("context" in sublayer.takes for sublayer in self.sublayers())
         if reversible and self.takes_context:
@@ -328,8 +344,19 @@ class Stack(RecordsArguments, nn.Module):
 
     def replace(self, sublayer: Sublayer, block: nn.Module, spec: Block) -> None:
         """Set the block of a sub-layer; `arguments` have its spec from then on. See `replace_block`."""
+        before = sublayer.block, sublayer.spec
         sublayer.set_block(block, spec)
+        try:
+            self._check_directions()
+        except ValueError:
+            sublayer.set_block(*before)
+            raise
         self._replaced = True
+
+    def _check_directions(self) -> None:
+        if self.causal is False:
+            blocks = [(sub.spec.name, sub.attention) for sub in self.sublayers() if sub.spec is not None]
+            check_directions([(name, block) for name, block in blocks if block is not None])
 
     @property
     def is_replaced(self) -> bool:
@@ -384,6 +411,7 @@ class Stack(RecordsArguments, nn.Module):
         context_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
         context_document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Run all layers.
 
@@ -396,16 +424,18 @@ class Stack(RecordsArguments, nn.Module):
             document_ids: (b, n) int, for packed rows: a document is a maximal run of equal ids, and gets what it would
                 get alone.
             context_document_ids: (b, j) int, where there is a context: a token attends to the part with its own id.
+            position_ids: (b, n) int, the positions of the tokens, for the blocks with a rotary position embedding and
+                neither a pattern nor a bias; see `AttentionBlock.forward`. The others do not get them.
 
         Returns:
             (b, n, d).
 
         Raises:
-            ValueError: a mask or document ids that a block does not take, a context that no block takes, a missing
-                context, or a wrong shape.
+            ValueError: a mask or document ids that a block does not take, a context or position ids that no block
+                takes, a missing context, or a wrong shape.
         """
         documents = as_documents(document_ids, x)
-        inputs = BlockInputs(mask, attn_mask, context, context_mask, documents, context_document_ids)
+        inputs = BlockInputs(mask, attn_mask, context, context_mask, documents, context_document_ids, position_ids)
         self._check_inputs(x, inputs)
         x = hide_masked(x, mask)
         if self.takes_context and context is None:
@@ -428,6 +458,7 @@ class Stack(RecordsArguments, nn.Module):
         attn_mask: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
         """Run all layers on new tokens.
 
@@ -437,6 +468,7 @@ class Stack(RecordsArguments, nn.Module):
             mask: (b, t) bool, True = a valid token.
             attn_mask: the rows of the new tokens, with a column for every token so far.
             context, context_mask: see `forward`; only in the first step.
+            position_ids: (b, t) int, the positions of the new tokens; see `forward`.
 
         Returns:
             (b, t, d) and the new state.
@@ -445,7 +477,7 @@ class Stack(RecordsArguments, nn.Module):
             TypeError: `state` is of another stack, or a block has no `step`.
             ValueError: see `forward`.
         """
-        inputs = BlockInputs(mask, attn_mask, context, context_mask)
+        inputs = BlockInputs(mask, attn_mask, context, context_mask, position_ids=position_ids)
         self._check_inputs(x, inputs)
         x = hide_masked(x, mask)
         sublayers = self.sublayers()
@@ -477,6 +509,7 @@ class Stack(RecordsArguments, nn.Module):
         context_mask: Tensor | None = None,
         document_ids: Tensor | Documents | None = None,
         context_document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> list[Tensor]:
         """The attention map (b, h, i, j) of the first block of every layer. Arguments as in `forward`.
 
@@ -484,7 +517,7 @@ class Stack(RecordsArguments, nn.Module):
             TypeError: a block has no `attention_map`.
         """
         documents = as_documents(document_ids, x)
-        inputs = BlockInputs(mask, attn_mask, context, context_mask, documents, context_document_ids)
+        inputs = BlockInputs(mask, attn_mask, context, context_mask, documents, context_document_ids, position_ids)
         self._check_inputs(x, inputs)
         maps = []
         other = x  # the second stream of reversible layers
@@ -520,6 +553,11 @@ class Stack(RecordsArguments, nn.Module):
         return [sub for layer in self.layers for sub in layer.sublayers]  # type: ignore[union-attr]
 
     @property
+    def takes_position_ids(self) -> bool:
+        """Whether a block uses `position_ids`."""
+        return any(sub.takes_position_ids for sub in self.sublayers())
+
+    @property
     def fsdp_wrap_classes(self) -> tuple[type[nn.Module], ...]:
         """The classes of the modules to shard, compile or checkpoint one by one: `Layer`.
 
@@ -541,6 +579,13 @@ class Stack(RecordsArguments, nn.Module):
                     raise ValueError(
                         f"{name} must be None with {type(sub.block).__name__}, whose forward takes no {name}"
                     )
+        if inputs.position_ids is not None:
+            check_position_ids(inputs.position_ids, x)
+            if not self.takes_position_ids:
+                raise ValueError(
+                    "position_ids must be None for a stack without blocks that take them: no block has a rotary "
+                    "position embedding and neither a pattern nor a bias"
+                )
         if inputs.context is not None and not self.takes_context:
             raise ValueError("context must be None for a stack without blocks that read one")
         if inputs.context is None and inputs.context_mask is not None:

@@ -30,12 +30,13 @@ from attention_zoo.layers.residual import Norm
 from attention_zoo.layers.state import check_state
 from attention_zoo.models.composed_model import ComposedModel
 from attention_zoo.models.layer_specs import AttentionSpec, FeedForwardSpec
-from attention_zoo.models.positions import check_length
+from attention_zoo.models.positions import PositionSpec, check_length, parse_positions
 from attention_zoo.models.stack import Stack, StackState
 from attention_zoo.ops import TextImageLayout
 from attention_zoo.ops.losses import LossTerm, masked_cross_entropy, total_loss
 
 BOS = 0
+POSITIONS = {"rotary": ("theta",), "learned": ()}  # with their options
 
 
 class TextToImageTransformer(ComposedModel):
@@ -53,8 +54,8 @@ class TextToImageTransformer(ComposedModel):
         depth: number of layers.
         attention, heads, dim_head: see `Stack`. Blocks with an argument `layout` ("conv", "axial_row", "axial_col",
             "block_sparse") get the layout of text and image.
-        positions: "rotary", for text and image, in the blocks that take it, or "learned": tables of text positions,
-            rows and columns.
+        positions: "rotary", for text and image, in the blocks that take it, or ("rotary", {"theta": ...}); or
+            "learned": tables of text positions, rows and columns.
         bias: whether output projections and feedforwards have a bias.
         feedforward, ff_mult, norm, residual, layer_scale, shared_attn_ids, shared_ff_ids, reversible: see `Stack`.
         token_shift: whether every sub-layer reads shifted tokens; see `TokenShift`.
@@ -85,7 +86,7 @@ class TextToImageTransformer(ComposedModel):
         attention: AttentionSpec = "full",
         heads: int | None = None,
         dim_head: int | None = None,
-        positions: str = "rotary",
+        positions: PositionSpec = "rotary",
         bias: bool = True,
         feedforward: FeedForwardSpec = "geglu",
         ff_mult: float = 4,
@@ -104,7 +105,8 @@ class TextToImageTransformer(ComposedModel):
         super().__init__()
         check_int(1, num_text_tokens=num_text_tokens, text_len=text_len, num_image_tokens=num_image_tokens)
         check_flag(bias=bias, token_shift=token_shift, tie_embeddings=tie_embeddings)
-        check_choice("positions", positions, ("rotary", "learned"))
+        self.positions, options = parse_positions(positions, known=POSITIONS)
+        check_choice("positions", self.positions, POSITIONS)  # None is not among them
         check_number(image_loss_weight=image_loss_weight)
         if not image_loss_weight >= 0:
             raise ValueError(f"image_loss_weight must be at least 0, got {image_loss_weight=}")
@@ -115,8 +117,8 @@ class TextToImageTransformer(ComposedModel):
         self.layout = TextImageLayout(text_len + 1, height, width)
         self.image_loss_weight = image_loss_weight
         defaults: dict[str, Any] = {"layout": self.layout}
-        if positions == "rotary":
-            defaults["rotary"] = TextImageRotary(self.layout)
+        if self.positions == "rotary":
+            defaults["rotary"] = TextImageRotary(self.layout, **options)
         if bias:
             defaults["out_bias"] = True
         self.stack = Stack(
@@ -142,11 +144,10 @@ class TextToImageTransformer(ComposedModel):
             raise ValueError(f"attention must not read a context in this model, which has none, got {attention!r}")
         self.to_logits = nn.Linear(dim, self.num_tokens)
         self.embedding = None if tie_embeddings else nn.Embedding(self.num_tokens, dim)
-        if positions == "learned":
+        if self.positions == "learned":
             self.text_positions = nn.Parameter(0.02 * torch.randn(self.layout.text_len, dim))
             self.row_positions = nn.Parameter(0.02 * torch.randn(height, dim))
             self.column_positions = nn.Parameter(0.02 * torch.randn(width, dim))
-        self.positions = positions
 
     @property
     def max_seq_len(self) -> int:

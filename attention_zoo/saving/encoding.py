@@ -9,11 +9,13 @@ from typing import Any
 
 from attention_zoo.layers.feedforward import FEEDFORWARDS
 from attention_zoo.layers.norms import NORMS
-from attention_zoo.layers.positions import RelativeBias, Rotary, TextImageRotary
+from attention_zoo.layers.positions import ALiBi, RelativeBias, Rotary, TextImageRotary
 from attention_zoo.ops import TextImageLayout
 
 # The classes that a configuration may name. Decoding builds no other class.
-PARTS: dict[str, Any] = {part.__name__: part for part in (TextImageLayout, Rotary, TextImageRotary, RelativeBias)}
+PARTS: dict[str, Any] = {
+    part.__name__: part for part in (TextImageLayout, Rotary, TextImageRotary, RelativeBias, ALiBi)
+}
 for parts in (FEEDFORWARDS, NORMS):
     PARTS |= {part.__name__: part for part in parts.values()}
 

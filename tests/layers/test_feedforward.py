@@ -54,6 +54,11 @@ def test_feedforward_mult_may_be_a_fraction(kind: type[FeedForward]) -> None:
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_feedforward_dim_inner_is_the_number_of_hidden_features(kind: type[FeedForward]) -> None:
+    assert kind(6, dim_inner=7).to_hidden.out_features == 7
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_feedforward_dropout_is_active_only_in_training(kind: type[FeedForward]) -> None:
     layer, x = kind(8, dropout=0.5), torch.randn(64, 8)
     whole = kind(8)
@@ -73,6 +78,8 @@ def test_feedforward_dropout_is_active_only_in_training(kind: type[FeedForward])
         ({"dim": 2.0}, TypeError, "dim must be an int, got dim=2.0"),
         ({"dim": 4, "mult": 0.1}, ValueError, "mult must give at least one hidden feature, got mult=0.1 with dim=4"),
         ({"dim": 4, "mult": -2}, ValueError, "mult must give at least one hidden feature, got mult=-2"),
+        ({"dim": 4, "dim_inner": 0}, ValueError, "dim_inner must be at least 1, got dim_inner=0"),
+        ({"dim": 4, "dim_inner": 2.5}, TypeError, "dim_inner must be an int, got dim_inner=2.5"),
         ({"dim": 4, "dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got dropout=1.0"),
         ({"dim": 4, "dropout": -0.1}, ValueError, r"dropout must lie in \[0, 1\), got dropout=-0.1"),
     ],

@@ -102,6 +102,7 @@ def test_make_norm_takes_a_name_or_a_function() -> None:
     assert isinstance(make_norm("rms", 8), RMSNorm)
     assert isinstance(make_norm("layer", 8), LayerNorm)
     assert isinstance(make_norm(nn.Identity, 8), nn.Identity)
+    assert make_norm(("layer", {"eps": 0.1}), 8).eps == make_norm(["layer", {"eps": 0.1}], 8).eps == 0.1
 
 
 def test_make_norm_rejects_an_unknown_name_and_suggests_the_nearest() -> None:

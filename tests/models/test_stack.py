@@ -184,6 +184,32 @@ def test_norms_and_feedforwards_may_be_functions() -> None:
     assert sub.block.to_out.in_features == 3 * DIM
 
 
+def test_norms_take_options() -> None:
+    stack = Stack(DIM, 1, norm=("rms", {"eps": 1e-3}), residual="sandwich")
+    norms = [stack.norm, *(norm for sub in stack.sublayers() for norm in (sub.residual.norm, sub.residual.norm_out))]
+    assert [(type(norm), norm.eps) for norm in norms] == [(RMSNorm, 1e-3)] * 5
+
+
+def test_a_list_of_feedforwards_is_cycled_over_the_depth() -> None:
+    stack = Stack(DIM, 5, feedforward=["gelu", ("swiglu", {"dim_inner": 24}), None], ff_mult=2, ff_dropout=0.1)
+    found = [[sub.block for sub in layer.sublayers if sub.spec is None] for layer in stack.layers]
+    assert [[(type(block), block.to_out.in_features) for block in blocks] for blocks in found] == [
+        [(FeedForward, 2 * DIM)],
+        [(SwiGLU, 24)],
+        [],
+        [(FeedForward, 2 * DIM)],
+        [(SwiGLU, 24)],
+    ]
+
+
+def test_layers_that_share_feedforwards_must_have_the_same_one() -> None:
+    stack = Stack(DIM, 4, feedforward=["gelu", "swiglu"], shared_ff_ids=[0, 1])
+    blocks = [layer.sublayers[1].block for layer in stack.layers]
+    assert blocks[0] is blocks[2] is not blocks[1]
+    with pytest.raises(ValueError, match=r"shared_ff_ids must give the same id only to layers .* .swiglu."):
+        Stack(DIM, 4, feedforward=["gelu", "swiglu"], shared_ff_ids=[0, 0, 1, 1])
+
+
 def test_bidirectional_stack_has_bidirectional_blocks() -> None:
     stack = Stack(DIM, 2, attention=["full", "cosine_sim"], causal=False, **SMALL).eval()
     x = torch.randn(1, 5, DIM)
@@ -315,8 +341,17 @@ BAD = {
         ValueError,
         r"ff_dropout must be 0 with feedforward=None",
     ),
+    "ff_dropout of functions": (
+        {"feedforward": [None, GEGLU], "ff_dropout": 0.1},
+        ValueError,
+        r"ff_dropout must be 0 with feedforward=\[None, <class",
+    ),
     "ff_mult": ({"ff_mult": 0}, ValueError, r"mult must give at least one hidden feature"),
     "norm": ({"norm": "batch"}, ValueError, r"norm must be one of \['rms', 'layer'\], got norm='batch'"),
+    "norm option": ({"norm": ("rms", {"epsilon": 1})}, ValueError, r"option of 'rms' must be one of \['eps'\], got"),
+    "norm epsilon": ({"norm": ("rms", {"eps": 0})}, ValueError, r"eps must be positive, got eps=0"),
+    "norm options": ({"norm": ("rms", 1e-6)}, TypeError, r"options_of_norm must be of type Mapping, got float"),
+    "norm of a number": ({"norm": 3}, TypeError, r"norm must be of type str, got int"),
     "residual": ({"residual": "prenorm"}, ValueError, r"residual must be one of \['pre', .*got residual='prenorm'"),
     "feedforward": ({"feedforward": "swigl"}, ValueError, r"feedforward must be one of .*did you mean 'swiglu'"),
     "feedforward option": (
@@ -324,6 +359,9 @@ BAD = {
         ValueError,
         r"option of 'gelu' .*did you mean 'mult'",
     ),
+    "no feedforwards": ({"feedforward": []}, ValueError, r"feedforward must name at least one feedforward, got \[\]"),
+    "feedforwards of numbers": ({"feedforward": ["gelu", 3]}, TypeError, r"feedforward must be a name, .* got 3"),
+    "feedforward size": ({"feedforward": ("gelu", {"dim_inner": 0})}, ValueError, r"dim_inner must be at least 1"),
     "feedforward of a number": ({"feedforward": 3}, TypeError, r"feedforward must be a name, .* got 3"),
 }
 

@@ -55,6 +55,30 @@ def test_autocast_does_not_change_the_rotation() -> None:
         assert torch.equal(rotate(x, *table(angle)), want)
 
 
+def halves(x: Tensor) -> Tensor:
+    """Interleaved pairs (..., r) in the order of pairing="half"."""
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("features", "pairs"), [(8, 4), (11, 4), (2, 1)])
+def test_pairs_of_both_halves_are_rotated_as_interleaved_pairs(dtype: torch.dtype, features: int, pairs: int) -> None:
+    x, angle, width = torch.randn(2, 3, 5, features).to(dtype), 100 * torch.randn(5, pairs), 2 * pairs
+    want = rotate_complex(x, angle)
+    want = torch.cat((halves(want[..., :width]), want[..., width:]), dim=-1)
+    permuted = torch.cat((halves(x[..., :width]), x[..., width:]), dim=-1).requires_grad_()
+    out = rotate(permuted, *(halves(part) for part in table(angle)), pairing="half")
+    assert out.dtype == dtype
+    assert relative_error(out, want) < (4e-3 if dtype == torch.bfloat16 else 1e-6)
+    (grad,) = torch.autograd.grad(out, permuted, want.to(dtype))  # rotates back
+    assert relative_error(grad, permuted) < (8e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_unknown_pairing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pairing must be one of .* got pairing='split'"):
+        rotate(torch.randn(1, 2, 4), torch.ones(2, 4), torch.ones(2, 4), pairing="split")
+
+
 def test_rotation_compiles_as_one_graph() -> None:
     x, (cos, sin) = torch.randn(1, 2, 5, 8, requires_grad=True), table(torch.randn(5, 3))
     got, want = torch.compile(rotate, fullgraph=True, backend="aot_eager")(x, cos, sin), rotate(x, cos, sin)
@@ -66,5 +90,6 @@ def test_rotation_compiles_as_one_graph() -> None:
 def test_rotation_is_twice_differentiable() -> None:
     x = torch.randn(1, 2, 3, 6, dtype=torch.float64, requires_grad=True)
     cos, sin = table(torch.randn(3, 2))
-    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), x)
-    assert torch.autograd.gradgradcheck(lambda x: rotate(x, cos, sin), x)
+    for pairing in ("interleaved", "half"):
+        assert torch.autograd.gradcheck(lambda x, pairing=pairing: rotate(x, cos, sin, pairing=pairing), x)
+        assert torch.autograd.gradgradcheck(lambda x, pairing=pairing: rotate(x, cos, sin, pairing=pairing), x)

@@ -43,6 +43,8 @@ MODELS = {
     "learned": {"positions": "learned", "max_seq_len": 31},
     "a shared bias": {"positions": "t5"},
     "no positions": {"positions": None},
+    "a list of feedforwards": {"feedforward": [("swiglu", {"dim_inner": 7}), None]},
+    "a norm with options": {"norm": ("rms", {"eps": 0.1})},
     "every choice": {
         "feedforward": ("swiglu", {"bias": True}),
         "ff_mult": 2.5,

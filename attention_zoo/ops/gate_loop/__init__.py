@@ -16,8 +16,9 @@ from attention_zoo.ops.documents import Documents, to_documents
 from attention_zoo.ops.gate_loop import recurrence
 from attention_zoo.ops.gate_loop.channel import fused_channel_gate_loop
 from attention_zoo.ops.gate_loop.chunked import chunked_gate_loop, decay
-from attention_zoo.ops.gate_loop.gates import complex_of, scale_gradient, unit_gate
+from attention_zoo.ops.gate_loop.gates import complex_of, gate_products, scale_gradient, unit_gate
 from attention_zoo.ops.gate_loop.recurrence import HAS_NUMBA, elementwise_gate_loop, fast_linear_recurrence
+from attention_zoo.ops.gate_loop.simple_gla import simple_gla_gate_loop
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
 from attention_zoo.ops.softmax import check_qkv
@@ -29,6 +30,7 @@ __all__ = [
     "complex_of",
     "gate_loop",
     "gate_loop_weights",
+    "gate_products",
     "linear_recurrence",
     "scale_gradient",
     "unit_gate",
@@ -67,8 +69,12 @@ def gate_loop(
         state: initial hidden state, (b, h, e, e_v), complex128 for float64 inputs, otherwise complex64. None: zeros.
         document_ids: (b, n) int, for packed rows: the state is reset at the start of every document, a maximal run of
             equal ids; see `Documents`.
-        impl: "auto", "reference" (loop over time, twice differentiable) or "chunked" (matrix products in chunks of 64
-            tokens; a second derivative raises RuntimeError).
+        impl: "reference" (loop over time, twice differentiable), "chunked" (matrix products in chunks of 64 tokens, one
+            group of chunks after the other), "batched" (those of all chunks at once, and one product for the states
+            between chunks) or "auto": chunked on the CPU, otherwise batched, and an elementwise recurrence for heads
+            of size 1. A second derivative of these raises RuntimeError. "fla" is `chunk_simple_gla` of
+            flash-linear-attention, which needs a GPU, computes products of matrices in the dtype of v, and has not been
+            tested on one; the rounding error of its gradient of a gate grows with 1 / |a|.
 
     Returns:
         `out` (b, h, n, e_v) in the dtype of v, and the final `state` (b, h, e, e_v), complex.
@@ -76,8 +82,9 @@ def gate_loop(
     Raises:
         TypeError: `gate` is not complex, or `state` has the wrong dtype.
         ValueError: shapes do not match, or n is 0.
+        ImportError: impl="fla", and flash-linear-attention is not installed.
     """
-    impl = choose(impl, ("chunked",))
+    impl = choose(impl, ("chunked", "batched", "fla"))
     check_qkv(q, k, v)
     if not gate.is_complex():
         raise TypeError(f"gate must be complex, got dtype {gate.dtype}")
@@ -96,10 +103,12 @@ def gate_loop(
             from attention_zoo.ops.gate_loop.reference import gate_loop_reference
 
             out, state = gate_loop_reference(*args)
+        elif impl == "fla":
+            out, state = simple_gla_gate_loop(*args, v.dtype)
         elif impl == "auto" and q.shape[3] == v.shape[3] == 1:
             out, state = elementwise_gate_loop(*args, _fast_impl("auto", q))
         else:
-            out, state = chunked_gate_loop(*args)
+            out, state = chunked_gate_loop(*args, _chunked_impl(impl, q))
         return GateLoop(out.to(v.dtype), state)
 
 
@@ -127,9 +136,10 @@ def channel_gate_loop(
         mask: (b, n) bool, True = a valid token. Masked tokens leave the state unchanged.
         state: initial hidden state, (b, d), complex128 for float64 inputs, otherwise complex64. None: zeros.
         document_ids: (b, n) int; see `gate_loop`.
-        impl: "reference" (loop over time, twice differentiable), "scan" (torch operators), "numba" (a single pass on
-            the CPU; requires the extra `fast`) or "auto" (numba where it is available, otherwise the scan). A second
-            derivative of the fast implementations raises RuntimeError.
+        impl: "reference" (loop over time, twice differentiable), "scan" (torch operators), "batched" (torch operators,
+            whose number grows with the logarithm of the length), "numba" (a single pass on the CPU; requires the extra
+            `fast`) or "auto" (on the CPU numba where it is available, otherwise the scan; batched on other devices). A
+            second derivative of the fast implementations raises RuntimeError.
 
     Returns:
         `out` (b, n, d) in the dtype of v, and the final `state` (b, d), complex.
@@ -139,7 +149,7 @@ def channel_gate_loop(
         ValueError: shapes do not match, n is 0, or impl="numba" with tensors that are not on the CPU.
         ImportError: impl="numba", and numba is not installed.
     """
-    impl = choose(impl, ("scan", "numba"))
+    impl = choose(impl, ("scan", "batched", "numba"))
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype == z.dtype:
         raise TypeError(f"q, k, v and z must be of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}, {z.dtype}")
     if q.ndim != 3 or not q.shape == k.shape == v.shape or not q.shape[1]:
@@ -179,9 +189,10 @@ def linear_recurrence(
         state: initial hidden state, (b, d), in the dtype of x, float32 for half precision. None: zeros.
         document_ids: (b, n) int; see `gate_loop`.
         impl: "reference" (loop over time, twice differentiable), "scan" (two levels of about sqrt(n) steps each, or a
-            single level where one step is enough work), "numba" (a single pass on the CPU; requires the extra `fast`)
-            or "auto" (numba where it is available, otherwise the scan). A second derivative of the fast implementations
-            raises RuntimeError.
+            single level where one step is enough work), "batched" (torch operators whose number grows with the
+            logarithm of the length), "numba" (a single pass on the CPU; requires the extra `fast`) or "auto" (on the
+            CPU numba where it is available, otherwise the scan; batched on other devices). A second derivative of the
+            fast implementations raises RuntimeError.
 
     Returns:
         `out` (b, n, d), the states of all tokens in the dtype of x, and the final `state` (b, d).
@@ -191,7 +202,7 @@ def linear_recurrence(
         ValueError: shapes do not match, n is 0, or impl="numba" with tensors that are not on the CPU.
         ImportError: impl="numba", and numba is not installed.
     """
-    impl = choose(impl, ("scan", "numba"))
+    impl = choose(impl, ("scan", "batched", "numba"))
     if a.dtype != x.dtype or not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"a and x must be of one floating or complex dtype, got {a.dtype} and {x.dtype}")
     if x.ndim != 3 or a.shape != x.shape or not x.shape[1]:
@@ -216,7 +227,7 @@ def gate_loop_weights(q: Tensor, k: Tensor, gate: Tensor, *, document_ids: Tenso
         gate = gate.masked_fill(to_documents(document_ids, q[:, 0]).starts[:, None], 0.0)
     with no_autocast(q):
         scores = at_least_float32(q) @ at_least_float32(k).transpose(-1, -2)
-        weights = scores * decay(torch.view_as_real(gate.to(complex_of(q.dtype))))
+        weights = scores * decay(torch.view_as_real(gate.to(complex_of(q.dtype))), _chunked_impl("auto", q))
     return weights.to(q.dtype)
 
 
@@ -236,11 +247,16 @@ def _initial_state(
     return state
 
 
+def _chunked_impl(impl: str, q: Tensor) -> str:
+    """Resolve "auto": on a GPU, a loop over chunks takes longer to launch than to run."""
+    return impl if impl != "auto" else "chunked" if q.device.type == "cpu" else "batched"
+
+
 def _fast_impl(impl: str, x: Tensor) -> str:
-    """Resolve "auto" to "numba" or "scan", and check that numba can run."""
+    """Resolve "auto" to "numba", "scan" or "batched", and check that numba can run."""
     on_cpu = x.device.type == "cpu"
     if impl == "auto":
-        return "numba" if on_cpu and recurrence.HAS_NUMBA else "scan"
+        return "batched" if not on_cpu else "numba" if recurrence.HAS_NUMBA else "scan"
     if impl == "numba" and not recurrence.HAS_NUMBA:
         raise ImportError("impl='numba' needs numba: pip install 'attention-zoo[fast]'")
     if impl == "numba" and not on_cpu:

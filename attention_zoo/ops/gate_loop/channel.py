@@ -19,7 +19,7 @@ from attention_zoo.ops.gate_loop.numba_kernels import gate_loop_kernels
 from attention_zoo.ops.gate_loop.recurrence import recur, recur_backward
 from attention_zoo.ops.precision import at_least_float32
 
-PIECE = 2**17  # gates that the scan computes at a time on the CPU, so that they stay in the cache
+PIECE = 2**17  # gates that "scan" computes at a time, so that they stay in the cache of a CPU
 
 
 class ChannelInputs(NamedTuple):
@@ -29,7 +29,7 @@ class ChannelInputs(NamedTuple):
     mask: (b, n) bool, True = a valid token.
     starts: (b, n) bool, True = a token before which the state is reset.
     state: initial state, (b, d) complex.
-    impl: "scan" or "numba".
+    impl: "scan", "batched" or "numba".
     """
 
     q: Tensor
@@ -65,11 +65,11 @@ def _forward(inputs: ChannelInputs) -> tuple[Tensor, Tensor]:
         kernels.forward(*_arrays(q, k, v, z), _mask_array(mask), _mask_array(starts), planes.numpy(), out.numpy())
         return out.to(dtype), torch.complex(*planes.unbind(1))
     out, state = v.new_empty(v.shape, dtype=dtype), state.clone()
-    size = max(1, PIECE // max(1, q.shape[0] * q.shape[2])) if q.device.type == "cpu" else q.shape[1]
+    size = max(1, PIECE // max(1, q.shape[0] * q.shape[2])) if inputs.impl == "scan" else q.shape[1]
     for start in range(0, q.shape[1], size):
         part = slice(start, start + size)
         valid, reset = (None if tokens is None else tokens[:, part] for tokens in (mask, starts))
-        states = recur(*_gates_and_inputs(k[:, part], v[:, part], z[:, part], valid, reset), state, "scan")
+        states = recur(*_gates_and_inputs(k[:, part], v[:, part], z[:, part], valid, reset), state, inputs.impl)
         out[:, part] = q[:, part] * states.real
         state = states[:, -1].clone()
     return out, state
@@ -78,8 +78,8 @@ def _forward(inputs: ChannelInputs) -> tuple[Tensor, Tensor]:
 def _backward(inputs: ChannelInputs, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     grad_out, q, k, v, z = (at_least_float32(tensor) for tensor in (gradients[0], *inputs[:4]))
     grad_state = gradients[1]
-    if inputs.impl == "scan":
-        return _scan_backward(grad_out, grad_state, q, k, v, z, inputs.mask, inputs.starts, inputs.state)
+    if inputs.impl != "numba":
+        return _scan_backward(grad_out, grad_state, q, k, v, z, inputs.mask, inputs.starts, inputs.state, inputs.impl)
     planes = _planes(grad_state)
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v, z)]
     gate_loop_kernels(q.dtype == torch.float64).backward(
@@ -99,12 +99,13 @@ def _scan_backward(
     mask: Tensor | None,
     starts: Tensor | None,
     state: Tensor,
+    impl: str,
 ) -> tuple[Tensor, ...]:
     gate, kv = _gates_and_inputs(k, v, z, mask, starts)
-    states = recur(gate, kv, state, "scan")
+    states = recur(gate, kv, state, impl)
     grad_states = torch.complex(q * grad_out, torch.zeros_like(q))
     grad_states[:, -1] += grad_state
-    grad_gate, grad_kv, grad_state = recur_backward(grad_states, gate, states, state, "scan")
+    grad_gate, grad_kv, grad_state = recur_backward(grad_states, gate, states, state, impl)
     grad_kv = grad_kv.real
     if mask is not None:
         grad_kv = grad_kv.masked_fill(~mask[..., None], 0.0)

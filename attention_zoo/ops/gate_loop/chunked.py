@@ -8,6 +8,10 @@ Inside a chunk this is ((q k^T) * D) v with D_ij = exp(L_i - L_j) cos(phi_i - ph
 rotated by -phi, so that it only decays, and kept as its real part stacked on its negative imaginary part. Only the
 inputs are saved for backward, which recomputes D and the states.
 
+On the CPU ("chunked") chunks are computed in groups, states one after the other, and decays as exponentials of sums of
+logarithms in float64. On other devices ("batched") all chunks are computed at once, all states in one matrix product
+with the triangle of the decays between chunks, and decays as products of gates, in the precision of the inputs.
+
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 """
 
@@ -21,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.ops.custom_op import register_operator
-from attention_zoo.ops.gate_loop.gates import log_and_phase, magnitude
+from attention_zoo.ops.gate_loop.gates import gate_products, log_and_phase, magnitude, size_and_direction
 
 CHUNK = 64  # tokens whose weights form one square matrix
 GROUP = 16  # chunks that are computed at a time on the CPU
@@ -33,6 +37,7 @@ class ChunkedInputs(NamedTuple):
     q, k, v: (b, h, n, e), (b, h, n, e), (b, h, n, e_v).
     gate: (b, h, n, 2), real and imaginary part.
     state: initial state, (b, h, 2e, e_v), real part stacked on the negative imaginary part.
+    impl: "chunked" or "batched".
     """
 
     q: Tensor
@@ -40,17 +45,20 @@ class ChunkedInputs(NamedTuple):
     v: Tensor
     gate: Tensor
     state: Tensor
+    impl: str
 
 
-def chunked_gate_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def chunked_gate_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """Outputs (b, h, n, e_v) and final state; arguments as in `gate_loop`, in at least float32 and complex64."""
     re, im = torch.view_as_real(state).unbind(-1)
-    out, last = _operator(ChunkedInputs(q, k, v, torch.view_as_real(gate), torch.cat((re, -im), dim=-2)))
+    out, last = _operator(ChunkedInputs(q, k, v, torch.view_as_real(gate), torch.cat((re, -im), dim=-2), impl))
     return out, torch.complex(*last.chunk(2, dim=-2))
 
 
-def decay(gate: Tensor) -> Tensor:
+def decay(gate: Tensor, impl: str) -> Tensor:
     """Re(a_{j+1} ... a_i), (..., c, c), 0 for j > i, of gates (..., c, 2)."""
+    if impl == "batched":
+        return gate_products(torch.view_as_complex(gate)).real
     log, phase = (part.cumsum(-1) for part in log_and_phase(gate))
     return _decay(log, gate.dtype) * (phase[..., :, None] - phase[..., None, :]).cos().to(gate.dtype)
 
@@ -60,19 +68,39 @@ def _decay(log: Tensor, dtype: torch.dtype) -> Tensor:
     return magnitude(log[..., :, None] - log[..., None, :], dtype).tril()
 
 
+def _chunk_decay(decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """`_Chunks.decay` of a group of chunks as the decays between all pairs of tokens, (M, 1 + c, 1 + c)."""
+    return _decay(decay, dtype) if decay.ndim == 2 else decay
+
+
 class _Chunks(NamedTuple):
     """Chunks of tokens (B, N, c, ...) with B = b h.
 
     q, k, v: (B, N, c, e), (B, N, c, e), (B, N, c, e_v).
     waves: cosine and sine of the cumulative phase, (B, N, c, 2).
-    log: log-magnitude of the gates from the start of the chunk to each token, after a 0, (B, N, 1 + c).
+    decay: log-magnitude of the gates from the start of the chunk to each token, after a 0, (B, N, 1 + c); or the decays
+        between all pairs, with the state before the chunk as token 0, (B, N, 1 + c, 1 + c).
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     waves: Tensor
-    log: Tensor
+    decay: Tensor
+
+    @property
+    def from_start(self) -> Tensor:
+        """Decay from the state before the chunk to each token, (B, N, c, 1)."""
+        if self.decay.ndim == 4:
+            return self.decay[..., 1:, :1]
+        return magnitude(self.decay[..., 1:, None], self.q.dtype)
+
+    @property
+    def to_end(self) -> Tensor:
+        """Decay from the state before the chunk, and from each token, to the end of the chunk, (B, N, 1 + c, 1)."""
+        if self.decay.ndim == 4:
+            return self.decay[..., -1, :, None]
+        return magnitude(self.decay[..., -1:] - self.decay, self.q.dtype)[..., None]
 
 
 def _split(x: Tensor) -> Tensor:
@@ -128,15 +156,44 @@ def _chunks(inputs: ChunkedInputs) -> tuple[_Chunks, Tensor, Tensor]:
     """The chunks, the rotated states before each, (B, N, 2e, e_v), and after the last, (B, 2e, e_v)."""
     q, k, v = _split(inputs.q), _split(inputs.k), _split(inputs.v)
     missing = q.shape[1] * q.shape[2] - inputs.q.shape[2]  # padding neither decays nor rotates the state
-    log, phase = (F.pad(part, (0, missing)).flatten(0, 1) for part in log_and_phase(inputs.gate))
-    log = F.pad(log.view(q.shape[:3]).cumsum(-1), (1, 0))
-    phase = phase.cumsum(-1).view(q.shape[:3])
-    waves = torch.stack((phase.cos(), phase.sin()), dim=-1).to(q.dtype)
-    last = magnitude(log[..., -1:] - log, q.dtype)[..., None]
+    if inputs.impl == "batched":
+        size, direction = size_and_direction(inputs.gate)
+        size = F.pad(size, (0, missing), value=1.0).view(q.shape[:3])
+        padding = direction.new_ones(*direction.shape[:2], missing)
+        wave = torch.cat((direction, padding), dim=2).cumprod(-1).view(q.shape[:3])
+        waves = torch.view_as_real(wave / wave.abs())
+        decay = gate_products(F.pad(size, (1, 0), value=1.0))
+    else:
+        log, phase = (F.pad(part, (0, missing)).flatten(0, 1) for part in log_and_phase(inputs.gate))
+        decay = F.pad(log.view(q.shape[:3]).cumsum(-1), (1, 0))
+        phase = phase.cumsum(-1).view(q.shape[:3])
+        waves = torch.stack((phase.cos(), phase.sin()), dim=-1).to(q.dtype)
+    chunks = _Chunks(q, k, v, waves, decay)
+    last = chunks.to_end
     writes = [_fold(k * d, w).transpose(-1, -2) @ v for k, v, w, d in _groups(k, v, waves, last[:, :, 1:])]
     states = torch.cat(writes).view(*q.shape[:2], *inputs.state.shape[2:])
-    after = _recur(zip(states.unbind(1), last[:, :, :1].unbind(1), strict=True), inputs.state.flatten(0, 1))
-    return _Chunks(q, k, v, waves, log), states, after
+    return chunks, *_states(states, last[:, :, :1], inputs.state.flatten(0, 1), inputs.impl)
+
+
+def _states(x: Tensor, decay: Tensor, state: Tensor, impl: str, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """The state before each step, (B, N, ...), and after the last of state = decay * state + x.
+
+    Args:
+        x: (B, N, 2e, e_v); its memory may be used for the result.
+        decay: (B, N, 1, 1).
+        state: (B, 2e, e_v).
+        impl: as in `ChunkedInputs`.
+        reverse: whether the steps run from the last chunk to the first.
+    """
+    if impl == "chunked":
+        steps = list(zip(x.unbind(1), decay.unbind(1), strict=True))
+        return x, _recur(reversed(steps) if reverse else steps, state)
+    if reverse:
+        x, decay = x.flip(1), decay.flip(1)
+    triangle = gate_products(F.pad(decay[..., 0, 0], (1, 0), value=1.0))  # between the states after all chunks
+    states = (triangle @ torch.cat((state[:, None], x), dim=1).flatten(2)).view(-1, x.shape[1] + 1, *x.shape[2:])
+    before, after = states[:, :-1], states[:, -1]
+    return before.flip(1) if reverse else before, after
 
 
 def _recur(steps: Iterable[tuple[Tensor, Tensor]], state: Tensor) -> Tensor:
@@ -151,8 +208,8 @@ def _recur(steps: Iterable[tuple[Tensor, Tensor]], state: Tensor) -> Tensor:
 def _forward(inputs: ChunkedInputs) -> tuple[Tensor, Tensor]:
     chunks, before, after = _chunks(inputs)
     out = []
-    for q, k, v, waves, log, state in _groups(*chunks, before):
-        decays = _decay(log, q.dtype)
+    for q, k, v, waves, decay, state in _groups(*chunks, before):
+        decays = _chunk_decay(decay, q.dtype)
         scores = (q @ k.transpose(-1, -2)).mul_(waves @ waves.transpose(-1, -2)).mul_(decays[:, 1:, 1:])
         out.append((scores @ v).addcmul_(_fold(q, waves) @ state, decays[:, 1:, :1]))
     return _join(out, inputs.v), _rotate(after, chunks.waves[:, -1, -1]).view(inputs.state.shape)
@@ -161,20 +218,22 @@ def _forward(inputs: ChunkedInputs) -> tuple[Tensor, Tensor]:
 def _backward(inputs: ChunkedInputs, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     chunks, before, _ = _chunks(inputs)
     grad_out, grad_state = _split(gradients[0]), _rotate(gradients[1].flatten(0, 1), chunks.waves[:, -1, -1])
-    first = magnitude(chunks.log[..., 1:, None], grad_out.dtype)
+    first = chunks.from_start
     reads = _groups(chunks.q, chunks.waves, first, grad_out)
     grad_after = torch.cat([_fold(q * d, w).transpose(-1, -2) @ grad for q, w, d, grad in reads]).view(before.shape)
-    steps = list(zip(grad_after.unbind(1), first[:, :, -1:].unbind(1), strict=True))
-    initial = _recur(reversed(steps), grad_state).view(inputs.state.shape)
+    grad_after, initial = _states(grad_after, first[:, :, -1:], grad_state, inputs.impl, reverse=True)
     groups = [_chunk_gradients(*group) for group in _groups(*chunks, grad_out, before, grad_after)]
     *grads, grad_gate = (_join(parts, inputs.q) for parts in zip(*groups, strict=True))
-    phase = log_and_phase(inputs.gate)[1]
-    unit = torch.polar(torch.ones_like(phase), phase)
-    return [*grads, torch.view_as_real(torch.view_as_complex(grad_gate) * unit), initial]
+    if inputs.impl == "batched":
+        unit = size_and_direction(inputs.gate)[1]
+    else:
+        phase = log_and_phase(inputs.gate)[1]
+        unit = torch.polar(torch.ones_like(phase), phase)
+    return [*grads, torch.view_as_real(torch.view_as_complex(grad_gate) * unit), initial.reshape(inputs.state.shape)]
 
 
 def _chunk_gradients(
-    q: Tensor, k: Tensor, v: Tensor, waves: Tensor, log: Tensor, grad: Tensor, before: Tensor, grad_after: Tensor
+    q: Tensor, k: Tensor, v: Tensor, waves: Tensor, decay: Tensor, grad: Tensor, before: Tensor, grad_after: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the gates along and across their directions, (M, c, 2).
 
@@ -183,7 +242,7 @@ def _chunk_gradients(
     |a_t| is the sum of pairs_ij E_it E_{t-1,j}: without division, and exact for gates of 0. The gradient across takes
     the derivatives of the pairs by the phase instead of the pairs.
     """
-    queries, keys, decays = _fold(q, waves), _fold(k, waves), _decay(log, q.dtype)
+    queries, keys, decays = _fold(q, waves), _fold(k, waves), _chunk_decay(decay, q.dtype)
     inside, first, last = decays[:, 1:, 1:], decays[:, 1:, :1], decays[:, -1, 1:, None]
     rotation = torch.stack((waves, _turn(waves))) @ waves.transpose(-1, -2)  # cos(phi_i - phi_j) and its derivative
     grad_scores = grad @ v.transpose(-1, -2)

@@ -61,6 +61,35 @@ def log_and_phase(gate: Tensor) -> tuple[Tensor, Tensor]:
     return log, torch.atan2(im, re)
 
 
+def size_and_direction(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """|a| and a / |a|, (...), of gates (..., 2), in their own precision. Gates of 0 have the direction 1.
+
+    Products of these need no float64, which not every device has: their relative error does not grow with the number
+    of small gates, as that of sums of logarithms does.
+    """
+    re, im = gate.unbind(-1)
+    size = torch.hypot(re, im)
+    zero = size == 0
+    scale = torch.where(zero, 1.0, size)
+    return size, torch.complex(torch.where(zero, 1.0, re) / scale, im / scale)
+
+
+def gate_products(gate: Tensor) -> Tensor:
+    """a_{j+1} ... a_i, (..., i, j), of gates (..., n); 0 for j > i. Without division, so that gates of 0 are exact."""
+    n = gate.shape[-1]
+    later = torch.ones(n, n, dtype=torch.bool, device=gate.device).tril(-1)
+    return torch.where(later, gate[..., :, None], 1.0).cumprod(-2).tril()
+
+
+def products_up_to(gate: Tensor) -> Tensor:
+    """a_1 ... a_t along axis 2, in a logarithmic number of products, so that gradients need no division."""
+    shift = 1
+    while shift < gate.shape[2]:
+        gate = torch.cat((gate[:, :, :shift], gate[:, :, shift:] * gate[:, :, :-shift]), dim=2)
+        shift *= 2
+    return gate
+
+
 def magnitude(log: Tensor, dtype: torch.dtype) -> Tensor:
     """exp(log) of a cumulative log-magnitude, through `flush_denormal_`; 1 for log > 0, of keys after their query."""
     least = math.log(torch.finfo(dtype).tiny) / 2 - 1

@@ -2,6 +2,10 @@
 
 state_t = a_t state_{t-1} + x_t, real or complex
 
+"scan" takes the steps of all chunks one after the other, then the chunks. "batched", for devices on which every step
+costs a kernel launch, combines tokens at distance 1, 2, 4, ... instead, inside all chunks and then between them:
+    (a, x)_t after (a, x)_s  =  (a_t a_s, a_t x_s + x_t)
+
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 """
 
@@ -18,6 +22,7 @@ from torch import Tensor
 from attention_zoo.ops.custom_op import register_operator
 from attention_zoo.ops.gate_loop.numba_kernels import recurrence_kernel
 
+BATCHED = 16  # tokens of a chunk whose tokens are combined at once
 WIDE = 2048  # features of a token, over the batch, from which single steps run at memory speed and the scan does not
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
@@ -27,7 +32,7 @@ class RecurrenceInputs(NamedTuple):
 
     a, x: (b, n, d), of one dtype, at least float32.
     state: initial state, (b, d).
-    impl: "scan" or "numba".
+    impl: "scan", "batched" or "numba".
     """
 
     a: Tensor
@@ -58,8 +63,10 @@ def recur(a: Tensor, x: Tensor, state: Tensor, impl: str) -> Tensor:
         tensors = (tensor.detach().contiguous().resolve_conj().resolve_neg() for tensor in (a, x, state))
         recurrence_kernel()(*(tensor.numpy() for tensor in tensors), out.numpy())
         return out
+    if impl == "batched":
+        return _batched_scan(a, x, state)
     b, n, d = x.shape
-    if b * d < WIDE or x.device.type != "cpu":  # on other devices each step costs a kernel launch
+    if b * d < WIDE or x.device.type != "cpu":
         return _scan(a, x, state).clone()
     out = x.new_empty(x.shape)
     for t in range(n):
@@ -94,6 +101,35 @@ def _scan(a: Tensor, x: Tensor, state: Tensor) -> Tensor:
         local[:, chunk] = torch.addcmul(local[:, chunk], product[:, chunk], state[:, None])
         state = local[:, chunk, -1]
     return local.flatten(1, 2)[:, :n]
+
+
+def _batched_scan(a: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    """As `_scan`, in a number of operators that grows with the logarithm of the length."""
+    b, n, d = x.shape
+    size = min(BATCHED, n)
+    missing = -n % size
+    x = torch.cat((torch.addcmul(x[:, :1], a[:, :1], state[:, None]), x[:, 1:], x.new_zeros(b, missing, d)), dim=1)
+    a = torch.cat((a, a.new_ones(b, missing, d)), dim=1)
+    a, x = (tensor.view(b, (n + missing) // size, size, d) for tensor in (a, x))
+    a, x = _combine(a, x, 2)
+    before = _combine(a[:, :-1, -1], x[:, :-1, -1], 1)[1]  # the states before all chunks but the first
+    out = torch.cat((x[:, :1], torch.addcmul(x[:, 1:], a[:, 1:], before[:, :, None])), dim=1)
+    return out.flatten(1, 2)[:, :n].contiguous()
+
+
+def _combine(a: Tensor, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The products of the gates from the first token on, and the states from a zero state, along an axis."""
+    n, shift = x.shape[dim], 1
+    while shift < n:
+        first, later, gate = (
+            x.narrow(dim, 0, n - shift),
+            x.narrow(dim, shift, n - shift),
+            a.narrow(dim, shift, n - shift),
+        )
+        x = torch.cat((x.narrow(dim, 0, shift), torch.addcmul(later, gate, first)), dim=dim)
+        a = torch.cat((a.narrow(dim, 0, shift), gate * a.narrow(dim, 0, n - shift)), dim=dim)
+        shift *= 2
+    return a, x
 
 
 def _forward(inputs: RecurrenceInputs) -> list[Tensor]:

@@ -15,10 +15,20 @@ from attention_zoo.ops.documents import Documents, documents_of
 from attention_zoo.ops.gate_loop import complex_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.precision import at_least_float32, no_autocast
+from attention_zoo.ops.relative_gate.batched import batched_relative_gate_attention, batched_relative_gate_weights
+from attention_zoo.ops.relative_gate.cached import CHUNK, DecayedKeys, cached_relative_gate_attention, extend, no_keys
 from attention_zoo.ops.relative_gate.tiled import tiled_relative_gate_attention, tiled_relative_gate_weights
 from attention_zoo.ops.softmax import check_options, check_qkv
 
-__all__ = ["relative_gate_attention", "relative_gate_weights"]
+__all__ = [
+    "CHUNK",
+    "DecayedKeys",
+    "cached_relative_gate_attention",
+    "extend",
+    "no_keys",
+    "relative_gate_attention",
+    "relative_gate_weights",
+]
 
 
 def relative_gate_attention(
@@ -37,20 +47,22 @@ def relative_gate_attention(
 
     sim_ij = e^-0.5 sum_p (q_{i,2p} k_{j,2p} + q_{i,2p+1} k_{j,2p+1}) Re(a_{j+1,p} ... a_{i,p})
 
-    Time O(n^2 e). Memory O(n e) in query tiles, whose scores are recomputed in backward; the reference takes O(n^2 e).
+    Time O(n^2 e). Memory O(n e) in query tiles, whose scores are recomputed in backward; "batched" holds all scores,
+    O(n^2 + n e log n), and recomputes them in backward; the reference takes O(n^2 e).
 
     Args:
         q: queries (b, h, i, e), aligned with the last keys; e is even.
         k, v: keys (b, h, j, e) and values (b, h, j, e_v).
         gate: gates a, (b, h, j, e / 2) complex with 0 <= |a| <= 1, one per key and pair of features. A gate of exactly
-            0 removes its pair from the scores of all earlier keys; the tiled implementation gives it no gradient, and
-            the rounding error of the gradient of a gate grows with 1 / |a|.
+            0 removes its pair from the scores of all earlier keys; "tiled" gives it no gradient, and the rounding error
+            of its gradient of a gate grows with 1 / |a|. The other implementations have the exact gradient.
         mask: (b, j) bool, True = a valid token. The gates of masked tokens are taken as 1.
         softmax: whether the weights are the softmax of the scores, or the scores.
         dropout: probability of dropping a weight.
         document_ids: (b, n) int, for packed rows of n = i = j tokens; see `Documents`.
-        impl: "auto", "reference" (all scores at once, twice differentiable) or "tiled" (query tiles; a second
-            derivative raises RuntimeError).
+        impl: "reference" (all scores at once, twice differentiable), "tiled" (query tiles; a second derivative raises
+            RuntimeError), "batched" (matrix products of all tokens, whose number grows with the logarithm of the
+            length) or "auto": tiled on the CPU, otherwise batched.
 
     Returns:
         (b, h, i, e_v) in the dtype of v.
@@ -63,7 +75,7 @@ def relative_gate_attention(
         gate = _check_gate(q, k, gate, mask)
         rows = partial(relative_gate_attention, softmax=softmax, dropout=dropout, impl=impl)
         return documents_of(document_ids, q, k).apply(rows, q, k, v, gate, mask=mask, causal=True)
-    impl = choose(impl, ("tiled",))
+    impl = choose(impl, ("tiled", "batched"))
     check_qkv(q, k, v)
     check_options(True, 1.0, dropout)
     check_flag(softmax=softmax)
@@ -71,7 +83,10 @@ def relative_gate_attention(
     with no_autocast(q):
         args = at_least_float32(q), at_least_float32(k), at_least_float32(v), gate, mask, softmax, dropout
         if impl != "reference":
-            return tiled_relative_gate_attention(*args).to(v.dtype)
+            attend = (
+                tiled_relative_gate_attention if _fast_impl(impl, q) == "tiled" else batched_relative_gate_attention
+            )
+            return attend(*args).to(v.dtype)
         from attention_zoo.ops.relative_gate.reference import relative_gate_reference
 
         return relative_gate_reference(*args).to(v.dtype)
@@ -91,8 +106,13 @@ def relative_gate_weights(
     if document_ids is not None:
         mask = documents_of(document_ids, q, k).mask_pairs(mask)
     with no_autocast(q):
-        weights = tiled_relative_gate_weights(at_least_float32(q), at_least_float32(k), gate, mask, softmax)
-        return weights.to(q.dtype)
+        weights_of = tiled_relative_gate_weights if _fast_impl("auto", q) == "tiled" else batched_relative_gate_weights
+        return weights_of(at_least_float32(q), at_least_float32(k), gate, mask, softmax).to(q.dtype)
+
+
+def _fast_impl(impl: str, q: Tensor) -> str:
+    """Resolve "auto": on a GPU, a loop over tiles takes longer to launch than to run."""
+    return impl if impl != "auto" else "tiled" if q.device.type == "cpu" else "batched"
 
 
 def _check_gate(q: Tensor, k: Tensor, gate: Tensor, mask: Tensor | None) -> Tensor:

@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+MOST_PAIRS = 2**22  # pairs of each head for which "sdpa", the faster without causal masking, may hold a distance bias
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -84,7 +87,7 @@ def softmax_attention(
     if impl == "auto":
         # a causal tile ends at the last key of its last query, which pays for a distance bias without gradients too
         shorter = causal and isinstance(bias, DistanceBias) and not dropout
-        impl = "tiled" if (_needs_grad(bias) or shorter) and q.shape[-2] > 1 else "sdpa"
+        impl = "tiled" if (_needs_grad(bias) or shorter or _is_wide(bias, q, k)) and q.shape[-2] > 1 else "sdpa"
     if impl == "sdpa":
         return sdpa_attention(q, k, v, mask, causal, bias, scale, dropout)
     if impl == "tiled" and isinstance(bias, DistanceBias) and not dropout:
@@ -113,6 +116,11 @@ def softmax_attention_weights(
 
     mask, bias = split_mask(mask, bias, q, k)
     return reference.attention_weights(q, k, mask, causal, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _is_wide(bias: Bias | None, q: Tensor, k: Tensor) -> bool:
+    """Whether a distance bias has so many pairs that they are not to be held at a time."""
+    return isinstance(bias, DistanceBias) and not torch.compiler.is_compiling() and q.shape[2] * k.shape[2] > MOST_PAIRS
 
 
 def _needs_grad(bias: Bias | None) -> bool:

@@ -57,9 +57,9 @@ class TextImageLayout:
         if tokens > self.length:
             raise ValueError(f"{name} must hold at most the {self.length} tokens of {self}, got {tokens} tokens")
 
-    def rows_and_columns(self, start: int, stop: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Row and column of the tokens start ... stop - 1. The rows of text tokens are below 0."""
-        index = torch.arange(start, stop, device=device) - self.text_len
+    def rows_and_columns(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and column of the tokens at these indices, integers. The rows of text tokens are below 0."""
+        index = tokens - self.text_len
         return index.div(self.width, rounding_mode="floor"), index % self.width
 
     def offsets(self, start: int, stop: int | None, device: torch.device | None) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class TextImageLayout:
         """
         stop = self.length if stop is None else stop
         self.check(stop, name="stop")
-        row, column = self.rows_and_columns(0, stop, device=device)
+        row, column = self.rows_and_columns(torch.arange(stop, device=device))
         return row[start:, None] - row, column[start:, None] - column
 
     def add_text(self, near: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from attention_zoo.ops.gate_loop import gate_loop, gate_loop_weights, unit_gate
 from attention_zoo.ops.gate_loop.gates import magnitude
 from tests.formulas import relative_error
 
+fast = pytest.mark.parametrize("impl", ["chunked", "batched"])
+
 
 def make(n: int, dtype: torch.dtype = torch.float64, e: int = 5, e_v: int = 3) -> list[Tensor]:
     q, k, v = (torch.randn(2, 3, n, size, dtype=dtype) for size in (e, e, e_v))
@@ -19,10 +21,10 @@ def make(n: int, dtype: torch.dtype = torch.float64, e: int = 5, e_v: int = 3) -
     return [tensor.requires_grad_() for tensor in (q, k, v, gate, state)]
 
 
-def both(leaves: list[Tensor]) -> list[tuple[Tensor, ...]]:
+def both(leaves: list[Tensor], fast: str) -> list[tuple[Tensor, ...]]:
     weight = torch.randn_like(leaves[2])
     found = []
-    for impl in ("reference", "chunked"):
+    for impl in ("reference", fast):
         out, last = gate_loop(*leaves[:4], state=leaves[4], impl=impl)
         loss = (out * weight).sum() + (last.real * 0.7 - last.imag * 0.3).sum()
         grads = torch.autograd.grad(loss, leaves)
@@ -30,23 +32,26 @@ def both(leaves: list[Tensor]) -> list[tuple[Tensor, ...]]:
     return found
 
 
+@fast
 @pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 131, 192])
-def test_chunks_equal_the_recurrence_in_outputs_states_and_gradients(n: int) -> None:
-    for want, got in zip(*both(make(n)), strict=True):
+def test_chunks_equal_the_recurrence_in_outputs_states_and_gradients(n: int, impl: str) -> None:
+    for want, got in zip(*both(make(n), impl), strict=True):
         assert relative_error(got, want) < 1e-11
 
 
-def test_float32_chunks_are_close_to_the_recurrence() -> None:
-    for want, got in zip(*both(make(200, torch.float32)), strict=True):
+@fast
+def test_float32_chunks_are_close_to_the_recurrence(impl: str) -> None:
+    for want, got in zip(*both(make(200, torch.float32), impl), strict=True):
         assert relative_error(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-3, 0.1, 0.3, 0.7, 1.0])
-def test_chunks_equal_the_recurrence_for_gates_of_every_size(size: float) -> None:
+@fast
+def test_chunks_equal_the_recurrence_for_gates_of_every_size(size: float, impl: str) -> None:
     leaves = make(150, torch.float32)
     with torch.no_grad():
         leaves[3].mul_(size / leaves[3].abs())
-    for want, got in zip(*both(leaves), strict=True):
+    for want, got in zip(*both(leaves, impl), strict=True):
         assert relative_error(got, want) < 2e-5
 
 
@@ -60,17 +65,18 @@ def test_magnitudes_are_never_denormal() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gate_of_zero_resets_the_state_and_has_an_exact_gradient(dtype: torch.dtype) -> None:
+@fast
+def test_a_gate_of_zero_resets_the_state_and_has_an_exact_gradient(dtype: torch.dtype, impl: str) -> None:
     leaves = make(90, dtype)
     with torch.no_grad():
         leaves[3][:, :, [0, 5, 6, 70]] = 0
         leaves[3][:, :, 30:40] = 1e-20
         leaves[3][:, :, 40:50] = 1
-    for want, got in zip(*both(leaves), strict=True):
+    for want, got in zip(*both(leaves, impl), strict=True):
         assert bool(got.isfinite().all())
         assert relative_error(got, want) < 1e-5
-    cut = gate_loop(*(t[:, :, 70:] for t in leaves[:4]), impl="chunked").out
-    assert relative_error(gate_loop(*leaves[:4], state=leaves[4]).out[:, :, 70:], cut) < 1e-6
+    cut = gate_loop(*(t[:, :, 70:] for t in leaves[:4]), impl=impl).out
+    assert relative_error(gate_loop(*leaves[:4], state=leaves[4], impl=impl).out[:, :, 70:], cut) < 1e-6
 
 
 def test_weights_times_values_equal_the_output() -> None:

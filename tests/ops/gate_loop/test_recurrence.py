@@ -18,7 +18,7 @@ def make(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("n", [1, 2, 7, 16, 17, 131])
-@pytest.mark.parametrize("fast", ["scan", "numba"])
+@pytest.mark.parametrize("fast", ["scan", "batched", "numba"])
 def test_fast_implementations_equal_the_reference_in_outputs_and_gradients(
     n: int, dtype: torch.dtype, fast: str
 ) -> None:
@@ -87,7 +87,7 @@ def test_tokens_with_many_features_run_step_by_step_and_equal_the_reference() ->
     )
 
 
-@pytest.mark.parametrize("impl", ["auto", "scan", "numba"])
+@pytest.mark.parametrize("impl", ["auto", "scan", "batched", "numba"])
 def test_an_empty_batch_gives_empty_states_and_gradients(impl: str) -> None:
     for n in (1, 7):
         a, x = (torch.rand(0, n, 5, requires_grad=True) for _ in range(2))

@@ -14,10 +14,10 @@ from attention_zoo.ops.sparse import TextImageLayout, axial_attention, axial_mas
 
 def test_rows_and_columns_follow_row_major_order_after_the_text() -> None:
     layout = TextImageLayout(text_len=3, height=2, width=4)
-    row, column = layout.rows_and_columns(3, layout.length)
+    row, column = layout.rows_and_columns(torch.arange(3, layout.length))
     assert row.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert column.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert bool((layout.rows_and_columns(0, 3)[0] < 0).all())
+    assert bool((layout.rows_and_columns(torch.arange(3))[0] < 0).all())
     assert (layout.image_len, layout.length) == (8, 11)
 
 
