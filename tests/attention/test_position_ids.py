@@ -265,12 +265,11 @@ def test_position_ids_outside_the_table_of_learned_positions_are_named() -> None
             model(tokens, position_ids=ids)
 
 
-@pytest.mark.parametrize("pairing", ["interleaved", "half"])
-def test_left_padded_prompts_generate_as_unpadded_ones_with_scaled_positions(pairing: str) -> None:
-    positions = ("rotary", {"scaling": YARN, "pairing": pairing})
+def test_left_padded_prompts_generate_as_unpadded_ones_with_scaled_positions() -> None:
+    positions = ("rotary", {"scaling": {**YARN, "original_max_seq_len": 20}, "pairing": "half"})
     model = LanguageModel(num_tokens=50, dim=DIM, depth=2, positions=positions, **SMALL).double().eval()
     prompt = torch.randint(0, 50, (1, 9))
-    want = model.generate(prompt, 80, temperature=0.0)  # past original_max_seq_len
+    want = model.generate(prompt, 30, temperature=0.0)  # past original_max_seq_len
     padded = torch.cat((torch.zeros(1, 5, dtype=torch.int64), prompt), dim=1)
     mask = torch.arange(14)[None] >= 5
-    assert torch.equal(model.generate(padded, 80, temperature=0.0, mask=mask), want)
+    assert torch.equal(model.generate(padded, 30, temperature=0.0, mask=mask), want)

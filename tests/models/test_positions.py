@@ -80,8 +80,8 @@ def make_like(make: Callable[..., Any], model: Any, positions: Any) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "positions",
-    [("rotary", ROTARY), ["auto", ROTARY], ("t5", {"buckets": 8, "max_distance": 9}), ("alibi", {})],
-    ids=["rotary", "auto", "t5", "alibi"],
+    [("rotary", ROTARY), ["t5", {"buckets": 8, "max_distance": 9}], ("alibi", {})],
+    ids=["rotary", "t5", "alibi"],
 )
 def test_positions_with_options_survive_saving_and_loading(name: str, positions: Any, tmp_path: Path) -> None:
     make, inputs = MODELS[name]
