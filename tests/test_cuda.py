@@ -1,4 +1,4 @@
-"""Layers and models on a CUDA device compute what they compute on the CPU. benchmarks/gpu.py runs the contract checks."""
+"""Layers and models on a CUDA device compute what they compute on the CPU."""
 
 from __future__ import annotations
 
