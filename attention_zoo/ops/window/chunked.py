@@ -164,7 +164,8 @@ def _attend(
     v = _overlapping(v, None if sinks is None else sinks.values, chunks, size, extra)
     folded = _split(q.transpose(1, 2), size).flatten(0, 1).transpose(1, 2)
     out = softmax_attention(folded, k, v, mask=allowed, scale=options.scale, dropout=options.dropout)
-    return out.transpose(1, 2).unflatten(0, (q.shape[0], -1)).flatten(1, 2).transpose(1, 2)
+    rows: Tensor = out.transpose(1, 2).unflatten(0, (q.shape[0], -1))  # type: ignore[no-untyped-call]
+    return rows.flatten(1, 2).transpose(1, 2)
 
 
 def _overlapping(x: Tensor, sinks: Tensor | None, chunks: int, size: int, extra: int) -> Tensor:
@@ -180,7 +181,8 @@ def _split(x: Tensor, size: int) -> Tensor:
     """(b, c size, ...) -> (b, c, size, ...)."""
     if torch.compiler.is_exporting():  # a view would be guarded on whether c divides c size
         return x.unfold(1, size, size).movedim(-1, 2)
-    return x.unflatten(1, (-1, size))
+    parts: Tensor = x.unflatten(1, (-1, size))  # type: ignore[no-untyped-call]
+    return parts
 
 
 def _chunks_before(window: int) -> int:
