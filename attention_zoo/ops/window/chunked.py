@@ -16,7 +16,7 @@ from attention_zoo.ops.softmax import softmax_attention
 from attention_zoo.ops.window.sinks import ABSENT, Sinks
 
 MIN_CHUNK = 64  # queries, below which kernels are inefficient
-CHUNKS = 4  # chunks of a wide window: more of them compute fewer masked pairs, and copy the keys more often
+WHOLE = 128  # longest window of one chunk; wider ones are two. More chunks have fewer masked pairs, and copy more keys
 
 
 class Window(NamedTuple):
@@ -35,7 +35,7 @@ class Window(NamedTuple):
 
 def chunk_size(window: int) -> int:
     """Queries per chunk."""
-    return max(MIN_CHUNK, -(-window // CHUNKS))
+    return max(MIN_CHUNK, min(window, WHOLE), -(-window // 2))
 
 
 def keys_per_chunk(window: int, sinks: int, causal: bool) -> int:
