@@ -90,7 +90,14 @@ def memformer(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 def text_to_image(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     model = TextToImageTransformer(
-        num_text_tokens=11, text_len=3, num_image_tokens=11, height=2, width=4, attention=name, **heads(name), **SMALL
+        num_text_tokens=11,
+        text_len=3,
+        num_image_tokens=11,
+        height=2,
+        width=4,
+        attention=name if name in IMAGE else with_layout(name),  # the model gives the layout
+        **heads(name),
+        **SMALL,
     )
     return model, (tokens(2, 3), tokens(2, 8))
 
