@@ -320,7 +320,9 @@ class SelfAttention(AttentionBlock):
         if pattern is not None and scale is not None:
             raise ValueError(f"scale must be None with a pattern, got {scale=}")
         self.scale = None if qk_norm == "l2" else scale
-        self.q_norm, self.k_norm = make_qk_norms(qk_norm, heads=heads, dim_head=dim_head, scale=scale, eps=qk_norm_eps)
+        norms = make_qk_norms(qk_norm, heads=heads, dim_head=dim_head, scale=scale, eps=qk_norm_eps)
+        self.q_norm: nn.Module | None = norms[0]
+        self.k_norm: nn.Module | None = norms[1]
         self.rotary = make_rotary(rotary, dim_head, causal=causal)
         self.bias = bias
         self.pattern = None if pattern is None else make_pattern(pattern, causal=causal)

@@ -264,18 +264,18 @@ class WindowState(State):
         check_state_dtype(self.keys, keys)
         held, new = self.keys.shape[2], keys.shape[2]
         valid = concat_masks(self.mask, mask, keys.shape[0], held, new, keys.device)
-        first: tuple[Tensor | None, ...] = ()
+        first: Sinks | tuple[None, None, None] = (None, None, None)
         if sinks:
             first = first_sinks(keys, values, mask, sinks, start=self.length, old=self.sinks)
         buffer, end, drop = None, 0, max(held + new - window + 1, 0)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or new >= window:
             if held:
                 keys, values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
-            kept = tuple(x[:, :, drop:].clone() for x in (keys, values))  # not the memory of all tokens
+            kept = keys[:, :, drop:].clone(), values[:, :, drop:].clone()  # not the memory of all tokens
         else:
             old = (self.keys, self.values)
             buffer, keys, values = Buffer.append(self._buffer, self._end, old, (keys, values))
-            kept, end = (keys[:, :, drop:], values[:, :, drop:]), buffer.used
+            kept, end = (keys[:, :, drop:], values[:, :, drop:]), buffer.used  # views
         rest = None if valid is None else valid[:, drop:].clone()
         counter = keys.new_empty(keys.shape[0], self.length + new, 0)
         state = WindowState(counter, *kept, rest, *first)

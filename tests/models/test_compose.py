@@ -65,7 +65,7 @@ def heads(name: str) -> dict[str, int]:
 
 
 def with_layout(name: str) -> Any:
-    return (name, {"layout": LAYOUT}) if name in IMAGE else (name, {"window": 4}) if name == "window" else name
+    return (name, {"layout": LAYOUT}) if name in IMAGE else (name, {"window": 8}) if name == "window" else name
 
 
 def language_model(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -91,7 +91,14 @@ def memformer(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 def text_to_image(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     model = TextToImageTransformer(
-        num_text_tokens=11, text_len=3, num_image_tokens=11, height=2, width=4, attention=name, **heads(name), **SMALL
+        num_text_tokens=11,
+        text_len=3,
+        num_image_tokens=11,
+        height=2,
+        width=4,
+        attention=name if name in IMAGE else with_layout(name),  # the model gives the layout
+        **heads(name),
+        **SMALL,
     )
     return model, (tokens(2, 3), tokens(2, 8))
 

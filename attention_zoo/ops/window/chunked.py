@@ -16,7 +16,7 @@ from attention_zoo.ops.softmax import softmax_attention
 from attention_zoo.ops.window.sinks import ABSENT, Sinks
 
 MIN_CHUNK = 64  # queries, below which kernels are inefficient
-CHUNKS = 4  # chunks of a wide window: more of them compute fewer masked pairs, and copy the keys more often
+WHOLE = 128  # longest window of one chunk; wider ones are two. More chunks have fewer masked pairs, and copy more keys
 
 
 class Window(NamedTuple):
@@ -35,7 +35,7 @@ class Window(NamedTuple):
 
 def chunk_size(window: int) -> int:
     """Queries per chunk."""
-    return max(MIN_CHUNK, -(-window // CHUNKS))
+    return max(MIN_CHUNK, min(window, WHOLE), -(-window // 2))
 
 
 def keys_per_chunk(window: int, sinks: int, causal: bool) -> int:
@@ -164,7 +164,8 @@ def _attend(
     v = _overlapping(v, None if sinks is None else sinks.values, chunks, size, extra)
     folded = _split(q.transpose(1, 2), size).flatten(0, 1).transpose(1, 2)
     out = softmax_attention(folded, k, v, mask=allowed, scale=options.scale, dropout=options.dropout)
-    return out.transpose(1, 2).unflatten(0, (q.shape[0], -1)).flatten(1, 2).transpose(1, 2)
+    rows: Tensor = out.transpose(1, 2).unflatten(0, (q.shape[0], -1))  # type: ignore[no-untyped-call]
+    return rows.flatten(1, 2).transpose(1, 2)
 
 
 def _overlapping(x: Tensor, sinks: Tensor | None, chunks: int, size: int, extra: int) -> Tensor:
@@ -180,7 +181,8 @@ def _split(x: Tensor, size: int) -> Tensor:
     """(b, c size, ...) -> (b, c, size, ...)."""
     if torch.compiler.is_exporting():  # a view would be guarded on whether c divides c size
         return x.unfold(1, size, size).movedim(-1, 2)
-    return x.unflatten(1, (-1, size))
+    parts: Tensor = x.unflatten(1, (-1, size))  # type: ignore[no-untyped-call]
+    return parts
 
 
 def _chunks_before(window: int) -> int:

@@ -60,4 +60,5 @@ def first_sinks(
         keys, values = torch.cat((old.keys, keys), 2), torch.cat((old.values, values), 2)
     position, chosen = position.topk(min(count, position.shape[1]), largest=False)
     index = chosen[:, None, :, None]
-    return Sinks(*(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values)), position)
+    keys, values = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values))
+    return Sinks(keys, values, position)
