@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo._checks import check_flag, check_in
+from attention_zoo.ops import tiling
 from attention_zoo.ops.documents import Documents, documents_of
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.softmax.bias import Bias, DistanceBias, check_bias, split_mask
@@ -48,7 +49,9 @@ def softmax_attention(
     """out_i = sum_j softmax_j(scale q_i . k_j + bias_ij) v_j over the allowed keys j, in at least float32 inside.
 
     Time O(i j e). Memory for the scores: O(i j) in "reference", O(j) in "tiled"; that of "sdpa" depends on the kernel
-    that torch chooses for the arguments.
+    that torch chooses for the arguments, and is O(h i j) with a `DistanceBias`, whose pairs are stored in the dtype of
+    `q`. On the CPU "auto" is "tiled" where a bias is learned, and with a causal `DistanceBias`; on other devices it is
+    "sdpa", whose number of operations does not depend on the length.
 
     Args:
         q: (b, h, i, e).
@@ -84,7 +87,8 @@ def softmax_attention(
     if impl == "auto":
         # a causal tile ends at the last key of its last query, which pays for a distance bias without gradients too
         shorter = causal and isinstance(bias, DistanceBias) and not dropout
-        impl = "tiled" if (_needs_grad(bias) or shorter) and q.shape[-2] > 1 else "sdpa"
+        in_tiles = tiling.prefers_tiles(q) and (_needs_grad(bias) or shorter) and q.shape[-2] > 1
+        impl = "tiled" if in_tiles else "sdpa"
     if impl == "sdpa":
         return sdpa_attention(q, k, v, mask, causal, bias, scale, dropout)
     if impl == "tiled" and isinstance(bias, DistanceBias) and not dropout:
