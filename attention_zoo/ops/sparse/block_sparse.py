@@ -1,5 +1,7 @@
 """Block-sparse pattern: blocks of tokens attend to their neighbourhood, the first blocks, and a few random blocks.
 
+The layout is DeepSpeed's "variable" layout, VariableSparsityConfig, related to those of the papers.
+
 Papers: Sparse Transformer, https://arxiv.org/abs/1904.10509; Big Bird, https://arxiv.org/abs/2007.14062
 """
 

@@ -80,4 +80,3 @@ def remember(pattern: Pattern, what: Hashable, make: Callable[[], Value]) -> Val
         with torch.inference_mode(False):  # the value is used outside inference mode too
             _remembered[key] = make(), tables  # tables that are alive keep their ids
     return _remembered[key][0]  # type: ignore[return-value]
-

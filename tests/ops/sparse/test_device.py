@@ -93,7 +93,9 @@ def test_rows_of_a_remembered_mask_are_aligned() -> None:
     assert mask.stride() == (48, 1)
 
 
-@pytest.mark.parametrize("make", [MaskPattern, lambda t: BlockSparsePattern(t, 1, False, len(t))], ids=["table", "blocks"])
+@pytest.mark.parametrize(
+    "make", [MaskPattern, lambda t: BlockSparsePattern(t, 1, False, len(t))], ids=["table", "blocks"]
+)
 def test_a_mask_is_built_again_for_a_modified_table(make: type[MaskPattern]) -> None:
     allowed = torch.eye(6, dtype=torch.bool)
     q, k, v = (torch.randn(1, 1, 6, 4) for _ in range(3))
