@@ -13,7 +13,7 @@ from torch import Tensor
 from attention_zoo.ops import tiling
 from attention_zoo.ops.implementation import choose
 from attention_zoo.ops.masks import key_mask
-from attention_zoo.ops.softmax import Bias, check_qkv, softmax_attention, split_mask
+from attention_zoo.ops.softmax import Bias, check_qkv, split_mask
 from attention_zoo.ops.sparse.axial import AxialPattern, axial_mask
 from attention_zoo.ops.sparse.block_sparse import BlockSparsePattern, block_sparse_mask, choose_blocks
 from attention_zoo.ops.sparse.conv import ConvPattern, conv_mask
@@ -152,7 +152,8 @@ def conv_attention(
 ) -> Tensor:
     """softmax(e^-0.5 q k^T) v under `conv_mask`.
 
-    Tiled: one tile per strip of image rows, with the rows of its windows as keys, and one for the text. Time O(n (text + kernel_size dilation width)), memory O(n).
+    Tiled: one tile per strip of image rows, with the rows of its windows as keys, and one for the text. Time
+    O(n (text + kernel_size dilation width)), memory O(n).
 
     Args:
         q: (b, h, i, e), the last i of the j tokens.
@@ -184,9 +185,9 @@ def axial_attention(
 ) -> Tensor:
     """softmax(e^-0.5 q k^T) v under `axial_mask`.
 
-    Tiled: one tile per row or column, and one for the text. Folded: rows or columns as rows of a batch, each with a copy
-    of the text before it. Time O(n (text + width)) for rows, O(n (text + height)) for columns. Memory O(n) tiled, O(n +
-    text * height) or O(n + text * width) folded.
+    Tiled: one tile per row or column, and one for the text, memory O(n). Folded: rows or columns as rows of a batch,
+    each with a copy of the text before it, memory O(n + text height) or O(n + text width). Time O(n (text + width)) for
+    rows, O(n (text + height)) for columns.
 
     Args:
         q: (b, h, i, e), the last i of the j tokens.

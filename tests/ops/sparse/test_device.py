@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,11 +16,10 @@ LENGTHS = {LAYOUT: (4, 6, 33), IMAGE: (7, 12)}
 
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """No loops over tiles, and no masks of earlier tests."""
     monkeypatch.setattr(tiling, "prefers_tiles", lambda x: False)
     monkeypatch.setattr(dense, "_remembered", {})
-    yield
 
 
 @pytest.mark.parametrize("name", MAKE_CASE)
