@@ -57,6 +57,7 @@ from attention_zoo.ops import (
     conv_attention,
     conv_mask,
     cosine_sim_attention,
+    prefer,
     reference,
     softmax_attention,
 )
@@ -117,6 +118,7 @@ __all__ = [
     "generate_stream",
     "generate_text",
     "image_to_patches",
+    "prefer",
     "reference",
     "register_block",
     "replace_block",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops import tiling
-from attention_zoo.ops.implementation import choose
+from attention_zoo.ops.implementation import choose, flex_can_run, is_preferred
 from attention_zoo.ops.masks import key_mask
 from attention_zoo.ops.softmax import Bias, check_qkv, split_mask
 from attention_zoo.ops.sparse.axial import AxialPattern, axial_mask
@@ -43,6 +43,7 @@ __all__ = [
 NEEDS = {
     "tiled": "as many queries as keys and no dropout, a pattern with tiles, equal head counts",
     "gather": "one query, a pattern with tiles, equal head counts",
+    "flex": "no dropout, no gradients on the CPU",
     "folded": "as many queries as keys, rows or columns of an image, whole rows without causal masking",
 }
 DENSE_UP_TO = 256  # tokens, up to which the full score matrix is faster than a loop over tiles
@@ -72,8 +73,10 @@ def pattern_attention(
             full mask), "tiled" (queries of the whole sequence, memory O(n); no dropout), "gather" (one query and only
             the keys of its pattern) or "folded" (rows or columns of an image as a batch, each with the text before
             it). "tiled" and "gather" need a pattern with tiles and equal head counts, and these three no bias and no
-            mask of four axes. On devices other than the CPU "auto" is "folded" where it is possible and otherwise
-            "dense": the number of operations does not depend on the length.
+            mask of four axes. "flex" (FlexAttention, which skips masked blocks on a GPU; no dropout, no bias, no mask
+            of four axes, and no gradients on the CPU) is never chosen by "auto" outside `prefer("flex")`. On devices
+            other than the CPU "auto" is "folded" where it is possible and otherwise "dense": the number of operations
+            does not depend on the length.
 
     Returns:
         (b, h, i, e). A query without an allowed key gets exactly 0, with zero gradient.
@@ -83,7 +86,7 @@ def pattern_attention(
         ValueError: a shape does not fit, the sequence is longer than the pattern, or `impl` is unknown or cannot
             compute the arguments.
     """
-    impl = choose(impl, ("dense", "tiled", "gather", "folded"))
+    impl = choose(impl, ("dense", "tiled", "gather", "folded", "flex"))
     mask, bias = _check(pattern, q, k, v, mask, bias)
     i, j = q.shape[2], k.shape[2]
     plain = bias is None and (mask is None or mask.ndim == 2)
@@ -92,6 +95,7 @@ def pattern_attention(
         "tiled": sparse and i == j and not dropout,
         "gather": sparse and i == 1,
         "folded": plain and i == j and pattern.folds(j),
+        "flex": plain and not dropout and flex_can_run(q, k, v),
     }
     if impl == "auto":
         impl = _choose(pattern, q, j, can)
@@ -100,6 +104,10 @@ def pattern_attention(
             f"{impl=} needs {NEEDS[impl]}, no bias and no mask of four axes, got q of shape {tuple(q.shape)}, "
             f"k of shape {tuple(k.shape)}, {dropout=}"
         )
+    if impl == "flex":
+        from attention_zoo.ops.sparse import flex
+
+        return flex.flex_attention(pattern, q, k, v, mask)
     if impl == "tiled":
         return pattern.tiled(q, k, v, mask)
     if impl == "folded":
@@ -115,6 +123,8 @@ def pattern_attention(
 
 def _choose(pattern: Pattern, q: Tensor, keys: int, can: Mapping[str, bool]) -> str:
     """The implementation by device: loops over tiles and gathered keys on the CPU, a few large operations elsewhere."""
+    if is_preferred("flex") and can["flex"] and q.shape[2] > 1:
+        return "flex"
     if not tiling.prefers_tiles(q):
         return "folded" if can["folded"] else "dense"
     if torch.compiler.is_compiling():  # tracing "gather" or a length limit would specialise on the position
