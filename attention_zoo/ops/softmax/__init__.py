@@ -102,8 +102,8 @@ def softmax_attention(
             raise ValueError(f"impl='flex' needs no dropout and no gradients on the CPU, got {dropout=}, {q.device=}")
         from attention_zoo.ops.softmax import flex
 
-        documents = None if document_ids is None else documents_of(document_ids, q, k)
-        return flex.flex_attention(q, k, v, mask, causal, bias, scale, documents)
+        packed = None if document_ids is None else documents_of(document_ids, q, k)
+        return flex.flex_attention(q, k, v, mask, causal, bias, scale, packed)
     if impl == "sdpa":
         return sdpa_attention(q, k, v, mask, causal, bias, scale, dropout)
     if impl == "tiled" and isinstance(bias, DistanceBias) and not dropout:
