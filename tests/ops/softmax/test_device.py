@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from attention_zoo.ops import DistanceBias, softmax_attention, tiling
+from attention_zoo.ops.softmax.bias import sum_by_distance
 from tests.counting import check_no_synchronisation, count_operators
 from tests.formulas import allowed_pairs, attend_one_by_one, bias_of_pairs, relative_error
 
@@ -59,6 +62,28 @@ def test_the_gradient_of_a_distance_bias_is_summed_in_float32(impl: str) -> None
     got = gradient(q, k, v, values, impl)
     assert got.dtype == torch.float32
     assert relative_error(got, gradient(*wide, "reference")) < 2e-2
+
+
+def test_the_pairs_of_a_distance_are_counted_exactly_in_float32() -> None:
+    n = 300  # 257 is no bfloat16 number
+    counts = sum_by_distance(torch.ones(1, n, n, dtype=torch.bfloat16), torch.float32)[0]
+    assert counts.tolist() == [*range(1, n + 1), *range(n - 1, 0, -1)]
+
+
+def test_no_row_of_a_mask_is_empty_because_kernels_differ_in_what_they_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, values = inputs(5, 5)
+    mask = torch.tensor([[False, False, True, True, True], [False] * 5])
+    attend, given = torch.nn.functional.scaled_dot_product_attention, []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, *args: object, **options: Any) -> Tensor:
+        given.append(attn_mask.expand(2, -1, 5, 5))
+        return attend(q, k, v, attn_mask, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    for bias in (None, DistanceBias(values), bias_of_pairs(values, 5, 5)):
+        softmax_attention(q, k, v, mask=mask, causal=True, bias=bias)
+    assert len(given) == 3
+    assert all(bool(part.isfinite().any(-1).all()) for part in given)
 
 
 def test_a_large_distance_bias_keeps_its_precision_in_half_precision() -> None:
