@@ -38,6 +38,7 @@ LAYOUT = TextImageLayout(text_len=6, height=7, width=5)
 # a prefix inside the text, one that ends at the border, one inside a row, one at its end, and all
 PREFIXES = (4, 6, 19, 21, 41)
 TALL = TextImageLayout(text_len=67, height=25, width=9)  # long enough for tiles, several of text and of narrow rows
+IMAGE = TextImageLayout(text_len=0, height=17, width=18)
 BY_INDEX: dict[str, Any] = {"shift_invariant": False}  # the position in the image is the index
 
 
@@ -188,6 +189,26 @@ CASES = [
         options=BY_INDEX,
     ),
     Case(
+        "conv: wrapped window, tiles",
+        lambda: ConvAttention(DIM, layout=TALL, window="wrapped", kernel_size=3, **SMALL),
+        lengths=(273, 292),
+        options=BY_INDEX,
+    ),
+    Case(
+        "conv: bidirectional",
+        lambda: ConvAttention(DIM, layout=LAYOUT, kernel_size=3, causal=False, **SMALL),
+        causal=False,
+        lengths=PREFIXES,
+        options=BY_INDEX,
+    ),
+    Case(
+        "conv: bidirectional, image, tiles",
+        lambda: ConvAttention(DIM, layout=IMAGE, kernel_size=3, dilation=2, causal=False, **SMALL),
+        causal=False,
+        lengths=(293, 306, 7),
+        options=BY_INDEX,
+    ),
+    Case(
         "axial_row",
         lambda: AxialAttention(DIM, layout=LAYOUT, rotary=TextImageRotary(LAYOUT), out_bias=True, **SMALL),
         lengths=PREFIXES,
@@ -206,6 +227,19 @@ CASES = [
         options=BY_INDEX,
     ),
     Case(
+        "axial_row: wrapped, tiles",
+        lambda: AxialAttention(DIM, layout=TALL, axis="wrapped_row", **SMALL),
+        lengths=(273, 292),
+        options=BY_INDEX,
+    ),
+    Case(
+        "axial_row: bidirectional, image",
+        lambda: AxialAttention(DIM, layout=IMAGE, causal=False, **SMALL),
+        causal=False,
+        lengths=(18, 306, 293, 7),
+        options=BY_INDEX,
+    ),
+    Case(
         "axial_col",
         lambda: AxialAttention(DIM, layout=LAYOUT, axis="column", rotary=TextImageRotary(LAYOUT), **SMALL),
         lengths=PREFIXES,
@@ -215,6 +249,21 @@ CASES = [
         "axial_col: tiles",
         lambda: AxialAttention(DIM, layout=TALL, axis="column", **SMALL),
         lengths=(273, 292),
+        options=BY_INDEX,
+    ),
+    Case(
+        "axial_col: image",
+        lambda: AxialAttention(DIM, layout=IMAGE, axis="column", **SMALL),
+        lengths=(17, 18, 40),
+        options=BY_INDEX,
+    ),
+    Case(
+        "axial_col: bidirectional",
+        lambda: AxialAttention(
+            DIM, layout=LAYOUT, axis="column", causal=False, rotary=TextImageRotary(LAYOUT), **SMALL
+        ),
+        causal=False,
+        lengths=PREFIXES,
         options=BY_INDEX,
     ),
     Case(

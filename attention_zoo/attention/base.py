@@ -30,7 +30,7 @@ from attention_zoo.layers.state import KeyValueState, State, check_state, check_
 from attention_zoo.ops.documents import Documents, as_documents
 from attention_zoo.ops.masks import combine_masks, hide_masked
 from attention_zoo.ops.softmax import DistanceBias, repeat_heads, softmax_attention, softmax_attention_weights
-from attention_zoo.ops.sparse import Pattern, pattern_attention, pattern_weights
+from attention_zoo.ops.sparse import Pattern, TextImageLayout, pattern_attention, pattern_weights
 
 
 class ValuesAndOutput(NamedTuple):
@@ -500,3 +500,67 @@ def first_position(documents: Documents | None, position_ids: Tensor | None) -> 
     if position_ids is not None:
         return position_ids
     return 0 if documents is None else documents.positions
+
+
+class ImageAttention(SelfAttention):
+    """Self-attention under a pattern of text and image, which also takes images (b, height, width, d).
+
+    An image (b, height, width, d) without text is the sequence of its rows, (b, height * width, d), and its mask is
+    (b, height, width).
+
+    Args:
+        layout: number of text tokens and size of the image; the sequence is a prefix of it.
+        pattern: its pattern, see `SelfAttention`.
+        dim, heads, dim_head, causal, dropout, rotary, out_bias: see `SelfAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        layout: TextImageLayout,
+        pattern: Pattern,
+        heads: int = 8,
+        dim_head: int = 64,
+        causal: bool = True,
+        dropout: float = 0.0,
+        rotary: RotaryArgument = None,
+        out_bias: bool = False,
+    ) -> None:
+        super().__init__(
+            dim,
+            heads=heads,
+            dim_head=dim_head,
+            causal=causal,
+            dropout=dropout,
+            rotary=rotary,
+            pattern=pattern,
+            out_bias=out_bias,
+        )
+        self.layout = layout
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        document_ids: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        tokens, mask = self.layout.flatten(x, mask)
+        out = super().forward(
+            tokens, mask=mask, attn_mask=attn_mask, document_ids=document_ids, position_ids=position_ids
+        )
+        return out.view(x.shape)
+
+    def project_rows(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        document_ids: Tensor | Documents | None,
+        position_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        tokens, mask = self.layout.flatten(x, mask)
+        return super().project_rows(tokens, mask, attn_mask, document_ids, position_ids)

@@ -7,7 +7,7 @@ package and a function: import names from it (`from attention_zoo.ops.gate_loop 
 
 from attention_zoo.ops.cosine_sim import cosine_sim_attention, l2_normalize
 from attention_zoo.ops.gate_loop import channel_gate_loop, gate_loop, linear_recurrence, unit_gate
-from attention_zoo.ops.implementation import reference
+from attention_zoo.ops.implementation import prefer, reference
 from attention_zoo.ops.losses import masked_cross_entropy, next_token_loss
 from attention_zoo.ops.masks import causal_mask, key_mask, visible
 from attention_zoo.ops.relative_gate import relative_gate_attention
@@ -56,6 +56,7 @@ __all__ = [
     "masked_cross_entropy",
     "next_token_loss",
     "pattern_attention",
+    "prefer",
     "reference",
     "relative_gate_attention",
     "rotate",

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
+from attention_zoo._checks import check_choice
+
 
 class ReferenceMode:
     """An active `reference()` context.
@@ -40,6 +45,51 @@ def reference() -> Iterator[ReferenceMode]:
         yield _active
     finally:
         _active = before
+
+
+OPT_IN = ("flex",)  # implementations that have not passed on hardware, which "auto" does not choose by itself
+_preferred: str | None = None
+
+
+@contextmanager
+def prefer(impl: str) -> Iterator[None]:
+    """Run an opt-in implementation in this context, where an operation has it and can compute the arguments with it.
+
+    Layers call operations with impl="auto", which is `impl` inside this context where that is possible.
+
+    Args:
+        impl: "flex", torch's FlexAttention: for sparse patterns and relative position biases. On the CPU it has no
+            gradients and is slow.
+
+    The context is global to the process, and shared by its threads.
+
+    Raises:
+        ValueError: `impl` is unknown.
+
+    Example:
+        >>> with attention_zoo.prefer("flex"):
+        ...     loss = model.loss(tokens)
+    """
+    global _preferred
+    check_choice("impl", impl, OPT_IN)
+    before = _preferred
+    _preferred = impl
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def is_preferred(impl: str) -> bool:
+    """Whether a `prefer(impl)` context is active."""
+    return _preferred == impl
+
+
+def flex_can_run(*tensors: Tensor | None) -> bool:
+    """Whether FlexAttention can compute on these tensors: it has no gradients on the CPU, as of torch 2.13."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    on_cpu = any(tensor.device.type == "cpu" for tensor in given)
+    return not (on_cpu and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
 
 
 def in_reference_mode() -> bool:

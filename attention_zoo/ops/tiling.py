@@ -13,6 +13,11 @@ from attention_zoo.ops.masks import visible
 QUERY_TILE = 64  # queries whose scores are held at a time; a file imports it or defines its own, with the reason
 
 
+def prefers_tiles(x: Tensor) -> bool:
+    """Whether a loop over tiles is fast where `x` is: on the CPU. On other devices every tile costs kernel launches."""
+    return x.device.type == "cpu"
+
+
 class QueryTile(NamedTuple):
     """The queries start ... stop - 1, which attend to none but the first `keys` keys."""
 

@@ -36,7 +36,7 @@ DIM = 24
 SMALL: dict[str, Any] = {"dim": DIM, "depth": 2}
 LAYOUT = TextImageLayout(text_len=4, height=2, width=4)
 IMAGE = ("conv", "axial_row", "axial_col", "block_sparse")
-ALWAYS_CAUSAL = ("conv", "axial_row", "axial_col", "gate_loop", "relative_gate", "simple_gate_loop")
+ALWAYS_CAUSAL = ("gate_loop", "relative_gate", "simple_gate_loop")
 SELF_ATTENTION = [name for name in BLOCKS if name != "cross"]
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from attention_zoo._checks import check_flag, check_in
+from attention_zoo.ops import tiling
 from attention_zoo.ops.documents import Documents, documents_of
-from attention_zoo.ops.implementation import choose
+from attention_zoo.ops.implementation import choose, flex_can_run, is_preferred
 from attention_zoo.ops.softmax.bias import Bias, DistanceBias, check_bias, split_mask
 from attention_zoo.ops.softmax.distance_bias import distance_biased_attention
 from attention_zoo.ops.softmax.sdpa import sdpa_attention
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 
+IMPLEMENTATIONS = ("sdpa", "tiled", "flex")
 MOST_PAIRS = 2**22  # pairs of each head for which "sdpa", the faster without causal masking, may hold a distance bias
 
 
@@ -51,7 +53,9 @@ def softmax_attention(
     """out_i = sum_j softmax_j(scale q_i . k_j + bias_ij) v_j over the allowed keys j, in at least float32 inside.
 
     Time O(i j e). Memory for the scores: O(i j) in "reference", O(j) in "tiled"; that of "sdpa" depends on the kernel
-    that torch chooses for the arguments.
+    that torch chooses for the arguments, and is O(h i j) with a `DistanceBias`, whose pairs are stored in the dtype of
+    `q`. On the CPU "auto" is "tiled" where a bias is learned, and with a causal `DistanceBias`; on other devices it is
+    "sdpa", whose number of operations does not depend on the length.
 
     Args:
         q: (b, h, i, e).
@@ -65,8 +69,10 @@ def softmax_attention(
         dropout: dropout probability of the weights. Pass 0 outside training.
         document_ids: (b, n) int, for packed rows of n = i = j tokens: a query attends to keys of its own document,
             a maximal run of equal ids; see `Documents`. Costs the sum over the documents on the CPU without `bias`.
-        impl: "auto", "reference" (full score matrix, twice differentiable), "sdpa" (torch's fused kernels) or
-            "tiled" (query tiles, recomputed in backward: memory O(n) where `bias` is learned).
+        impl: "auto", "reference" (full score matrix, twice differentiable), "sdpa" (torch's fused kernels), "tiled"
+            (query tiles, recomputed in backward: memory O(n) where `bias` is learned) or "flex" (FlexAttention: on a
+            GPU memory O(n) with any bias, and time for the blocks within documents only; no dropout, and no gradients
+            on the CPU). "auto" is never "flex" outside `prefer("flex")`, and there only for a `DistanceBias`.
 
     Returns:
         (b, h, i, e_v) in the dtype of `v`. A query without an allowed key gets exactly 0, with zero gradient.
@@ -75,19 +81,30 @@ def softmax_attention(
         TypeError: the type or the dtype of an argument is wrong.
         ValueError: the shapes of the arguments do not fit, a number is outside its range, or `impl` is unknown.
     """
-    if document_ids is not None:
+    if document_ids is not None and choose(impl, IMPLEMENTATIONS) != "flex":
         rows = partial(softmax_attention, causal=causal, bias=bias, scale=scale, dropout=dropout, impl=impl)
         documents = documents_of(document_ids, q, k)
         return documents.apply(rows, q, k, v, mask=mask, causal=causal, whole=bias is not None)
-    impl = choose(impl, ("sdpa", "tiled"))
+    impl = choose(impl, IMPLEMENTATIONS)
     check_qkv(q, k, v)
     mask, bias = split_mask(mask, bias, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_options(causal, scale, dropout)
+    if impl == "auto" and is_preferred("flex") and isinstance(bias, DistanceBias) and q.shape[-2] > 1:
+        plain = mask is None or mask.ndim == 2
+        impl = "flex" if plain and _flex_can_run(q, k, v, bias, dropout) else impl
     if impl == "auto":
         # a causal tile ends at the last key of its last query, which pays for a distance bias without gradients too
         shorter = causal and isinstance(bias, DistanceBias) and not dropout
-        impl = "tiled" if (_needs_grad(bias) or shorter or _is_wide(bias, q, k)) and q.shape[-2] > 1 else "sdpa"
+        in_tiles = tiling.prefers_tiles(q) and q.shape[-2] > 1
+        impl = "tiled" if in_tiles and (_needs_grad(bias) or shorter or _is_wide(bias, q, k)) else "sdpa"
+    if impl == "flex":
+        if not _flex_can_run(q, k, v, bias, dropout):
+            raise ValueError(f"impl='flex' needs no dropout and no gradients on the CPU, got {dropout=}, {q.device=}")
+        from attention_zoo.ops.softmax import flex
+
+        packed = None if document_ids is None else documents_of(document_ids, q, k)
+        return flex.flex_attention(q, k, v, mask, causal, bias, scale, packed)
     if impl == "sdpa":
         return sdpa_attention(q, k, v, mask, causal, bias, scale, dropout)
     if impl == "tiled" and isinstance(bias, DistanceBias) and not dropout:
@@ -121,6 +138,10 @@ def softmax_attention_weights(
 def _is_wide(bias: Bias | None, q: Tensor, k: Tensor) -> bool:
     """Whether a distance bias has so many pairs that they are not to be held at a time."""
     return isinstance(bias, DistanceBias) and not torch.compiler.is_compiling() and q.shape[2] * k.shape[2] > MOST_PAIRS
+
+
+def _flex_can_run(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, dropout: float) -> bool:
+    return not dropout and flex_can_run(q, k, v, bias.values if isinstance(bias, DistanceBias) else bias)
 
 
 def _needs_grad(bias: Bias | None) -> bool:

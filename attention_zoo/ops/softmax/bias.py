@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,54 @@ class DistanceBias(NamedTuple):
 
 
 Bias = Tensor | DistanceBias
+
+
+def pairs_of_distances(bias: DistanceBias, queries: int, keys: int, causal: bool, dtype: torch.dtype) -> Tensor:
+    """The bias of every pair as a mask of torch's kernels: (h, i, j) in `dtype`, shifted per head, -inf where masked.
+
+    The largest visible bias of a head becomes 0, which softmax does not notice and which rounds the biases that matter
+    least. The gradients of all pairs of a distance are summed in at least float32. Memory O(h i j).
+
+    Args:
+        bias: of `queries` queries, at most `keys`.
+        queries, keys: i, j.
+        causal: causal masking, aligned bottom-right.
+        dtype: dtype of the scores.
+    """
+    values = at_least_float32(bias.values)
+    seen = values[:, :keys] if causal else values  # the other distances are those of later keys
+    values = torch.nn.functional.pad(seen - seen.detach().amax(-1, keepdim=True), (0, queries - 1), value=-math.inf)
+    values = values[:, : queries + keys - 1]
+    if torch.compiler.is_compiling():
+        return DistanceBias(values).pairs(queries, keys).to(dtype)
+    pairs: Tensor = _Pairs.apply(values, queries, keys, dtype)  # type: ignore[no-untyped-call]
+    return pairs
+
+
+class _Pairs(torch.autograd.Function):
+    """Values per distance (h, i + j - 1) as pairs (h, i, j) in another dtype, in one copy."""
+
+    @staticmethod
+    def forward(values: Tensor, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype).unfold(-1, keys, 1).flip(-2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return sum_by_distance(gradient, ctx.dtype), None, None, None
+
+
+def sum_by_distance(pairs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum (h, i, j) over all pairs of a distance, in `dtype`: (h, i + j - 1), in the order of `DistanceBias`."""
+    h, i, j = pairs.shape
+    width = i + j - 1
+    skewed = pairs.new_zeros(h, i, width)
+    # row r is shifted right by i - 1 - r, which puts the pairs of a distance into one column
+    skewed.as_strided((h, i, j), (i * width, max(width - 1, 1), 1), i - 1).copy_(pairs)
+    return skewed.sum(1, dtype=dtype)
 
 
 def split_mask(mask: Tensor | None, bias: Bias | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Bias | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attention_zoo.ops.custom_op import register_operator
 from attention_zoo.ops.precision import at_least_float32
-from attention_zoo.ops.softmax.bias import DistanceBias
+from attention_zoo.ops.softmax.bias import DistanceBias, sum_by_distance
 from attention_zoo.ops.softmax.tiled import repeat_heads
 from attention_zoo.ops.tiling import QUERY_TILE, QueryTile, query_tiles, tile_mask
 
@@ -68,7 +68,7 @@ def _backward(inputs: DistanceBiasInputs, outputs: Sequence[Tensor], gradients: 
         grad_scores = grad_out @ v.transpose(-1, -2)  # the gradient of the weights until the next two lines
         grad_scores.mul_(weights)
         grad_scores.sub_(weights.mul_(grad_scores.sum(-1, keepdim=True)))
-        grad_values[:, _distances(inputs, tile)] += _sum_by_distance(grad_scores.sum(0))
+        grad_values[:, _distances(inputs, tile)] += sum_by_distance(grad_scores.sum(0), grad_values.dtype)
         grad_scores.mul_(inputs.scale)
         grad_q[:, :, tile.queries] = grad_scores @ k
         _add_product(grad_k[:, :, : tile.keys], grad_scores, q)
@@ -126,13 +126,3 @@ def _add_product(total: Tensor, pairs: Tensor, rows: Tensor) -> None:
     b, h = pairs.shape[:2]
     folded = total.as_strided((b * h, *total.shape[2:]), total.stride()[1:], total.storage_offset())
     folded.baddbmm_(pairs.flatten(0, 1).transpose(1, 2), rows.flatten(0, 1))
-
-
-def _sum_by_distance(pairs: Tensor) -> Tensor:
-    """Sum (h, i, j) over all pairs of a distance: (h, i + j - 1), in the order of `DistanceBias`."""
-    h, i, j = pairs.shape
-    width = i + j - 1
-    skewed = pairs.new_zeros(h, i, width)
-    # row r is shifted right by i - 1 - r, which puts the pairs of a distance into one column
-    skewed.as_strided((h, i, j), (i * width, max(width - 1, 1), 1), i - 1).copy_(pairs)
-    return skewed.sum(1)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attention_zoo.ops import tiling
 from attention_zoo.ops.masks import visible
 from attention_zoo.ops.precision import no_autocast
-from attention_zoo.ops.softmax.bias import Bias, DistanceBias
+from attention_zoo.ops.softmax.bias import Bias, DistanceBias, pairs_of_distances
 
 # Float32 numbers in the widest vector register. With fewer keys and no mask torch's CPU kernel (as of 2.13) takes the
 # maximum of a row of NaN as -inf, and returns 0 for it.
@@ -33,10 +34,14 @@ def sdpa_attention(
     is_causal = False
     if causal and mask is None and bias is None and i > 1 and i == j:
         is_causal = True
+    if isinstance(bias, DistanceBias) and mask is None and (not causal or i <= j) and not tiling.prefers_tiles(q):
+        bias, causal = pairs_of_distances(bias, i, j, causal, q.dtype), False
     allowed = None if is_causal else visible(i, j, mask=mask, causal=causal, device=q.device)
-    attn_mask = allowed
-    if bias is not None:
-        attn_mask = bias.pairs(i, j) if isinstance(bias, DistanceBias) else bias
+    has_key = None
+    if bias is None and (allowed is None or tiling.prefers_tiles(q)):
+        attn_mask = allowed
+    else:
+        attn_mask = bias.pairs(i, j) if isinstance(bias, DistanceBias) else q.new_zeros(()) if bias is None else bias
         if allowed is not None:  # an empty row keeps its finite bias: a row of -inf is NaN on some backends
             has_key = allowed.any(-1, keepdim=True)
             attn_mask = attn_mask.masked_fill(~allowed & has_key, -math.inf)
@@ -52,4 +57,4 @@ def sdpa_attention(
         )
     if attn_mask is None and q.device.type == "cpu" and (torch.compiler.is_compiling() or j < VECTOR):
         out = out + (q.detach() * 0).sum(-1, keepdim=True)  # NaN for a query that is not finite, otherwise 0
-    return out if bias is None or allowed is None else torch.where(has_key, out, out.new_zeros(()))
+    return out if has_key is None else torch.where(has_key, out, out.new_zeros(()))

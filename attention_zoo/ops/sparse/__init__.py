@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.implementation import choose
+from attention_zoo.ops import tiling
+from attention_zoo.ops.implementation import choose, flex_can_run, is_preferred
 from attention_zoo.ops.masks import key_mask
-from attention_zoo.ops.softmax import Bias, check_qkv, softmax_attention, split_mask
+from attention_zoo.ops.softmax import Bias, check_qkv, split_mask
 from attention_zoo.ops.sparse.axial import AxialPattern, axial_mask
 from attention_zoo.ops.sparse.block_sparse import BlockSparsePattern, block_sparse_mask, choose_blocks
 from attention_zoo.ops.sparse.conv import ConvPattern, conv_mask
+from attention_zoo.ops.sparse.dense import dense_attention
 from attention_zoo.ops.sparse.gather import gather_attention
 from attention_zoo.ops.sparse.image_layout import TextImageLayout
 from attention_zoo.ops.sparse.pattern import MaskPattern, Pattern
@@ -36,6 +40,12 @@ __all__ = [
     "pattern_weights",
 ]
 
+NEEDS = {
+    "tiled": "as many queries as keys and no dropout, a pattern with tiles, equal head counts",
+    "gather": "one query, a pattern with tiles, equal head counts",
+    "flex": "no dropout, no gradients on the CPU",
+    "folded": "as many queries as keys, rows or columns of an image, whole rows without causal masking",
+}
 DENSE_UP_TO = 256  # tokens, up to which the full score matrix is faster than a loop over tiles
 
 
@@ -60,9 +70,13 @@ def pattern_attention(
         bias: broadcasts to (b, h, i, j), or a `DistanceBias`.
         dropout: dropout probability of the weights. Pass 0 outside training.
         impl: "auto", "reference" (full score matrix, twice differentiable), "dense" (torch's fused kernels under the
-            full mask), "tiled" (queries of the whole sequence, memory O(n); no dropout) or "gather" (one query and only
-            the keys of its pattern). "tiled" and "gather" need a pattern with tiles, equal head counts, no bias and no
-            mask of four axes.
+            full mask), "tiled" (queries of the whole sequence, memory O(n); no dropout), "gather" (one query and only
+            the keys of its pattern) or "folded" (rows or columns of an image as a batch, each with the text before
+            it). "tiled" and "gather" need a pattern with tiles and equal head counts, and these three no bias and no
+            mask of four axes. "flex" (FlexAttention, which skips masked blocks on a GPU; no dropout, no bias, no mask
+            of four axes, and no gradients on the CPU) is never chosen by "auto" outside `prefer("flex")`. On devices
+            other than the CPU "auto" is "folded" where it is possible and otherwise "dense": the number of operations
+            does not depend on the length.
 
     Returns:
         (b, h, i, e). A query without an allowed key gets exactly 0, with zero gradient.
@@ -72,36 +86,54 @@ def pattern_attention(
         ValueError: a shape does not fit, the sequence is longer than the pattern, or `impl` is unknown or cannot
             compute the arguments.
     """
-    impl = choose(impl, ("dense", "tiled", "gather"))
+    impl = choose(impl, ("dense", "tiled", "gather", "folded", "flex"))
     mask, bias = _check(pattern, q, k, v, mask, bias)
     i, j = q.shape[2], k.shape[2]
-    sparse = pattern.has_tiles and bias is None and (mask is None or mask.ndim == 2) and q.shape[1] == k.shape[1]
-    can_tile, can_gather = sparse and i == j and not dropout, sparse and i == 1
+    plain = bias is None and (mask is None or mask.ndim == 2)
+    sparse = pattern.has_tiles and plain and q.shape[1] == k.shape[1]
+    can = {
+        "tiled": sparse and i == j and not dropout,
+        "gather": sparse and i == 1,
+        "folded": plain and i == j and pattern.folds(j),
+        "flex": plain and not dropout and flex_can_run(q, k, v),
+    }
     if impl == "auto":
-        if torch.compiler.is_compiling():  # tracing "gather" or a length limit would specialise on the position
-            impl = "tiled" if can_tile else "dense"
-        elif can_gather and j > 1:
-            impl = "gather"
-        else:
-            impl = "tiled" if can_tile and j > DENSE_UP_TO else "dense"
-    if (impl == "tiled" and not can_tile) or (impl == "gather" and not can_gather):
-        want = "as many queries as keys and no dropout" if impl == "tiled" else "one query"
+        impl = _choose(pattern, q, j, can)
+    if not can.get(impl, True):
         raise ValueError(
-            f"{impl=} needs {want}, a pattern with tiles, equal head counts, no bias and no mask of four axes, got "
-            f"q of shape {tuple(q.shape)}, k of shape {tuple(k.shape)}, {dropout=}"
+            f"{impl=} needs {NEEDS[impl]}, no bias and no mask of four axes, got q of shape {tuple(q.shape)}, "
+            f"k of shape {tuple(k.shape)}, {dropout=}"
         )
+    if impl == "flex":
+        from attention_zoo.ops.sparse import flex
+
+        return flex.flex_attention(pattern, q, k, v, mask)
     if impl == "tiled":
         return pattern.tiled(q, k, v, mask)
+    if impl == "folded":
+        return pattern.folded(q, k, v, mask, dropout)
     if impl == "gather":
         return gather_attention(pattern, q, k, v, mask, dropout)
-    allowed = _allowed(pattern, q, k, mask)
-    if impl == "reference":
-        from attention_zoo.ops.sparse import reference
+    if impl == "dense":
+        return dense_attention(pattern, q, k, v, mask, bias, dropout)
+    from attention_zoo.ops.sparse import reference
 
-        return reference.pattern_attention(q, k, v, allowed, bias, dropout)
-    # `allowed` is causal already; with a bias the flag lets query tiles skip the keys after them
-    causal = bias is not None and pattern.is_causal
-    return softmax_attention(q, k, v, mask=allowed, causal=causal, bias=bias, dropout=dropout)
+    return reference.pattern_attention(q, k, v, _allowed(pattern, q, k, mask), bias, dropout)
+
+
+def _choose(pattern: Pattern, q: Tensor, keys: int, can: Mapping[str, bool]) -> str:
+    """The implementation by device: loops over tiles and gathered keys on the CPU, a few large operations elsewhere."""
+    if is_preferred("flex") and can["flex"] and q.shape[2] > 1:
+        return "flex"
+    if not tiling.prefers_tiles(q):
+        return "folded" if can["folded"] else "dense"
+    if torch.compiler.is_compiling():  # tracing "gather" or a length limit would specialise on the position
+        return "tiled" if can["tiled"] else "dense"
+    if can["gather"] and keys > 1:
+        return "gather"
+    if can["folded"] and not pattern.has_text:  # every line after the text is slower than tiles
+        return "folded"
+    return "tiled" if can["tiled"] and keys > DENSE_UP_TO else "dense"
 
 
 def pattern_weights(
@@ -122,20 +154,21 @@ def conv_attention(
     layout: TextImageLayout,
     kernel_size: int = 5,
     dilation: int = 1,
-    window: str = "quadrant",
+    window: str | None = None,
+    causal: bool = True,
     mask: Tensor | None = None,
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
     """softmax(e^-0.5 q k^T) v under `conv_mask`.
 
-    Tiled: one tile per strip of image rows, with the keys from the first row of its windows to its last row, and one
-    for the text. Time O(n (text + kernel_size dilation width)), memory O(n).
+    Tiled: one tile per strip of image rows, with the rows of its windows as keys, and one for the text. Time
+    O(n (text + kernel_size dilation width)), memory O(n).
 
     Args:
         q: (b, h, i, e), the last i of the j tokens.
         k, v: (b, h, j, e), a prefix of the layout.
-        layout, kernel_size, dilation, window: see `conv_mask`.
+        layout, kernel_size, dilation, window, causal: see `conv_mask`.
         mask, dropout, impl: see `pattern_attention`.
 
     Returns:
@@ -144,7 +177,7 @@ def conv_attention(
     Raises:
         TypeError, ValueError: see `conv_mask` and `pattern_attention`.
     """
-    pattern = ConvPattern(layout, kernel_size, dilation, window)
+    pattern = ConvPattern(layout, kernel_size, dilation, window, causal)
     return pattern_attention(pattern, q, k, v, mask=mask, dropout=dropout, impl=impl)
 
 
@@ -155,19 +188,21 @@ def axial_attention(
     *,
     layout: TextImageLayout,
     axis: str = "row",
+    causal: bool = True,
     mask: Tensor | None = None,
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
     """softmax(e^-0.5 q k^T) v under `axial_mask`.
 
-    Tiled: one tile per row or column, and one for the text. Time O(n (text + width)) for rows, O(n (text + height)) for
-    columns, memory O(n).
+    Tiled: one tile per row or column, and one for the text, memory O(n). Folded: rows or columns as rows of a batch,
+    each with a copy of the text before it, memory O(n + text height) or O(n + text width). Time O(n (text + width)) for
+    rows, O(n (text + height)) for columns.
 
     Args:
         q: (b, h, i, e), the last i of the j tokens.
         k, v: (b, h, j, e), a prefix of the layout.
-        layout, axis: see `axial_mask`.
+        layout, axis, causal: see `axial_mask`.
         mask, dropout, impl: see `pattern_attention`.
 
     Returns:
@@ -176,7 +211,8 @@ def axial_attention(
     Raises:
         TypeError, ValueError: see `axial_mask` and `pattern_attention`.
     """
-    return pattern_attention(AxialPattern(layout, axis), q, k, v, mask=mask, dropout=dropout, impl=impl)
+    pattern = AxialPattern(layout, axis, causal)
+    return pattern_attention(pattern, q, k, v, mask=mask, dropout=dropout, impl=impl)
 
 
 def block_sparse_attention(

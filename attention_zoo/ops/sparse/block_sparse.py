@@ -1,5 +1,7 @@
 """Block-sparse pattern: blocks of tokens attend to their neighbourhood, the first blocks, and a few random blocks.
 
+The layout is DeepSpeed's "variable" layout, VariableSparsityConfig, related to those of the papers.
+
 Papers: Sparse Transformer, https://arxiv.org/abs/1904.10509; Big Bird, https://arxiv.org/abs/2007.14062
 """
 
@@ -82,13 +84,11 @@ def block_sparse_mask(
     Raises:
         ValueError: `stop` exceeds m * block_size.
     """
-    stop = len(blocks) * block_size if stop is None else stop
-    if stop > len(blocks) * block_size:
+    length = len(blocks) * block_size
+    stop = length if stop is None else stop
+    if stop > length:
         raise ValueError(f"stop must be at most {len(blocks)} blocks of {block_size} tokens, got {stop=}")
-    index = torch.arange(stop, device=blocks.device)
-    block = index // block_size
-    allowed = blocks[block[start:, None], block]
-    return allowed & (index <= index[start:, None]) if causal else allowed
+    return BlockSparsePattern(blocks, block_size, causal, length).mask(start, stop, blocks.device)
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,16 @@ class BlockSparsePattern(Pattern):
     def is_causal(self) -> bool:
         return self.causal
 
+    def longest(self) -> int:
+        return self.length
+
     def check(self, tokens: int, *, name: str) -> None:
         if tokens > self.length:
             raise ValueError(f"{name} must hold at most {self.length} tokens, got {tokens} tokens")
 
-    def mask(self, start: int, stop: int, device: torch.device) -> Tensor:
-        return block_sparse_mask(
-            self.blocks, block_size=self.block_size, causal=self.causal, start=start, stop=stop
-        ).to(device)
+    def attends(self, query: Tensor, key: Tensor) -> Tensor:
+        allowed = self.blocks[query // self.block_size, key // self.block_size]
+        return allowed & (key <= query) if self.causal else allowed
 
     def keys(self, position: int) -> list[slice | list[int]]:
         size = self.block_size
@@ -149,7 +151,7 @@ def block_sparse_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, dev
         raise ValueError("extra must hold the blocks, got None")
     size, causal = numbers
     count = -(-n // size)
-    rows = extra[:count, :count].tolist()
+    rows = extra[:count, :count].tolist()  # one synchronisation on other devices, which by default are dense
     common = _common_blocks(rows)
     tiles = []
     if 0 < common < count:
@@ -183,9 +185,8 @@ def _common_blocks(rows: list[list[bool]]) -> int:
 
 def _tokens_of(blocks: list[int], size: int, n: int, device: torch.device) -> Tensor:
     """The indices of the tokens of some blocks."""
-    within = torch.arange(size, device=device)
-    tokens = (torch.tensor(blocks, dtype=torch.int64, device=device)[:, None] * size + within).flatten()
-    return tokens[tokens < n]
+    tokens = [token for block in blocks for token in range(block * size, min((block + 1) * size, n))]
+    return torch.tensor(tokens, dtype=torch.int64, device=device)
 
 
 _tiled_block_sparse = tiled_operator("block_sparse_attention", block_sparse_tiles)

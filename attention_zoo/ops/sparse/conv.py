@@ -1,4 +1,4 @@
-"""Convolution-like pattern: image tokens attend to the text and to a window of the image that ends at them.
+"""Convolution-like pattern: image tokens attend to the text and to a window of the image.
 
 Paper: DALL-E, https://arxiv.org/abs/2102.12092
 """
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_zoo._checks import check_choice, check_instance, check_int
+from attention_zoo._checks import check_choice, check_flag, check_instance, check_int
 from attention_zoo.ops.sparse.image_layout import TextImageLayout
 from attention_zoo.ops.sparse.pattern import Pattern
-from attention_zoo.ops.sparse.tiles import MIN_ROWS, Tile, text_tiles, tiled_operator
+from attention_zoo.ops.sparse.tiles import Tile, strip_tiles, tiled_operator
 
-WINDOWS = ("quadrant", "causal")
+WINDOWS = ("quadrant", "causal", "wrapped", "centred")
 
 
 def conv_mask(
@@ -24,25 +24,36 @@ def conv_mask(
     *,
     kernel_size: int = 5,
     dilation: int = 1,
-    window: str = "quadrant",
+    window: str | None = None,
+    causal: bool = True,
     start: int = 0,
     stop: int | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Mask of convolution-like attention: all earlier text, and in the image a window that ends at the query.
+    """Mask of convolution-like attention: all text, and in the image a window of the query.
 
-    The windows "quadrant" and "causal" for kernel_size=3 (x the query, o the other keys it attends to):
+    The windows "quadrant", "causal", "wrapped" and "centred" for kernel_size=3 (x the query, o the other keys it
+    attends to):
 
-        o o o . .        . o o o .
-        o o o . .        . o x . .
-        o o x . .        . . . . .
+        o o o . .      . o o o .      . o o o .      . o o o .
+        o o o . .      . o x . .      . o x . .      . o x o .
+        o o x . .      . . . . .      . . . . .      . o o o .
+
+    and for queries in the first column, where the columns of "wrapped" continue in the rows before:
+
+        o . . . .      . . . . .      . . . . o      . . . . .
+        o . . . .      o o . . .      o o . . o      o o . . .
+        x . . . .      x . . . .      x . . . .      x o . . .
+        . . . . .      . . . . .      . . . . .      o o . . .
 
     Args:
         layout: geometry of the sequence.
-        kernel_size: odd. "quadrant" is kernel_size wide and high; "causal" is the kernel centred on the query, without
-            the keys after it.
+        kernel_size: odd. "quadrant" is kernel_size wide and high. The other windows are the kernel centred on the
+            query: without the keys after it in "causal" and "wrapped", whole in "centred".
         dilation: distance between neighbouring rows and columns of the window.
-        window: "quadrant" or "causal".
+        window: "quadrant", "causal" or "wrapped" with causal masking, "centred" without. Default: "quadrant" with,
+            "centred" without.
+        causal: causal masking. Without it, text attends to all tokens.
         start, stop: range of the queries; stop is also the number of keys. None: the whole sequence.
         device: device of the mask.
 
@@ -50,18 +61,14 @@ def conv_mask(
         (stop - start, stop) bool, True where the query (row) attends to the key (column).
 
     Raises:
-        TypeError: `layout` is not a TextImageLayout, or a size is not an int.
-        ValueError: `kernel_size` is even, a size is below 1, `window` is unknown, or `stop` exceeds the layout.
+        TypeError: `layout` is not a TextImageLayout, a size is not an int, or `causal` is not a bool.
+        ValueError: `kernel_size` is even, a size is below 1, `window` is unknown or does not fit `causal`, or `stop`
+            exceeds the layout.
     """
-    check_instance(TextImageLayout, layout=layout)
-    _check_window(kernel_size, dilation, window)
-    down, right = layout.offsets(start, stop, device)
-    side = (kernel_size - 1) * dilation
-    if window == "quadrant":
-        near = (down >= 0) & (down <= side) & (right >= 0) & (right <= side)
-    else:
-        near = (down.abs() <= side // 2) & (right.abs() <= side // 2)
-    return layout.add_text(near & (down % dilation == 0) & (right % dilation == 0))
+    pattern = ConvPattern(layout, kernel_size, dilation, window, causal)
+    stop = layout.length if stop is None else stop
+    pattern.check(stop, name="stop")
+    return pattern.mask(start, stop, device)
 
 
 @dataclass(frozen=True)
@@ -69,85 +76,96 @@ class ConvPattern(Pattern):
     """The pattern of `conv_mask`.
 
     Args:
-        layout, kernel_size, dilation, window: see `conv_mask`.
+        layout, kernel_size, dilation, window, causal: see `conv_mask`.
     """
 
     has_tiles = True
+    sees_itself = True
 
     layout: TextImageLayout
     kernel_size: int = 5
     dilation: int = 1
-    window: str = "quadrant"
+    window: str | None = None
+    causal: bool = True
 
     def __post_init__(self) -> None:
         check_instance(TextImageLayout, layout=self.layout)
-        _check_window(self.kernel_size, self.dilation, self.window)
+        check_int(1, kernel_size=self.kernel_size, dilation=self.dilation)
+        check_flag(causal=self.causal)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got kernel_size={self.kernel_size}")
+        if self.window is None:
+            object.__setattr__(self, "window", "quadrant" if self.causal else "centred")
+        check_choice("window", self.window, WINDOWS)
+        if self.causal == (self.window == "centred"):
+            rule = "must not be 'centred' with causal=True" if self.causal else "must be 'centred' with causal=False"
+            raise ValueError(f"window {rule}, got window={self.window!r}")
+
+    @property
+    def is_causal(self) -> bool:
+        return self.causal
+
+    @property
+    def has_text(self) -> bool:
+        return self.layout.text_len > 0
+
+    @property
+    def reach(self) -> int:
+        """Number of rows, and of columns, from the query to the end of its window."""
+        return (self.kernel_size - 1) * self.dilation // (1 if self.window == "quadrant" else 2)
+
+    def longest(self) -> int:
+        return self.layout.length
 
     def check(self, tokens: int, *, name: str) -> None:
         self.layout.check(tokens, name=name)
 
-    def mask(self, start: int, stop: int, device: torch.device) -> Tensor:
-        return conv_mask(
-            self.layout,
-            kernel_size=self.kernel_size,
-            dilation=self.dilation,
-            window=self.window,
-            start=start,
-            stop=stop,
-            device=device,
-        )
+    def attends(self, query: Tensor, key: Tensor) -> Tensor:
+        reach, step, width = self.reach, self.dilation, self.layout.width
+        if self.window == "wrapped":
+            back = query - key
+            near = torch.zeros_like(back, dtype=torch.bool)
+            for column in range(-reach, reach + 1, step):
+                rows = back - column  # as a multiple of the width
+                near = near | ((rows % (step * width) == 0) & (rows.abs() <= reach * width))
+        else:
+            down, right = self.layout.offsets(query, key)
+            if self.window == "quadrant":
+                near = (down >= 0) & (down <= reach) & (right >= 0) & (right <= reach)
+            else:
+                near = (down.abs() <= reach) & (right.abs() <= reach)
+            near = near & (down % step == 0) & (right % step == 0)
+        return self.layout.add_text(near, query, key, causal=self.causal)
 
     def keys(self, position: int) -> list[slice | list[int]]:
         text, width = self.layout.text_len, self.layout.width
         if position < text:
             return [slice(0, position + 1)]
         row, column = divmod(position - text, width)
-        side = (self.kernel_size - 1) * self.dilation
-        left, right = (side, 0) if self.window == "quadrant" else (side // 2, side // 2)
-        above = _rows_above(self.kernel_size, self.dilation, self.window)
-        near = [
-            text + r * width + c
-            for r in range(row - above, row + 1, self.dilation)
-            for c in range(column - left, column + right + 1, self.dilation)
-            if r >= 0 and 0 <= c < width and (r < row or c <= column)
-        ]
-        return [slice(0, text), near]
+        reach, step = self.reach, self.dilation
+        rows = range(row - reach, row + 1, step)
+        columns = range(column - reach, column + (1 if self.window == "quadrant" else reach + 1), step)
+        if self.window == "wrapped":
+            places = sorted({text + r * width + c for r in rows for c in columns})
+        else:
+            places = [text + r * width + c for r in rows for c in columns if r >= 0 and 0 <= c < width]
+        return [slice(0, text), [place for place in places if text <= place <= position]]
 
     def tiled(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         numbers = [self.layout.text_len, self.layout.width, self.kernel_size, self.dilation]
-        return _tiled_conv(q, k, v, mask, None, [*numbers, int(self.window == "quadrant")])
+        return _tiled_conv(q, k, v, mask, None, [*numbers, WINDOWS.index(str(self.window)), int(self.causal)])
 
 
 def conv_tiles(n: int, numbers: Sequence[int], extra: Tensor | None, device: torch.device) -> list[Tile]:
-    """Tiles of the text and of strips of image rows. The keys of a strip start at the first row of its windows."""
-    text, width, kernel_size, dilation, quadrant = numbers
-    window = "quadrant" if quadrant else "causal"
-    above = _rows_above(kernel_size, dilation, window)
-    tall = max(1, MIN_ROWS // width)
-    strip = TextImageLayout(0, above + tall, width)  # a strip that has all rows of its windows above it
-    allowed = conv_mask(
-        strip, kernel_size=kernel_size, dilation=dilation, window=window, start=above * width, device=device
-    )
-    tiles = text_tiles(n, text, device)
-    for first in range(text, n, tall * width):
-        stop = min(first + tall * width, n)
-        begin = max(text, first - above * width)
-        missing = above * width - (first - begin)  # keys that would lie above the image
-        part = allowed[: stop - first, missing : missing + stop - begin]
-        tiles.append(Tile(slice(first, stop), slice(begin, stop), part, merge=text > 0))
-    return tiles
+    """Tiles of the text and of strips of image rows, with the rows of their windows."""
+    text, width, kernel_size, dilation, window, causal = numbers
 
+    def pattern(rows: int) -> ConvPattern:
+        return ConvPattern(TextImageLayout(0, rows, width), kernel_size, dilation, WINDOWS[window], bool(causal))
 
-def _rows_above(kernel_size: int, dilation: int, window: str) -> int:
-    """Number of rows from the first row of the window to the query's."""
-    return (kernel_size - 1) * dilation // (1 if window == "quadrant" else 2)
-
-
-def _check_window(kernel_size: int, dilation: int, window: str) -> None:
-    check_int(1, kernel_size=kernel_size, dilation=dilation)
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, got {kernel_size=}")
-    check_choice("window", window, WINDOWS)
+    reach = pattern(1).reach
+    above = reach - (-reach // width if WINDOWS[window] == "wrapped" else 0)
+    return strip_tiles(n, text, width, pattern, above=above, below=0 if causal else reach, device=device)
 
 
 _tiled_conv = tiled_operator("conv_attention", conv_tiles)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from attention_zoo._checks import check_at_least
-from attention_zoo.ops.masks import causal_mask
 
 
 @dataclass(frozen=True)
@@ -62,30 +60,37 @@ class TextImageLayout:
         index = tokens - self.text_len
         return index.div(self.width, rounding_mode="floor"), index % self.width
 
-    def offsets(self, start: int, stop: int | None, device: torch.device | None) -> tuple[Tensor, Tensor]:
-        """Rows and columns from key up to query, for the queries start ... stop - 1 and the first `stop` keys.
+    def offsets(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns from key up to query, for indices of tokens that broadcast to each other."""
+        query, key = query - self.text_len, key - self.text_len
+        return query // self.width - key // self.width, query % self.width - key % self.width
+
+    def add_text(self, near: Tensor, query: Tensor, key: Tensor, *, causal: bool) -> Tensor:
+        """Whether a query attends to a key: image tokens where `near`, all to the text, and the text to all.
 
         Args:
-            start, stop: range of the queries; stop is also the number of keys. None: `length`.
-            device: device of the result.
+            near: bool, of the shape to which `query` and `key` broadcast; read for pairs of image tokens.
+            query, key: indices of tokens.
+            causal: whether no query attends to a later key.
+        """
+        near = near | (key < self.text_len)
+        return near & (key <= query) if causal else near | (query < self.text_len)
 
-        Returns:
-            Two tensors (stop - start, stop), row of the query minus row of the key and the same for columns.
+    def flatten(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Images (b, height, width, d) as sequences (b, n, d), with their masks; anything else as it is.
+
+        Args:
+            x: features.
+            mask: (b, height, width) for images, or None.
 
         Raises:
-            ValueError: `stop` exceeds `length`.
+            ValueError: images are not of this height and width, or there is text before them.
         """
-        stop = self.length if stop is None else stop
-        self.check(stop, name="stop")
-        row, column = self.rows_and_columns(torch.arange(stop, device=device))
-        return row[start:, None] - row, column[start:, None] - column
-
-    def add_text(self, near: Tensor) -> Tensor:
-        """Mask of a causal image pattern: image keys where `near`, all text keys, none after the query.
-
-        Args:
-            near: (i, j) bool, for the last i of the first j tokens; modified.
-        """
-        queries, keys = near.shape
-        near[:, : self.text_len] = True
-        return near & causal_mask(queries, keys, device=near.device)
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            return x, mask
+        if self.text_len or x.shape[1:3] != (self.height, self.width):
+            want = f"(b, {self.height}, {self.width}, d) without text"
+            raise ValueError(f"x must be {want} for images in {self}, got shape {tuple(x.shape)}")
+        if isinstance(mask, Tensor) and mask.shape != x.shape[:3]:
+            raise ValueError(f"mask must be (b, height, width) = {tuple(x.shape[:3])}, got shape {tuple(mask.shape)}")
+        return x.flatten(1, 2), mask.flatten(1) if isinstance(mask, Tensor) else mask

@@ -17,6 +17,7 @@ from torch import Tensor
 from attention_zoo.ops.custom_op import register_operator
 from attention_zoo.ops.masks import causal_mask
 from attention_zoo.ops.precision import at_least_float32
+from attention_zoo.ops.sparse.pattern import Pattern
 
 MIN_ROWS = 32  # minimum number of queries in a tile of image rows
 TEXT_QUERIES = 64  # text queries per tile
@@ -81,21 +82,54 @@ def tiled_operator(
     return lambda *inputs: operator(TiledInputs(*inputs))[0]
 
 
-def text_tiles(n: int, text_len: int, device: torch.device) -> list[Tile]:
-    """Tiles of the text keys in a sequence of text and image: causal for text queries, full for image queries.
+def text_tiles(n: int, text_len: int, device: torch.device, *, causal: bool) -> list[Tile]:
+    """Tiles of the text in a sequence of text and image: image queries attend to all of it.
 
     Args:
         n: number of tokens of the sequence.
         text_len: number of text tokens of the layout; the sequence has fewer where n is smaller.
         device: device of the masks.
+        causal: whether text queries attend to the text up to them. If not, they attend to all tokens.
     """
     text = min(n, text_len)
-    tiles = []
-    for start in range(0, text, TEXT_QUERIES):
+    tiles = [] if causal or not text else [Tile(slice(0, text), slice(0, n))]
+    for start in range(0, text if causal else 0, TEXT_QUERIES):
         stop = min(start + TEXT_QUERIES, text)
         tiles.append(Tile(slice(start, stop), slice(0, stop), causal_mask(stop - start, stop, device=device)))
     if text and n > text:
         tiles.append(Tile(slice(text, n), slice(0, text)))
+    return tiles
+
+
+def strip_tiles(
+    n: int,
+    text_len: int,
+    width: int,
+    pattern: Callable[[int], Pattern],
+    *,
+    above: int,
+    below: int,
+    device: torch.device,
+) -> list[Tile]:
+    """Tiles of the text, and of strips of image rows whose queries attend to some rows above and below them.
+
+    Args:
+        n, text_len, device: see `text_tiles`.
+        width: width of the image.
+        pattern: the pattern of an image with a given number of rows and no text.
+        above, below: number of rows above and below a query to which it may attend.
+    """
+    tall = max(1, MIN_ROWS // width)
+    strip = pattern(above + tall + below)  # a strip of `tall` rows that has all rows of its windows around it
+    key = torch.arange((above + tall + below) * width, device=device)
+    allowed = strip.attends(key[above * width : (above + tall) * width, None], key)
+    tiles = text_tiles(n, text_len, device, causal=strip.is_causal)
+    for first in range(text_len, n, tall * width):
+        stop = min(first + tall * width, n)
+        begin, end = max(text_len, first - above * width), min(stop + below * width, n)
+        missing = above * width - (first - begin)  # keys that would lie above the image
+        part = allowed[: stop - first, missing : missing + end - begin]
+        tiles.append(Tile(slice(first, stop), slice(begin, end), part, merge=text_len > 0))
     return tiles
 
 

@@ -39,14 +39,21 @@ class Case(NamedTuple):
     causal: bool = True
 
 
-def image_definition(layout: TextImageLayout, rule: Callable[[int, int], bool]) -> Attends:
-    """Definition of a causal image pattern. `rule` is given rows and columns from key to query."""
+def image_definition(
+    layout: TextImageLayout, rule: Callable[[int, int], bool], *, causal: bool = True, wraps: bool = False
+) -> Attends:
+    """Definition of an image pattern.
+
+    `rule` is given rows and columns from key to query; if it wraps, the number of tokens and 0.
+    """
 
     def attends(i: int, j: int) -> bool:
-        if j > i:
+        if causal and j > i:
             return False
-        if j < layout.text_len:
+        if j < layout.text_len or i < layout.text_len:
             return True
+        if wraps:
+            return rule(i - j, 0)
         (row, column), (key_row, key_column) = (divmod(t - layout.text_len, layout.width) for t in (i, j))
         return rule(row - key_row, column - key_column)
 
@@ -56,15 +63,26 @@ def image_definition(layout: TextImageLayout, rule: Callable[[int, int], bool]) 
 def conv_case(layout: TextImageLayout, kernel_size: int, dilation: int = 1, window: str = "quadrant") -> Case:
     lowest = 0 if window == "quadrant" else -(kernel_size // 2)
     steps = [dilation * step for step in range(lowest, lowest + kernel_size)]
+    causal = window != "centred"
     options: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation, "window": window, "layout": layout}
-    definition = image_definition(layout, lambda down, right: down in steps and right in steps)
-    return Case(partial(conv_attention, **options), partial(conv_mask, **options), definition)
+    options["causal"] = causal
+    if window == "wrapped":
+        back = {row * layout.width + column for row in steps for column in steps}
+        definition = image_definition(layout, lambda distance, _: distance in back, wraps=True)
+    else:
+        definition = image_definition(layout, lambda down, right: down in steps and right in steps, causal=causal)
+    return Case(partial(conv_attention, **options), partial(conv_mask, **options), definition, causal)
 
 
-def axial_case(layout: TextImageLayout, axis: str) -> Case:
-    definition = image_definition(layout, lambda down, right: (down if axis == "row" else right) == 0)
-    options: dict[str, Any] = {"layout": layout, "axis": axis}
-    return Case(partial(axial_attention, **options), partial(axial_mask, **options), definition)
+def axial_case(layout: TextImageLayout, axis: str, *, causal: bool = True) -> Case:
+    if axis == "wrapped_row":
+        definition = image_definition(layout, lambda distance, _: distance <= layout.width, wraps=True)
+    else:
+        definition = image_definition(
+            layout, lambda down, right: (down if axis == "row" else right) == 0, causal=causal
+        )
+    options: dict[str, Any] = {"layout": layout, "axis": axis, "causal": causal}
+    return Case(partial(axial_attention, **options), partial(axial_mask, **options), definition, causal)
 
 
 def block_case(layout: TextImageLayout, *, causal: bool) -> Case:
@@ -85,8 +103,15 @@ MAKE_CASE: dict[str, Callable[[TextImageLayout], Case]] = {
     "conv 1": lambda layout: conv_case(layout, 1),
     "causal conv 5": lambda layout: conv_case(layout, 5, window="causal"),
     "causal conv 3 dilated": lambda layout: conv_case(layout, 3, 2, "causal"),
+    "wrapped conv 5": lambda layout: conv_case(layout, 5, window="wrapped"),
+    "wrapped conv 3 dilated": lambda layout: conv_case(layout, 3, 2, "wrapped"),
+    "centred conv 5": lambda layout: conv_case(layout, 5, window="centred"),
+    "centred conv 3 dilated": lambda layout: conv_case(layout, 3, 2, "centred"),
     "axial row": lambda layout: axial_case(layout, "row"),
     "axial column": lambda layout: axial_case(layout, "column"),
+    "axial wrapped row": lambda layout: axial_case(layout, "wrapped_row"),
+    "axial row in both directions": lambda layout: axial_case(layout, "row", causal=False),
+    "axial column in both directions": lambda layout: axial_case(layout, "column", causal=False),
     "causal blocks": lambda layout: block_case(layout, causal=True),
     "blocks": lambda layout: block_case(layout, causal=False),
 }

@@ -23,7 +23,7 @@ def test_rows_and_columns_follow_row_major_order_after_the_text() -> None:
 
 def test_offsets_count_rows_and_columns_from_key_to_query() -> None:
     layout = TextImageLayout(text_len=1, height=3, width=4)
-    down, right = layout.offsets(8, 10, None)
+    down, right = layout.offsets(torch.tensor([[8], [9]]), torch.arange(10))
     assert down.shape == right.shape == (2, 10)
     for query in (8, 9):
         for key in range(1, 10):
@@ -31,10 +31,19 @@ def test_offsets_count_rows_and_columns_from_key_to_query() -> None:
             assert (int(down[query - 8, key]), int(right[query - 8, key])) == (row - key_row, column - key_column)
 
 
-def test_text_keys_are_allowed_and_later_keys_are_not() -> None:
-    layout = TextImageLayout(text_len=2, height=1, width=2)
-    assert layout.add_text(torch.zeros(2, 4, dtype=torch.bool)).tolist() == [[True, True, False, False]] * 2
-    assert layout.add_text(torch.ones(2, 4, dtype=torch.bool)).tolist() == [[True] * 3 + [False], [True] * 4]
+def test_text_is_attended_to_and_later_keys_are_not_with_causal_masking() -> None:
+    layout, index = TextImageLayout(text_len=2, height=1, width=2), torch.arange(4)
+    query = index[2:, None]
+    far, near = torch.zeros(2, 4, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
+    assert layout.add_text(far, query, index, causal=True).tolist() == [[True, True, False, False]] * 2
+    assert layout.add_text(near, query, index, causal=True).tolist() == [[True] * 3 + [False], [True] * 4]
+
+
+def test_text_attends_to_all_tokens_without_causal_masking() -> None:
+    layout, index = TextImageLayout(text_len=2, height=1, width=2), torch.arange(4)
+    far = torch.zeros(4, 4, dtype=torch.bool)
+    want = [[True] * 4] * 2 + [[True, True, False, False]] * 2
+    assert layout.add_text(far, index[:, None], index, causal=False).tolist() == want
 
 
 @pytest.mark.parametrize(
@@ -44,7 +53,6 @@ def test_text_keys_are_allowed_and_later_keys_are_not() -> None:
         (lambda: TextImageLayout(1, 0, 3), ValueError, "height must be at least 1, got height=0"),
         (lambda: TextImageLayout(1, 3, 2.5), TypeError, "width must be an int, got width=2.5"),  # type: ignore[arg-type]
         (lambda: TextImageLayout(2, 3, 3).check(12), ValueError, "x must hold at most the 11 tok"),
-        (lambda: TextImageLayout(2, 3, 3).offsets(0, 12, None), ValueError, "stop must hold at most the 11 tok"),
     ],
 )
 def test_invalid_layout_arguments_raise(call: Callable[[], object], error: type[Exception], message: str) -> None:

@@ -19,6 +19,7 @@ from attention_zoo.ops.sparse import (
     MaskPattern,
     Pattern,
     choose_blocks,
+    dense,
     gather,
     pattern_attention,
     pattern_weights,
@@ -90,7 +91,7 @@ def test_dropout_zeroes_weights_and_keeps_their_mean() -> None:
 def test_the_reference_is_twice_differentiable_and_runs_no_fast_code(
     pattern: Pattern, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forbid(monkeypatch, tiles, gather, sdpa, softmax_tiles, distance_bias, tiling)
+    forbid(monkeypatch, tiles, gather, dense, sdpa, softmax_tiles, distance_bias, tiling)
     for name in ("tiled", "keys"):
         monkeypatch.setattr(type(pattern), name, None)
     n, mask = 9, torch.tensor([[True] * 9, [False] * 2 + [True] * 7])
