@@ -45,10 +45,10 @@ from attention_zoo.ops.relative_gate import (
 
 @dataclass
 class RelativeGateState(State):
-    """Keys and values of all tokens so far. Size: 3 n h e elements per row, and n h e / 32 for the gates.
+    """Keys and values of all tokens so far. Size: 3 n h e elements per row, and n h e / 20 for the gates.
 
     Attributes:
-        chunks: keys, multiplied by the gates after them up to a common token, and values of full chunks of 32 tokens,
+        chunks: keys, multiplied by the gates after them up to a common token, and values of full chunks of 20 tokens,
             (b, 1, N, h c 2e) and (b, 1, N, h c e).
         recent_keys, recent_values: those of the tokens after the last full chunk, (b, h, r, 2e), multiplied by all
             gates after them, and (b, h, r, e).

@@ -41,7 +41,7 @@ def test_list_shows_every_layer_with_its_class_and_description(tables: list[list
 def test_list_shows_growth_of_states_and_optional_causality(tables: list[list[str]]) -> None:
     rows = {line.split()[0]: line.split()[1:6] for line in tables[1]}
     assert rows["full"] == ["opt", "pair", "yes", "yes", "O(n)"]
-    assert rows["gate_loop"] == ["always", "key", "yes", "yes", "O(1)"]
+    assert rows["gate_loop"] == ["opt", "key", "yes", "yes", "O(1)"]
 
 
 def test_list_shows_what_a_layer_takes(tables: list[list[str]]) -> None:

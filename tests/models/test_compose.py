@@ -309,7 +309,8 @@ def test_arguments_that_no_block_uses_raise(options: dict[str, Any]) -> None:
 
 def test_capabilities_tell_that_a_reversed_gate_loop_is_possible() -> None:
     assert capabilities()["simple_gate_loop"].causal == "optional"
-    assert capabilities()["gate_loop"].causal == "always"
+    assert capabilities()["gate_loop"].causal == "optional"
+    assert capabilities()["relative_gate"].causal == "always"
 
 
 def test_capabilities_include_registered_blocks() -> None:

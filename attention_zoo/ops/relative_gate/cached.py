@@ -28,7 +28,7 @@ from attention_zoo.ops.relative_gate.batched import (
 )
 from attention_zoo.ops.tiling import masked_softmax
 
-CHUNK = 32  # tokens of a chunk
+CHUNK = 20  # tokens of a chunk
 
 
 class DecayedKeys(NamedTuple):
