@@ -15,6 +15,7 @@ from attention_zoo.attention import (
     SelfAttention,
     SimpleGateLoop,
     TalkingHeadsAttention,
+    WindowAttention,
     capabilities,
     register_block,
 )

@@ -40,6 +40,7 @@ LABELS = {
     "rotary": "Rotary position embedding",
     "bias": "Relative position bias",
     "kv_heads": "Grouped key/value heads",
+    "qk_norm": "Query-key norm",
     "dropout": "Dropout of the weights",
 }
 

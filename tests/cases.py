@@ -24,6 +24,7 @@ from attention_zoo import (
     TalkingHeadsAttention,
     TextImageLayout,
     TextImageRotary,
+    WindowAttention,
 )
 from attention_zoo.interop.dalle import RotatedAxialAttention
 from attention_zoo.testing import Subject
@@ -88,9 +89,42 @@ CASES = [
         causal=False,
     ),
     Case(
+        "full: query-key RMSNorm, grouped heads, rotary",
+        lambda: FullAttention(DIM, qk_norm="rms", kv_heads=2, rotary=Rotary(), **SMALL),
+    ),
+    Case(
+        "full: l2-normalised queries and keys, relative bias",
+        lambda: FullAttention(DIM, qk_norm="l2", scale=5.0, kv_heads=1, bias=RelativeBias(4), **SMALL),
+    ),
+    Case(
         "full: pattern",
         lambda: FullAttention(DIM, pattern=striped(), **SMALL),
         options={"shift_invariant": False},  # the pattern is tied to the index
+    ),
+    # lengths within one window, of several windows, and of several chunks of 64 queries
+    Case("window", lambda: WindowAttention(DIM, window=5, rotary=Rotary(), **SMALL), lengths=LENGTHS),
+    Case(
+        "window: sinks, grouped heads, query-key norm",
+        lambda: WindowAttention(DIM, window=9, sinks=3, kv_heads=2, rotary=Rotary(), qk_norm="rms", **SMALL),
+        lengths=(1, 2, 7, 67, 131, 200),
+    ),
+    Case(
+        "window: chunks, biased projections, output gate",
+        lambda: WindowAttention(
+            DIM, window=70, qk_norm="l2", scale=5.0, qkv_bias=True, out_bias=True, output_gate="silu", **SMALL
+        ),
+        lengths=(7, 67, 273),
+    ),
+    Case("window: its own token only", lambda: WindowAttention(DIM, window=1, sinks=1, **SMALL), lengths=(1, 7, 131)),
+    Case(
+        "window: longer than the sequences, as many sinks",
+        lambda: WindowAttention(DIM, window=500, sinks=300, **SMALL),
+    ),
+    Case(
+        "window: bidirectional, sinks",
+        lambda: WindowAttention(DIM, window=9, sinks=3, kv_heads=1, causal=False, **SMALL),
+        causal=False,
+        lengths=(1, 7, 67, 200),
     ),
     Case(
         "cross",
@@ -208,6 +242,19 @@ CASES = [
         options={"bf16_error": 0.1},
     ),
     Case("gate_loop: no transition", lambda: GateLoopAttention(DIM, heads=4, gate=None)),
+    Case(
+        "gate_loop: reverse",
+        lambda: GateLoopAttention(DIM, reverse=True, gradient_fraction=1.0),
+        causal=False,
+        # under autocast z is rounded, which turns the phase of gates with a small |z|, in both directions
+        options={"bf16_error": 0.1},
+    ),
+    Case(
+        "gate_loop: 4 heads, sub-norm, reverse",
+        lambda: GateLoopAttention(DIM, heads=4, sub_norm=True, reverse=True, gradient_fraction=1.0),
+        causal=False,
+        options={"empty_is_zero": True},  # before the first valid token the bias of the sub-norm is masked
+    ),
     Case("simple_gate_loop", lambda: SimpleGateLoop(DIM), lengths=LENGTHS),
     Case("simple_gate_loop: no norm, post-norm", lambda: SimpleGateLoop(DIM, norm=False, post_norm=True)),
     Case("simple_gate_loop: reverse", lambda: SimpleGateLoop(DIM, reverse=True), causal=False),

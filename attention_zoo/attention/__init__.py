@@ -14,9 +14,11 @@ from attention_zoo.attention.gate_loop import GateLoopAttention
 from attention_zoo.attention.relative_gate import RelativeGateAttention
 from attention_zoo.attention.simple_gate_loop import SimpleGateLoop
 from attention_zoo.attention.talking_heads import TalkingHeadsAttention
+from attention_zoo.attention.window import WindowAttention
 
 BLOCKS: dict[str, type[nn.Module]] = {
     "full": FullAttention,
+    "window": WindowAttention,
     "cross": CrossAttention,
     "cosine_sim": CosineSimAttention,
     "conv": ConvAttention,
@@ -72,6 +74,7 @@ __all__ = [
     "SimpleGateLoop",
     "TalkingHeadsAttention",
     "ValuesAndOutput",
+    "WindowAttention",
     "capabilities",
     "register_block",
 ]

@@ -20,6 +20,7 @@ from attention_zoo._checks import (
     check_positive,
     check_positive_number,
 )
+from attention_zoo.layers.norms import make_qk_norms
 from attention_zoo.layers.output_gate import make_output_gate
 from attention_zoo.layers.patterns import make_pattern
 from attention_zoo.layers.positions import RelativeBias, RotaryArgument, make_rotary
@@ -225,7 +226,8 @@ class SelfAttention(AttentionBlock):
     """Multi-head softmax self-attention: project, apply positions, attend, merge the heads.
 
     Subclasses override `prepare` (positions and norms of queries and keys), `attend` and `weights` (the operation), or
-    `project` and `merge`. `step` caches keys and values as `prepare` returns them.
+    `project` and `merge`. `step` caches keys and values as `prepare` returns them; a subclass with another state
+    overrides `state_class` and `attend_cached`.
 
     Args:
         dim, heads, dim_head, causal, dropout: see `AttentionBlock`.
@@ -233,6 +235,11 @@ class SelfAttention(AttentionBlock):
         scale: scale of the scores. Default: dim_head^-0.5.
         rotary: rotary position embedding of queries and keys; True for `Rotary()`. A RotaryEmbedding of
             rotary-embedding-torch is converted, see `make_rotary`.
+        qk_norm: norm of the queries and keys of each head, before `rotary`: "rms", RMSNorm with one learned weight
+            (dim_head,) for all query heads and one for all key heads, as in Qwen3; or "l2", unit length, and a learned
+            scale per query head takes the place of `scale`, which is its initial value, by default dim_head^0.5. At
+            that value both kinds give the same scores. Default: no norm.
+        qk_norm_eps: added to the mean square ("rms"), or the smallest norm to divide by ("l2").
         bias: relative position bias, added to the scores.
         pattern: sparse pattern (`attention_zoo.ops.sparse`), or an (N, N) bool tensor, True where query i (row) may
             attend to key j (column), for sequences of up to N tokens.
@@ -243,9 +250,12 @@ class SelfAttention(AttentionBlock):
 
     Raises:
         ValueError: `kv_heads` does not divide `heads`, `bias` has another number of heads, `scale` is not positive or
-            is given with `pattern`, `pattern` is not square, `output_gate` is unknown, or `rotary` cannot be converted.
+            is given with `pattern`, `pattern` is not square, `output_gate` or `qk_norm` is unknown, `qk_norm_eps` is
+            not positive, or `rotary` cannot be converted.
         TypeError: an argument has another type, or `pattern` is a tensor that is not boolean.
     """
+
+    state_class: ClassVar[type[State]] = KeyValueState
 
     def __init__(
         self,
@@ -258,6 +268,8 @@ class SelfAttention(AttentionBlock):
         dropout: float = 0.0,
         scale: float | None = None,
         rotary: RotaryArgument = None,
+        qk_norm: str | None = None,
+        qk_norm_eps: float = 1e-6,
         bias: RelativeBias | None = None,
         pattern: Pattern | Tensor | None = None,
         qkv_bias: bool = False,
@@ -278,7 +290,8 @@ class SelfAttention(AttentionBlock):
             bias.check_heads(heads)
         if pattern is not None and scale is not None:
             raise ValueError(f"scale must be None with a pattern, got {scale=}")
-        self.scale = scale
+        self.scale = None if qk_norm == "l2" else scale
+        self.q_norm, self.k_norm = make_qk_norms(qk_norm, heads=heads, dim_head=dim_head, scale=scale, eps=qk_norm_eps)
         self.rotary = make_rotary(rotary, dim_head)
         self.bias = bias
         self.pattern = None if pattern is None else make_pattern(pattern, causal=causal)
@@ -301,25 +314,42 @@ class SelfAttention(AttentionBlock):
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
         x = hide_masked(x, mask)
-        if documents is None:
-            q, k, v = self.project(x, start=0)
-            return self.merge(self.attend(q, k, v, combine_masks(mask, attn_mask)), x)
-        q, k, v = self.project(x, start=documents.positions)
-        out = documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
-        return self.merge(out, x)
+        q, k, v = self.project(x, start=0 if documents is None else documents.positions)
+        return self.merge(self.attend_rows(q, k, v, mask, attn_mask, documents), x)
 
     def step(
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
-    ) -> tuple[Tensor, KeyValueState]:
-        self.check_step(x, state, mask, KeyValueState, attn_mask)
+    ) -> tuple[Tensor, State]:
+        self.check_step(x, state, mask, self.state_class, attn_mask)
         x = hide_masked(x, mask)
         q, k, v = self.project(x, start=0 if state is None else state.length)
+        out, state = self.attend_cached(q, k, v, state, mask, attn_mask)
+        return self.merge(out, x), state
+
+    def attend_rows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
+        """`attend` over whole rows, or over each of their documents; the masks are those of `forward`."""
+        if documents is None:
+            return self.attend(q, k, v, combine_masks(mask, attn_mask))
+        return documents.apply(self.attend, q, k, v, mask=mask, attn_mask=attn_mask, causal=self.causal)
+
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State | None, mask: Tensor | None, attn_mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """`attend` over the new tokens and those of the state, and the new state; arguments as in `step`."""
         if isinstance(state, KeyValueState):
             check_state_shape(state.keys, "(b, kv_heads, n, dim_head)", (*k.shape[:2], state.length, self.dim_head))
             state = state.append(k, v, mask)
         else:
             state = KeyValueState(k, v, own_mask(mask))
-        return self.merge(self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), x), state
+        return self.attend(q, state.keys, state.values, combine_masks(state.mask, attn_mask)), state
 
     def project(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, n, e), keys and values (b, kv_h, n, e) of tokens at the positions start, start + 1, ...
@@ -328,7 +358,11 @@ class SelfAttention(AttentionBlock):
         """
         heads = split_heads(self.to_qkv(x), self.dim_head)  # (..., h + 2 kv_h, n, e), from one matrix product
         qk, v = heads[..., : -self.kv_heads, :, :], heads[..., -self.kv_heads :, :, :]
-        q, k = map_queries_and_keys(lambda qk: self.prepare(qk, start), qk, self.heads)
+        if self.q_norm is None or self.k_norm is None:
+            q, k = map_queries_and_keys(lambda qk: self.prepare(qk, start), qk, self.heads)
+        else:
+            q = self.prepare(self.q_norm(qk[..., : self.heads, :, :]), start)
+            k = self.prepare(self.k_norm(qk[..., self.heads :, :, :]), start)
         return q, k, v
 
     def prepare(self, qk: Tensor, start: int | Tensor) -> Tensor:
@@ -409,6 +443,11 @@ class SelfAttention(AttentionBlock):
         """Queries, keys, values and the mask of `attend` and `weights` over whole rows. Arguments as in `forward`."""
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
         x = hide_masked(x, mask)
-        if documents is None:
-            return *self.project(x, start=0), combine_masks(mask, attn_mask)
-        return *self.project(x, start=documents.positions), documents.mask_pairs(mask, attn_mask)
+        q, k, v = self.project(x, start=0 if documents is None else documents.positions)
+        return q, k, v, self.mask_rows(k, mask, attn_mask, documents)
+
+    def mask_rows(
+        self, k: Tensor, mask: Tensor | None, attn_mask: Tensor | None, documents: Documents | None
+    ) -> Tensor | None:
+        """The masks of `forward` as the mask of `attend` and `weights` over whole rows with keys (b, kv_h, n, e)."""
+        return combine_masks(mask, attn_mask) if documents is None else documents.mask_pairs(mask, attn_mask)

@@ -36,6 +36,7 @@ class Capabilities:
         streams: heads can be mixed across streams.
         rotary, bias: rotary position embedding, relative position bias.
         kv_heads: grouped key/value heads.
+        qk_norm: norms of queries and keys.
         dropout: dropout of the attention weights.
         attn_mask: boolean or additive masks of pairs of query and key.
         documents: packed documents, `document_ids`.
@@ -54,6 +55,7 @@ class Capabilities:
     rotary: bool
     bias: bool
     kv_heads: bool
+    qk_norm: bool
     dropout: bool
     attn_mask: bool
     documents: bool
@@ -94,6 +96,7 @@ def capabilities_of(cls: type[nn.Module]) -> Capabilities:
         rotary="rotary" in takes,
         bias="bias" in takes,
         kv_heads="kv_heads" in takes,
+        qk_norm="qk_norm" in takes,
         dropout="dropout" in takes,
         attn_mask="attn_mask" in reads and getattr(block, "no_attn_mask", None) is None,
         documents="document_ids" in reads and getattr(block, "no_documents", None) is None,

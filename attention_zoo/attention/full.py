@@ -10,6 +10,7 @@ from attention_zoo.attention.base import SelfAttention
 
 class FullAttention(SelfAttention):
     """out_i = sum_j softmax_j(q_i k_j / sqrt(e) + bias_ij) v_j over the visible keys, followed by an output projection.
+    With `qk_norm` q and k are normalised per head before `rotary`.
 
     Time O(n^2 d). Memory O(n d), with `bias` in query tiles; O(n^2) with a mask or a pattern. State: keys and values of
     all tokens, 2 n kv_heads dim_head elements per row.

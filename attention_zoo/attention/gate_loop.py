@@ -2,8 +2,10 @@
 
 Paper: GateLoop, https://arxiv.org/abs/2311.01927
 Upstream: gateloop-transformer, GateLoopedAttention.
-Differs: from the paper, |a| = sigmoid(|z|) >= 0.5; from upstream, padding masks, step-by-step decoding, half precision,
-and exactness at any length.
+Differs: from the paper, |a| = sigmoid(|z|) >= 0.5: every token keeps at least half of the magnitude of the hidden state,
+so that no token can reset it, and t tokens leave at least 2^-t of it. Heads with several features have one gate, where
+the paper's table has one per channel; with the default, heads of one feature, both are the same. From upstream, a
+reverse direction, padding masks, step-by-step decoding, half precision, and exactness at any length.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class GateLoopAttention(AttentionBlock):
     """h_t = a_t h_{t-1} + k_t v_t^T, y_t = q_t^T Re(h_t), a_t = sigmoid(|z_t|) e^{i arg z_t} per head, z = W_a x + b_a.
 
     Optionally followed by LayerNorm(y), an output gate, y * SiLU(W_g x), and an output projection. A masked token
-    leaves h unchanged.
+    leaves h unchanged. |a_t| is at least 0.5, so that a layer forgets over several tokens and never at once. With
+    `reverse` the recurrence is h_t = a_t h_{t+1} + k_t v_t^T, from the last token to the first.
 
     Time O(n d (64 + e)) for heads of e features and O(n d) for e = 1, memory O(n d). State: 2 d e elements per row.
 
@@ -68,6 +71,8 @@ class GateLoopAttention(AttentionBlock):
             if `dim_inner` is not `dim`.
         sub_norm: whether a LayerNorm follows the recurrence, whose output has no fixed scale.
         gradient_fraction: fraction of the gradient that is passed on to z.
+        reverse: whether the recurrence runs from the last token to the first. Such a layer is not causal and has no
+            `step`. A stack with causal=False takes layers of both directions.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -88,6 +93,7 @@ class GateLoopAttention(AttentionBlock):
         output_gate_per: str = "feature",
         sub_norm: bool = False,
         gradient_fraction: float = 0.9,
+        reverse: bool = False,
     ) -> None:
         check_int(1, dim=dim)
         check_positive(heads=heads, dim_inner=dim_inner)
@@ -96,8 +102,9 @@ class GateLoopAttention(AttentionBlock):
         if inner % heads:
             raise ValueError(f"heads must divide dim_inner, got {heads=}, dim_inner={inner}")
         check_gate(gate, gradient_fraction)
-        check_flag(sub_norm=sub_norm)
-        super().__init__(dim, heads=heads, dim_head=inner // heads)
+        check_flag(sub_norm=sub_norm, reverse=reverse)
+        super().__init__(dim, heads=heads, dim_head=inner // heads, causal=not reverse)
+        self.reverse = reverse
         self.gate = gate
         self.gradient_fraction = gradient_fraction
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
@@ -117,16 +124,20 @@ class GateLoopAttention(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
-        x = hide_masked(x, mask)
+        x, mask, documents = self.reading_order(hide_masked(x, mask), mask, documents)
         out, _ = self.recur(*self.project(x), mask, documents=documents)
-        if mask is None:
-            return self.merge(out, x, None)
-        count = mask.cumsum(1)
-        return self.merge(out, x, (count if documents is None else documents.restart(count)) > 0)
+        has_valid = None
+        if mask is not None:
+            count = mask.cumsum(1)
+            has_valid = (count if documents is None else documents.restart(count)) > 0
+        out = self.merge(out, x, has_valid)
+        return out.flip(1) if self.reverse else out
 
     def step(
         self, x: Tensor, state: State | None = None, *, mask: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, State]:
+        if self.reverse:
+            raise ValueError("step needs reverse=False, got reverse=True, which reads later tokens first")
         self.check_step(x, state, mask, GateLoopState, attn_mask)
         x = hide_masked(x, mask)
         has_valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.cumsum(1) > 0
@@ -141,6 +152,15 @@ class GateLoopAttention(AttentionBlock):
             torch.view_as_real(hidden).clone(), has_valid[:, -1].clone(), count_tokens(count, x.shape[1], x.device)
         )
         return self.merge(out, x, has_valid), new
+
+    def reading_order(
+        self, x: Tensor, mask: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor | None, Documents | None]:
+        """The tokens, their mask and their documents in the order in which the recurrence reads them."""
+        if not self.reverse:
+            return x, mask, documents
+        documents = None if documents is None else Documents(documents.ids.flip(1))
+        return x.flip(1), None if mask is None else mask.flip(1), documents
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values (b, n, h e), and z (b, n, h, 2); None without gates."""
@@ -213,9 +233,10 @@ class GateLoopAttention(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> Tensor:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
-        x = hide_masked(x, mask)
+        x, mask, documents = self.reading_order(hide_masked(x, mask), mask, documents)
         q, k, _, gate = self.split(*self.project(x), mask)
-        return gate_loop_weights(q, k, gate, document_ids=documents)
+        weights = gate_loop_weights(q, k, gate, document_ids=documents)
+        return weights.flip(-1, -2) if self.reverse else weights
 
     def values_and_output(
         self,
@@ -226,7 +247,8 @@ class GateLoopAttention(AttentionBlock):
         document_ids: Tensor | Documents | None = None,
     ) -> ValuesAndOutput:
         documents = self.check_inputs(x, mask, attn_mask, document_ids)
-        x = hide_masked(x, mask)
+        x, mask, documents = self.reading_order(hide_masked(x, mask), mask, documents)
         q, k, v, z = self.project(x)
         out, _ = self.recur(q, k, v, z, mask, documents=documents)
-        return ValuesAndOutput(split_heads(v, self.dim_head), split_heads(out, self.dim_head))
+        v, out = (split_heads(part.flip(1) if self.reverse else part, self.dim_head) for part in (v, out))
+        return ValuesAndOutput(v, out)

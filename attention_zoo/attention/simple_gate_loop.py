@@ -47,7 +47,7 @@ class SimpleGateLoop(AttentionBlock):
         norm: whether an RMSNorm precedes the projection, as upstream, where the layer has no norm around it.
         post_norm: whether a LayerNorm follows the recurrence.
         reverse: whether the recurrence runs from the last token to the first. Such a layer is not causal and has no
-            `step`.
+            `step`. A stack with causal=False takes layers of both directions.
 
     Raises:
         TypeError: a flag is not a bool.

@@ -16,13 +16,11 @@ from attention_zoo.cli._table import print_table
 
 WIDTH = 100  # characters of a line
 NOTES = """
-causal: always, or optional. mask: padding of keys, or also attn_mask for pairs of query and key. docs: packed
-documents.
-state: growth of the decoding state with the number of tokens. 2nd: second derivatives of the fast
-implementation;
-inside attention_zoo.reference() every layer has them. takes: an argument that the layer has beyond the features.
-rope: rotary position embedding. kv: grouped key/value heads.
-drop: dropout of the attention weights."""
+causal: always, or optional. mask: padding of keys, or also attn_mask for pairs of query and key. doc: packed
+documents. jit: torch.compile(fullgraph=True). state: growth of the decoding state with the number of tokens.
+2nd: second derivatives of the fast implementation; inside attention_zoo.reference() every layer has them.
+takes: an argument that the layer has beyond the features. rope: rotary position embedding. kv: grouped key/value heads.
+qkn: norms of queries and keys. drop: dropout of the attention weights."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,16 +60,17 @@ def _cells(can: Capabilities) -> dict[str, str]:
     cells = {
         "causal": can.causal.replace("optional", "opt"),
         "mask": "pair" if can.attn_mask else "key" if can.mask else "",
-        "docs": can.documents,
+        "doc": can.documents,
         "step": can.step,
         "state": can.state and f"O({can.state})",
         "map": can.map,
-        "compile": can.compile,
+        "jit": can.compile,
         "2nd": can.double_backward,
         "takes": ", ".join(name for name, takes in taken.items() if takes),
         "rope": can.rotary,
         "bias": can.bias,
         "kv": can.kv_heads,
+        "qkn": can.qk_norm,
         "drop": can.dropout,
     }
     return {title: "yes" if cell is True else str(cell or "-") for title, cell in cells.items()}

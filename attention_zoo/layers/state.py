@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attention_zoo._checks import check_integers
+from attention_zoo.ops.window import Sinks, first_sinks
 
 MIN_BUFFER = 64  # tokens in the smallest buffer; buffers grow by doubling
 
@@ -127,6 +128,34 @@ class Buffer:
         buffer.values[:, :, :used] = values
         return buffer
 
+    @classmethod
+    def append(
+        cls, buffer: Buffer | None, end: int, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+    ) -> tuple[Buffer, Tensor, Tensor]:
+        """Append in place where that changes no other state, or else copy to a new buffer.
+
+        Args:
+            buffer: storage of the old keys and values, or None.
+            end: where the old ones end in it.
+            old, new: keys and values (b, kv_h, n, e) and (b, kv_h, t, e).
+
+        Returns:
+            The buffer, and views (b, kv_h, n + t, e) of the keys and values that end at its end.
+        """
+        held, count = old[0].shape[2], new[0].shape[2]
+        if (
+            buffer is None
+            or buffer.used != end  # another state has appended to this one already: keep its tokens
+            or end + count > buffer.keys.shape[2]
+            or buffer.keys.is_inference() != torch.is_inference_mode_enabled()
+        ):
+            buffer, end = cls.copy_of(*old, held + count), held
+        buffer.keys[:, :, end : end + count] = new[0]
+        buffer.values[:, :, end : end + count] = new[1]
+        buffer.used = end + count
+        rows = slice(end - held, end + count)
+        return buffer, buffer.keys[:, :, rows], buffer.values[:, :, rows]
+
 
 @dataclass
 class KeyValueState(State):
@@ -162,19 +191,9 @@ class KeyValueState(State):
         # of a trace or of another inference mode must not be written to.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return KeyValueState(torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2), mask)
-        used, total = self.length, self.length + keys.shape[2]
-        buffer = self._buffer
-        if (
-            buffer is None
-            or buffer.used != used  # another state has appended to this one already: keep its tokens
-            or total > buffer.keys.shape[2]
-            or buffer.keys.is_inference() != torch.is_inference_mode_enabled()
-        ):
-            buffer = Buffer.copy_of(self.keys, self.values, total)
-        buffer.keys[:, :, used:total] = keys
-        buffer.values[:, :, used:total] = values
-        buffer.used = total
-        state = KeyValueState(buffer.keys[:, :, :total], buffer.values[:, :, :total], mask)
+        held = (self.keys, self.values)
+        buffer, all_keys, all_values = Buffer.append(self._buffer, self.length, held, (keys, values))
+        state = KeyValueState(all_keys, all_values, mask)
         state._buffer = buffer
         return state
 
@@ -183,6 +202,86 @@ class KeyValueState(State):
 
 
 register_state(KeyValueState)
+
+
+@dataclass
+class WindowState(State):
+    """Keys and values of the last tokens of a window and of the sinks, which decoding still reads.
+
+    Size: 2 (min(n, window - 1) + min(n, sinks)) kv_heads dim_head elements per row, constant from window - 1 tokens on.
+
+    Attributes:
+        token_count: number of tokens so far, masked ones included.
+        keys, values: (b, kv_h, w, e) of the last w = min(n, window - 1) tokens, with positions and norms applied.
+        mask: (b, w) bool, True = a valid token; None if no step had a mask.
+        sink_keys, sink_values: (b, kv_h, s, e) of the first valid tokens; None without sinks.
+        sink_positions: (b, s) int64, see `Sinks`; None if no step had a mask.
+    """
+
+    token_count: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+    sink_keys: Tensor | None = None
+    sink_values: Tensor | None = None
+    sink_positions: Tensor | None = None
+    _buffer: Buffer | None = field(default=None, init=False, repr=False, compare=False)
+    _end: int = field(default=0, init=False, repr=False, compare=False)
+
+    @classmethod
+    def empty(cls, keys: Tensor, values: Tensor) -> WindowState:
+        """The state before the tokens of `keys` and `values`, (b, kv_h, t, e)."""
+        return cls(torch.tensor(0), keys[:, :, :0], values[:, :, :0])
+
+    @property
+    def sinks(self) -> Sinks | None:
+        """The sinks of all tokens so far."""
+        if self.sink_keys is None or self.sink_values is None:
+            return None
+        return Sinks(self.sink_keys, self.sink_values, self.sink_positions)
+
+    def append(
+        self, keys: Tensor, values: Tensor, mask: Tensor | None, *, window: int, sinks: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, WindowState]:
+        """The held and the new tokens, and the state after them; this one is not changed.
+
+        Args:
+            keys, values: (b, kv_h, t, e) of the new tokens.
+            mask: (b, t) bool, True = a valid token. None: all are valid.
+            window, sinks: sizes, see `window_attention`.
+
+        Returns:
+            Keys and values (b, kv_h, w + t, e) and their mask (b, w + t) or None; and the new state.
+
+        Raises:
+            TypeError: `keys` are of another dtype than those of this state.
+        """
+        check_state_dtype(self.keys, keys)
+        held, new = self.keys.shape[2], keys.shape[2]
+        valid = concat_masks(self.mask, mask, keys.shape[0], held, new, keys.device)
+        first: tuple[Tensor | None, ...] = ()
+        if sinks:
+            first = first_sinks(keys, values, mask, sinks, start=self.length, old=self.sinks)
+        buffer, end, drop = None, 0, max(held + new - window + 1, 0)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or new >= window:
+            if held:
+                keys, values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
+            kept = tuple(x[:, :, drop:].clone() for x in (keys, values))  # not the memory of all tokens
+        else:
+            old = (self.keys, self.values)
+            buffer, keys, values = Buffer.append(self._buffer, self._end, old, (keys, values))
+            kept, end = (keys[:, :, drop:], values[:, :, drop:]), buffer.used
+        rest = None if valid is None else valid[:, drop:].clone()
+        state = WindowState(count_tokens(self.token_count, new), *kept, rest, *first)
+        state._buffer, state._end = buffer, end
+        return keys, values, valid, state
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles hold the tensors, not the buffer
+        tensors = (getattr(self, name.name) for name in fields(self) if name.init)
+        return WindowState, tuple(None if tensor is None else tensor.clone() for tensor in tensors)
+
+
+register_state(WindowState)
 
 
 def concat_masks(

@@ -164,8 +164,8 @@ def make_block(block: Block, dim: int, *, causal: bool | None, shared: Mapping[s
     Args:
         block: the resolved spec.
         dim: features d.
-        causal: passed to a block that has the argument. A block with an attribute `causal` must agree with it. None:
-            neither.
+        causal: passed to a block that has the argument. A block with an attribute `causal` must agree with it; for
+            recurrences in one direction see `check_directions`. None: neither.
         shared: parts and sizes; the block gets those that its constructor has an argument for.
 
     Raises:
@@ -192,11 +192,22 @@ def make_block(block: Block, dim: int, *, causal: bool | None, shared: Mapping[s
                 f"attention {block.name!r} must be causal in a causal model, got causal={module.causal!r}, which sees "
                 "later tokens"
             )
-        if not causal and not sees_future:
+        if not causal and not sees_future and not _is_forward(module):
             raise ValueError(f"causal=False must be possible for every block, but {block.name!r} is causal")
     if not is_builtin(module):
         _check_output(module, block.name, dim)
     return module
+
+
+def check_directions(blocks: Sequence[tuple[str, nn.Module]]) -> None:
+    """Check the blocks of a bidirectional stack, with their names: recurrences need one that starts at the last token.
+
+    Raises:
+        ValueError: there is a block with `reverse = False`, and none with `reverse = True`.
+    """
+    forward = [name for name, module in blocks if _is_forward(module)]
+    if forward and not any(getattr(module, "reverse", None) is True for _, module in blocks):
+        raise ValueError(f"causal=False must be possible for every block, but {forward[0]!r} is causal")
 
 
 def saved_spec(block: Block, module: nn.Module, *, causal: bool | None, shared: Mapping[str, Any]) -> Any:
@@ -299,6 +310,11 @@ def first_with_same_id(name: str, ids: Sequence[int] | None, specs: Sequence[Any
 def takes(block: nn.Module | type[nn.Module], name: str) -> bool:
     """Whether `forward` of a block has a parameter called `name`."""
     return name in inspect.signature(block.forward).parameters
+
+
+def _is_forward(module: nn.Module) -> bool:
+    """Whether a block is a recurrence from the first token to the last that could run in the other direction."""
+    return getattr(module, "reverse", None) is False
 
 
 def _given(block: Block, shared: Mapping[str, Any], causal: bool | None) -> dict[str, Any]:

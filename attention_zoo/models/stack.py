@@ -34,6 +34,7 @@ from attention_zoo.models.layer_specs import (
     AttentionSpec,
     Block,
     FeedForwardSpec,
+    check_directions,
     check_shared,
     first_with_same_id,
     make_block,
@@ -204,8 +205,8 @@ class Stack(RecordsArguments, nn.Module):
         norm: a name in NORMS, or a function of dim.
         residual: a name in RESIDUALS: "pre", "post", "sandwich" or "deepnorm".
         heads, dim_head: number and size of the heads of every block that takes them. None: the defaults of each block.
-        causal: whether the blocks are causal. A block with an attribute `causal` that differs is an error. None: every
-            block is as it says.
+        causal: whether the blocks are causal. A block with an attribute `causal` that differs is an error, but for
+            recurrences in a stack that is not causal and holds one with reverse=True. None: every block is as it says.
         attn_dropout: dropout probability of the attention weights.
         ff_dropout: dropout probability of the hidden features of the feedforwards.
         ff_mult: hidden features of the feedforward as a multiple of dim.
@@ -308,6 +309,7 @@ class Stack(RecordsArguments, nn.Module):
                 tokenwise = spec is None and token_shift is None
                 sublayers.append(Sublayer(blocks[key], connection, tokenwise=tokenwise, spec=spec))
             self.layers.append(Layer(sublayers))
+        self._check_directions()
         self.norm = make_norm(norm, dim) if RESIDUALS[residual].final_norm else nn.Identity()
         self.takes_context = any("context" in sublayer.takes for sublayer in self.sublayers())
         if reversible and self.takes_context:
@@ -328,8 +330,18 @@ class Stack(RecordsArguments, nn.Module):
 
     def replace(self, sublayer: Sublayer, block: nn.Module, spec: Block) -> None:
         """Set the block of a sub-layer; `arguments` have its spec from then on. See `replace_block`."""
+        before = sublayer.block, sublayer.spec
         sublayer.set_block(block, spec)
+        try:
+            self._check_directions()
+        except ValueError:
+            sublayer.set_block(*before)
+            raise
         self._replaced = True
+
+    def _check_directions(self) -> None:
+        if self.causal is False:
+            check_directions([(sub.spec.name, sub.attention) for sub in self.sublayers() if sub.spec is not None])
 
     @property
     def is_replaced(self) -> bool:

@@ -29,6 +29,7 @@ from attention_zoo.ops.sparse import (
     pattern_attention,
 )
 from attention_zoo.ops.talking_heads import HeadMLP, stream_diversity_loss, talking_heads_attention
+from attention_zoo.ops.window import window_attention, window_mask
 
 __all__ = [
     "AxialPattern",
@@ -64,4 +65,6 @@ __all__ = [
     "talking_heads_attention",
     "unit_gate",
     "visible",
+    "window_attention",
+    "window_mask",
 ]

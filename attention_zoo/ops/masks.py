@@ -80,16 +80,16 @@ def combine_masks(mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | Non
 
 def hide_keys(attn_mask: Tensor, mask: Tensor | None) -> Tensor:
     """An attention mask in four axes, restricted to the valid keys of padding (b, j)."""
-    return _four_axes(attn_mask) if mask is None else restrict(attn_mask, key_mask(mask))
+    return as_pairs(attn_mask) if mask is None else restrict(attn_mask, key_mask(mask))
 
 
 def restrict(attn_mask: Tensor, allowed: Tensor) -> Tensor:
     """An attention mask in four axes, boolean or additive, restricted to the allowed pairs, four axes of bool."""
-    attn_mask = _four_axes(attn_mask)
+    attn_mask = as_pairs(attn_mask)
     return attn_mask & allowed if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~allowed, -math.inf)
 
 
-def _four_axes(attn_mask: Tensor) -> Tensor:
+def as_pairs(attn_mask: Tensor) -> Tensor:
     """(i, j), (b, i, j) or (b, h, i, j) as (b, h, i, j), where b and h may be 1."""
     return attn_mask if attn_mask.ndim == 4 else attn_mask[None, None] if attn_mask.ndim == 2 else attn_mask[:, None]
 

@@ -29,8 +29,9 @@ def tensor_parallel_plan(model: nn.Module, processes: int) -> dict[str, Parallel
     """A plan for torch's `parallelize_module`: column-parallel QKV and hidden features, row-parallel outputs.
 
     Parallelized are feedforwards, and the blocks `full`, `cosine_sim`, `conv`, `axial_row`, `axial_col` and
-    `block_sparse` without a relative position bias or an output gate. All other modules are replicated (embeddings,
-    norms, logits, recurrences, talking heads), so every rank must be given the same input and the same random seed.
+    `block_sparse` without a position bias, a query-key norm or an output gate. All other modules are replicated
+    (embeddings, norms, logits, recurrences, talking heads), so every rank must be given the same input and the same
+    random seed.
 
     The state_dict keeps the names, shapes and row order of the plain model: `training.gather_weights` returns what the
     plain model loads, and `training.scatter_weights` loads what the plain model saved.
@@ -55,6 +56,7 @@ def tensor_parallel_plan(model: nn.Module, processes: int) -> dict[str, Parallel
             isinstance(module, SelfAttention)
             and type(module) in HEAD_PARALLEL
             and module.bias is None
+            and module.q_norm is None  # its weight is shared by the heads
             and module.to_gate is None
         ):
             _check(name, module, processes, heads=module.heads, kv_heads=module.kv_heads)

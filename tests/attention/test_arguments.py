@@ -50,7 +50,7 @@ FLAGS = [
     *(("full", flag) for flag in ("qkv_bias", "out_bias")),
     *(("cross", flag) for flag in ("qkv_bias", "out_bias")),
     *((name, "out_bias") for name in ("conv", "axial", "block_sparse", "relative_gate")),
-    ("gate_loop", "sub_norm"),
+    *(("gate_loop", flag) for flag in ("sub_norm", "reverse")),
     ("relative_gate", "softmax"),
     *(("simple_gate_loop", flag) for flag in ("norm", "post_norm", "reverse")),
     ("feedforward", "bias"),

@@ -102,10 +102,9 @@ def test_second_derivatives_agree_with_capabilities(name: str) -> None:
 
 
 def test_constructor_arguments_agree_with_capabilities() -> None:
-    columns = {"streams": "streams", "rotary": "rotary", "bias": "bias", "kv_heads": "kv_heads", "dropout": "dropout"}
     for name, found in FOUND.items():
-        for column, argument in columns.items():
-            assert getattr(found, column) == (argument in inspect.signature(BLOCKS[name]).parameters)
+        for argument in ("streams", "rotary", "bias", "kv_heads", "qk_norm", "dropout"):
+            assert getattr(found, argument) == (argument in inspect.signature(BLOCKS[name]).parameters)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

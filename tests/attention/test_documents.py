@@ -39,6 +39,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "gate_loop": lambda: GateLoopAttention(DIM),
     "gate_loop, heads": lambda: GateLoopAttention(DIM, heads=4, sub_norm=True),
     "gate_loop, no gates": lambda: GateLoopAttention(DIM, heads=4, gate=None),
+    "gate_loop, reverse": lambda: GateLoopAttention(DIM, heads=4, sub_norm=True, reverse=True),
     "simple_gate_loop": lambda: SimpleGateLoop(DIM, post_norm=True),
     "simple_gate_loop, reverse": lambda: SimpleGateLoop(DIM, reverse=True),
     "relative_gate": lambda: RelativeGateAttention(DIM, rotary=True, **SMALL),

@@ -92,6 +92,26 @@ def test_real_gate_error_under_autocast_comes_from_rounding_inputs() -> None:
     assert relative_error(rounded_exactly, exact) > 2e-2  # the gate jumps from -1/2 to 1/2 where z changes its sign
 
 
+@pytest.mark.parametrize("heads", [None, 4])
+@torch.no_grad()
+def test_a_reverse_gate_loop_follows_the_recurrence_from_the_last_token_to_the_first(heads: int | None) -> None:
+    """h_t = a_t h_{t+1} + k_t v_t^T, y_t = q_t^T Re(h_t), token by token; a masked token leaves h unchanged."""
+    block = GateLoopAttention(16, heads=heads, output_gate=None, reverse=True).double()
+    x, mask = torch.randn(2, 70, 16, dtype=torch.float64), torch.rand(2, 70) < 0.7
+    split = lambda t: t.unflatten(-1, (block.heads, -1))  # noqa: E731
+    q, k, v = (split(to(x)) for to in (block.to_q, block.to_k, block.to_v))
+    z = torch.view_as_complex(block.to_a(x).unflatten(-1, (block.heads, 2)).contiguous())
+    gate = z.abs().sigmoid() * z / z.abs()
+    state = torch.zeros(2, block.heads, block.dim_head, block.dim_head, dtype=torch.complex128)
+    want = torch.zeros_like(v)
+    for t in reversed(range(70)):
+        new = gate[:, t, :, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        state = torch.where(mask[:, t, None, None, None], new, state)
+        want[:, t] = torch.einsum("bhe,bhef->bhf", q[:, t], state.real)
+    out = block(x, mask=mask)
+    assert relative_error(out[mask], want.flatten(2)[mask]) < 1e-12
+
+
 def test_gate_loop_layers_name_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="heads must divide dim_inner, got heads=5, dim_inner=16"):
         GateLoopAttention(16, heads=5)
@@ -99,5 +119,6 @@ def test_gate_loop_layers_name_invalid_arguments() -> None:
         GateLoopAttention(16, gradient_fraction=1.5)
     with pytest.raises(ValueError, match=r"dim_head must be even.*got dim_head=7"):
         RelativeGateAttention(16, dim_head=7)
-    with pytest.raises(ValueError, match="step needs reverse=False, got reverse=True"):
-        SimpleGateLoop(16, reverse=True).step(torch.randn(1, 2, 16))
+    for reverse in (SimpleGateLoop(16, reverse=True), GateLoopAttention(16, reverse=True)):
+        with pytest.raises(ValueError, match="step needs reverse=False, got reverse=True"):
+            reverse.step(torch.randn(1, 2, 16))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import attention_zoo
 from attention_zoo import (
     BLOCKS,
+    Encoder,
     FullAttention,
     LanguageModel,
     Memformer,
@@ -701,3 +702,33 @@ def test_a_model_with_logits_on_the_meta_device_raises() -> None:
     model.to_logits.to("meta")
     with pytest.raises(RuntimeError, match="Linear must have its parameters loaded, got some on the meta device"):
         model(tokens(1, 4))
+
+
+@pytest.mark.parametrize("name", ["gate_loop", "simple_gate_loop"])
+def test_recurrences_in_both_directions_make_a_bidirectional_encoder(name: str, tmp_path: Path) -> None:
+    both = [name, (name, {"reverse": True})]
+    for attention in (both, [both]):
+        torch.manual_seed(0)
+        model = Encoder(num_tokens=11, dim=DIM, depth=2, attention=attention, positions=None, pooling=None).eval()
+        ids = torch.arange(1, 10)[None]
+        with torch.no_grad():
+            out = model(ids)
+            for changed in (0, 8):
+                other = ids.clone()
+                other[0, changed] = 0
+                moved = (model(other) - out).abs().amax(-1)[0]
+                assert bool((moved > 1e-6).all()), f"token {changed} reaches every output"
+            model.save(tmp_path / "model")
+            assert torch.equal(Encoder.load(tmp_path / "model").eval()(ids), out)
+    message = f"causal=False must be possible for every block, but '{name}' is causal"
+    with pytest.raises(ValueError, match=message):
+        Encoder(num_tokens=11, dim=DIM, depth=2, attention=name, positions=None)
+    model = Encoder(num_tokens=11, dim=DIM, depth=1, attention=[both], positions=None, pooling=None).eval()
+    with torch.no_grad():
+        out = model(ids)
+    with pytest.raises(ValueError, match=message):
+        replace_block(model, layer=0, spec="full", sublayer=1)
+    with torch.no_grad():
+        assert torch.equal(model(ids), out)
+    with pytest.raises(ValueError, match="must be causal in a causal model"):
+        Stack(DIM, 2, attention=both)
