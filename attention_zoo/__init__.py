@@ -60,6 +60,8 @@ from attention_zoo.ops import (
     cosine_sim_attention,
     reference,
     softmax_attention,
+    window_attention,
+    window_mask,
 )
 
 __version__ = "0.1.0"
@@ -101,6 +103,7 @@ __all__ = [
     "TextImageLayout",
     "TextImageRotary",
     "TextToImageTransformer",
+    "WindowAttention",
     "__version__",
     "axial_attention",
     "axial_mask",
@@ -122,4 +125,6 @@ __all__ = [
     "register_block",
     "replace_block",
     "softmax_attention",
+    "window_attention",
+    "window_mask",
 ]

@@ -13,7 +13,7 @@ from attention_zoo.attention import BLOCKS
 from attention_zoo.cli._bench.measure import compare, median_seconds
 from attention_zoo.cli._bench.setup import Setup
 from attention_zoo.cli._table import print_rows
-from attention_zoo.cli._targets import accepted
+from attention_zoo.cli._targets import accepted, required
 from attention_zoo.generation import generate
 from attention_zoo.models import LanguageModel
 from attention_zoo.ops import TextImageLayout
@@ -85,13 +85,13 @@ def measure_decoding(block: str, setup: Setup, depth: int) -> Decoding:
     Raises:
         ValueError: the layer needs a context, or does not support a size.
     """
-    layout = accepted(BLOCKS[block], layout=LAYOUT)
+    needed = accepted(BLOCKS[block], layout=LAYOUT) | required(BLOCKS[block], window=128)
     heads: dict[str, Any] = {"heads": setup.heads, "dim_head": setup.dim_head}
     model = LanguageModel(
         num_tokens=NUM_TOKENS,
         dim=setup.dim,
         depth=depth,
-        attention=(block, layout) if layout else block,
+        attention=(block, needed),
         **(heads if accepted(BLOCKS[block], dim_head=setup.dim_head) else {}),
     )
     model = model.to(setup.device, setup.dtype).eval()

@@ -128,6 +128,9 @@ def example(name: str) -> str:
         names.append("TextImageLayout")
         setup.append("layout = TextImageLayout(text_len=8, height=4, width=4)")
         arguments.append("layout=layout")
+    needs_window = "window" in takes and takes["window"].default is inspect.Parameter.empty
+    if needs_window:
+        arguments.append("window=4")
     if reads_context:
         setup.append("context = torch.randn(2, 10, 64)")
         context = ", context"
@@ -139,7 +142,8 @@ def example(name: str) -> str:
         if public == "attention_zoo"
         else [f"from attention_zoo import {', '.join(others)}", f"from {public} import {cls.__name__}"]
     )
-    options = f'("{name}", {{"layout": layout}})' if image else f'"{name}"'
+    given = '"layout": layout' if image else '"window": 4' if needs_window else ""
+    options = f'("{name}", {{{given}}})' if given else f'"{name}"'
     model = (
         'EncoderDecoder(num_tokens=256, dim=64, enc_depth=1, dec_depth=1)  # its decoder has "cross" blocks'
         if reads_context

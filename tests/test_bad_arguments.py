@@ -69,6 +69,7 @@ for block in BLOCKS.values():
     SIZES[block] = {
         "dim": 16,
         **({"layout": LAYOUT} if "layout" in takes else {}),
+        **({"window": 3} if block is BLOCKS["window"] else {}),
         **({"heads": 2, "dim_head": 8} if "dim_head" in takes else {}),
     }
 

@@ -126,6 +126,8 @@ def _tiny(cls: type[nn.Module]) -> nn.Module:
     sizes: dict[str, Any] = {"heads": 2, "dim_head": 8, "layout": LAYOUT}
     if "dim_head" not in takes:
         del sizes["heads"]  # one head per channel by default
+    if (window := takes.get("window")) is not None and window.default is window.empty:
+        sizes["window"] = 3
     with torch.random.fork_rng(devices=[]):
         return cls(DIM, **{name: size for name, size in sizes.items() if name in takes}).eval()
 

@@ -59,9 +59,12 @@ SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def small_spec(block: str, model: str) -> Any:
-    """The spec of a block with a small layout if it needs one that the model does not give."""
-    needs_layout = "layout" in resolve_block(block).required and model != "TextToImageTransformer"
-    return (block, {"layout": LAYOUT}) if needs_layout else block
+    """The spec of a block with the small layout or window that it needs and the model does not give."""
+    required = resolve_block(block).required
+    options: dict[str, Any] = {"window": 3} if "window" in required else {}
+    if "layout" in required and model != "TextToImageTransformer":
+        options["layout"] = LAYOUT
+    return (block, options) if options else block
 
 
 def compatibility() -> dict[str, dict[str, str]]:

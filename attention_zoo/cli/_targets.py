@@ -92,6 +92,15 @@ def accepted(make: Make, **arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
+def required(make: Make, **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that `make` has a parameter without default for."""
+    parameters = inspect.signature(make).parameters
+    return {
+        name: value for name, value in arguments.items() if name in parameters
+        and parameters[name].default is inspect.Parameter.empty
+    }  # fmt: skip
+
+
 def make_block(make: Make, name: str, dim: int, arguments: Mapping[str, Any]) -> nn.Module:
     """A new layer with `dim` features.
 

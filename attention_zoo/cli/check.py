@@ -10,7 +10,6 @@ On a CUDA device the check "synchronisation" runs under torch.cuda.set_sync_debu
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Sequence
 from functools import partial
 
@@ -28,6 +27,7 @@ from attention_zoo.cli._targets import (
     make_model,
     read_arguments,
     reads_context,
+    required,
 )
 from attention_zoo.ops import TextImageLayout
 from attention_zoo.testing import CHECKS, MODEL_CHECKS, Subject, make_model_subject, run_check
@@ -36,6 +36,7 @@ from attention_zoo.testing.subject import LENGTHS, LONG_LENGTHS
 
 COLUMNS = {"check": f"<{max(map(len, [*CHECKS, *MODEL_CHECKS]))}", "outcome": f"<{len('not applicable')}", "what": "<4"}
 LAYOUT_LENGTH = 300  # tokens of the layout of an image layer: more than layers compute without tiles
+WINDOW = 20  # tokens of a window that is not given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,9 +93,7 @@ def _block(args: argparse.Namespace) -> Subject:
     arguments = read_arguments(args.arguments)
     dim = arguments.get("dim", args.dim)
     make = find_block(args.target)
-    parameter = inspect.signature(make).parameters.get("layout")
-    if parameter is not None and parameter.default is parameter.empty and "layout" not in arguments:
-        arguments["layout"] = layout_for(max(args.lengths or [LAYOUT_LENGTH]))
+    arguments = required(make, layout=layout_for(max(args.lengths or [LAYOUT_LENGTH])), window=WINDOW) | arguments
     build = partial(make_block, make, args.target, dim, arguments)
     block = build()
     lengths: Sequence[int] = args.lengths or ()

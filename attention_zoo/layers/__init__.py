@@ -9,7 +9,7 @@ from attention_zoo.layers.positions import LearnedPositions, RelativeBias, Rotar
 from attention_zoo.layers.projections import Projections, merge_heads, split_heads
 from attention_zoo.layers.residual import RESIDUALS, DeepNorm, PostNorm, PreNorm, Residual, SandwichNorm
 from attention_zoo.layers.reversible import reversible
-from attention_zoo.layers.state import KeyValueState, State, count_tokens, register_state
+from attention_zoo.layers.state import KeyValueState, State, WindowState, count_tokens, register_state
 from attention_zoo.layers.token_shift import TokenShift, TokenShiftState
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "TextImageRotary",
     "TokenShift",
     "TokenShiftState",
+    "WindowState",
     "count_tokens",
     "merge_heads",
     "register_state",

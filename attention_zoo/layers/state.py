@@ -211,14 +211,15 @@ class WindowState(State):
     Size: 2 (min(n, window - 1) + min(n, sinks)) kv_heads dim_head elements per row, constant from window - 1 tokens on.
 
     Attributes:
-        token_count: number of tokens so far, masked ones included.
+        counter: (b, n, 0), no element for each of the n tokens so far: torch.compile and torch.export take a size for a
+            variable, and a Python number for a constant.
         keys, values: (b, kv_h, w, e) of the last w = min(n, window - 1) tokens, with positions and norms applied.
         mask: (b, w) bool, True = a valid token; None if no step had a mask.
         sink_keys, sink_values: (b, kv_h, s, e) of the first valid tokens; None without sinks.
         sink_positions: (b, s) int64, see `Sinks`; None if no step had a mask.
     """
 
-    token_count: Tensor
+    counter: Tensor
     keys: Tensor
     values: Tensor
     mask: Tensor | None = None
@@ -231,7 +232,11 @@ class WindowState(State):
     @classmethod
     def empty(cls, keys: Tensor, values: Tensor) -> WindowState:
         """The state before the tokens of `keys` and `values`, (b, kv_h, t, e)."""
-        return cls(torch.tensor(0), keys[:, :, :0], values[:, :, :0])
+        return cls(keys.new_empty(keys.shape[0], 0, 0), keys[:, :, :0], values[:, :, :0])
+
+    @property
+    def length(self) -> int:
+        return self.counter.shape[1]
 
     @property
     def sinks(self) -> Sinks | None:
@@ -272,7 +277,8 @@ class WindowState(State):
             buffer, keys, values = Buffer.append(self._buffer, self._end, old, (keys, values))
             kept, end = (keys[:, :, drop:], values[:, :, drop:]), buffer.used
         rest = None if valid is None else valid[:, drop:].clone()
-        state = WindowState(count_tokens(self.token_count, new), *kept, rest, *first)
+        counter = keys.new_empty(keys.shape[0], self.length + new, 0)
+        state = WindowState(counter, *kept, rest, *first)
         state._buffer, state._end = buffer, end
         return keys, values, valid, state
 

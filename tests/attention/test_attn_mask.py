@@ -24,6 +24,7 @@ from attention_zoo import (
     Rotary,
     TalkingHeadsAttention,
     TextImageLayout,
+    WindowAttention,
     reference,
 )
 from tests.cases import CASES, DIM, SMALL, Case, striped
@@ -45,6 +46,7 @@ MASKED: dict[str, Callable[[], AttentionBlock]] = {
     "full: relative bias": lambda: FullAttention(DIM, bias=RelativeBias(4), **SMALL),
     "full: pattern": lambda: FullAttention(DIM, pattern=striped(), **SMALL),
     "full: pattern, relative bias": lambda: FullAttention(DIM, pattern=striped(), bias=RelativeBias(4), **SMALL),
+    "window": lambda: WindowAttention(DIM, window=3, **SMALL),
     "cosine_sim": lambda: CosineSimAttention(DIM, kv_heads=1, **SMALL),
     "talking_heads": lambda: TalkingHeadsAttention(DIM, post_softmax="mlp", **SMALL),
     "conv": lambda: ConvAttention(DIM, layout=LAYOUT, **SMALL),
@@ -80,6 +82,8 @@ def by_formula(block: Any, x: Tensor, mask: Tensor | None, attn_mask: Tensor) ->
     else:
         allowed &= pairs > -math.inf
         bias = pairs.double()
+    if isinstance(block, WindowAttention):
+        allowed &= torch.ones(shape[2:], dtype=torch.bool).triu(1 - block.window)
     if block.pattern is not None:
         allowed &= block.pattern().mask(0, shape[-1], x.device)
     if block.bias is not None:

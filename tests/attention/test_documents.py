@@ -19,6 +19,7 @@ from attention_zoo import (
     SimpleGateLoop,
     TalkingHeadsAttention,
     TextImageLayout,
+    WindowAttention,
     reference,
 )
 from attention_zoo.attention import BLOCKS
@@ -30,6 +31,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "full": lambda: FullAttention(DIM, kv_heads=2, rotary=True, **SMALL),
     "full, bidirectional": lambda: FullAttention(DIM, causal=False, rotary=True, output_gate="silu", **SMALL),
     "full, t5": lambda: FullAttention(DIM, bias=RelativeBias(4), **SMALL),
+    "window": lambda: WindowAttention(DIM, window=4, sinks=2, kv_heads=1, rotary=True, **SMALL),
+    "window, bidirectional": lambda: WindowAttention(DIM, window=6, sinks=1, causal=False, **SMALL),
     "cosine_sim": lambda: CosineSimAttention(DIM, rotary=True, **SMALL),
     "cosine_sim, bidirectional": lambda: CosineSimAttention(
         DIM, causal=False, bias=RelativeBias(4, causal=False), **SMALL

@@ -42,6 +42,8 @@ def make(name: str) -> Plain:
     options: dict[str, Any] = {"heads": 2, "dim_head": 8} if "dim_head" in takes else {}
     if "layout" in takes:
         options["layout"] = LAYOUT
+    if name == "window":
+        options |= {"window": 20}
     return Plain(BLOCKS[name](DIM, **options)).eval()
 
 

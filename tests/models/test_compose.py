@@ -65,7 +65,7 @@ def heads(name: str) -> dict[str, int]:
 
 
 def with_layout(name: str) -> Any:
-    return (name, {"layout": LAYOUT}) if name in IMAGE else name
+    return (name, {"layout": LAYOUT}) if name in IMAGE else (name, {"window": 4}) if name == "window" else name
 
 
 def language_model(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:

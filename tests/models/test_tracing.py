@@ -23,6 +23,8 @@ def make(name: str) -> LanguageModel:
     options: dict[str, Any] = {"heads": 2, "dim_head": 8} if "dim_head" in takes else {}
     if "layout" in takes:
         options["layout"] = TextImageLayout(text_len=20, height=8, width=8)
+    if name == "window":
+        options |= {"window": 2, "sinks": 1}
     return LanguageModel(num_tokens=64, max_seq_len=64, dim=32, depth=2, attention=[(name, options)]).eval()
 
 

@@ -23,6 +23,9 @@ OTHERS = [name for name, can in capabilities().items() if can.image or can.conte
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **{name: lambda name=name: LanguageModel(**SIZES, attention=name) for name in BLOCKS if name not in OTHERS},
+    "window": lambda: LanguageModel(
+        **SIZES, **HEADS, attention=("window", {"window": 5, "sinks": 2, "qk_norm": "rms"})
+    ),
     "learned positions": lambda: LanguageModel(**SIZES, **HEADS, positions="learned", max_seq_len=20),
     "relative bias, tied embeddings": lambda: LanguageModel(**SIZES, **HEADS, positions="t5", tie_embeddings=True),
     "dropout": lambda: LanguageModel(**SIZES, **HEADS, attn_dropout=0.2, ff_dropout=0.2),

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from attention_zoo.attention import BlockSparseAttention, CrossAttention, GateLoopAttention, SelfAttention
 from attention_zoo.cli._bench.measure import WARM_UP, Call, compare, median_seconds, peak_bytes
 from attention_zoo.cli._bench.setup import Setup
-from attention_zoo.cli._targets import accepted, find_block, layout_for, make_block, reads_context
+from attention_zoo.cli._targets import accepted, find_block, layout_for, make_block, reads_context, required
 from attention_zoo.ops import gate_loop, softmax_attention, unit_gate
 
 PHASES = ("forward", "training")
+WINDOW = 128  # tokens of the window of a layer that needs one
 
 
 class Mixing(NamedTuple):
@@ -73,7 +74,7 @@ class BlockCost:
 
 
 def build_block(name: str, length: int, setup: Setup) -> nn.Module:
-    """A layer with default arguments, except for sizes and layout where its constructor has them.
+    """A layer with default arguments, except for sizes, layout and window where its constructor needs them.
 
     Args:
         name: name in BLOCKS, or `module:Class`.
@@ -82,7 +83,7 @@ def build_block(name: str, length: int, setup: Setup) -> nn.Module:
     """
     make = find_block(name)
     sizes = accepted(make, heads=setup.heads, dim_head=setup.dim_head, layout=layout_for(length))
-    return make_block(make, name, setup.dim, sizes).to(setup.device, setup.dtype)
+    return make_block(make, name, setup.dim, required(make, window=WINDOW) | sizes).to(setup.device, setup.dtype)
 
 
 def block_inputs(block: nn.Module, length: int, setup: Setup) -> tuple[Tensor, ...]:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice, check_features
-from attention_zoo.cli._targets import Make, accepted, reads_context
+from attention_zoo.cli._targets import Make, accepted, reads_context, required
 from attention_zoo.models import LanguageModel, MultiStreamTransformer, TextToImageTransformer
 from attention_zoo.ops import TextImageLayout
 from attention_zoo.saving.model_file import read_model
 from attention_zoo.testing.subject import seeded
 from attention_zoo.training import as_tokens, random_batch
 
+WINDOW = 8  # tokens of the window of a layer that needs one
 TOKENS = 40  # tokens of the receptive field of a layer without image layout
 DRAWS = 4  # random inputs over which a receptive field is averaged
 HEADS = 4
@@ -53,8 +54,8 @@ class Field:
 
 
 def small_sizes(make: Make, dim: int, layout: TextImageLayout) -> dict[str, Any]:
-    """Constructor arguments of a layer: the layout of an image layer, and few heads if their size can be chosen."""
-    sizes = accepted(make, layout=layout, heads=HEADS, dim_head=dim // HEADS)
+    """Constructor arguments of a layer: the layout or window that it needs, and few heads if their size is free."""
+    sizes = accepted(make, layout=layout, heads=HEADS, dim_head=dim // HEADS) | required(make, window=WINDOW)
     if "dim_head" not in sizes:
         sizes.pop("heads", None)
     return sizes

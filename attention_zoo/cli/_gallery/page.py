@@ -12,6 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attention_zoo.cli._targets import required
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #222; }
 h1 { line-height: 1.2; } h2 { border-top: 1px solid #ccc; padding-top: 1.5rem; overflow-wrap: anywhere; }
@@ -111,6 +113,8 @@ def _snippet(make: Any) -> str:
         exported = make.__name__ in importlib.import_module("attention_zoo").__all__
         module = "attention_zoo" if exported else "attention_zoo.attention"
     names = {module: [make.__name__]}
+    if required(make, window=None):
+        arguments += ", window=128"
     if "layout" in inspect.signature(make).parameters:
         arguments += ", layout=TextImageLayout(text_len=16, height=8, width=8)"
         names.setdefault("attention_zoo", []).append("TextImageLayout")

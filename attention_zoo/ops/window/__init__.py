@@ -162,9 +162,7 @@ def cached_window_attention(
     return dense_attention(q, k, v, sinks, mask, options)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: int, mask: Tensor | None, options: Window, choice: str
-) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: int, mask: Tensor | None, options: Window, choice: str) -> Tensor:
     """Window attention of rows or documents without `attn_mask`, by the implementation `choice`."""
     i, j = q.shape[2], k.shape[2]
     window, causal, _, scale, dropout = options

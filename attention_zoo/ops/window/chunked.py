@@ -127,19 +127,22 @@ def _masked_chunks(
     batch, i, j = q.shape[0], q.shape[2], k.shape[2]
     size, before = chunk_size(options.window), _chunks_before(options.window)
     extra = before if options.causal else 2 * before
-    chunks = (i + size - 1) // size
+    chunks = (i + size - 1) // size + torch.compiler.is_compiling()  # a trace is specialised on an axis of size 1
     front, back = before * size - (j - i), (chunks + extra - before) * size - i
     valid = torch.ones(1, j, dtype=torch.bool, device=q.device) if mask is None else mask
-    valid = F.pad(valid, (front, back), value=False).unflatten(1, (chunks + extra, size))
-    valid = torch.cat([valid[:, shift : shift + chunks] for shift in range(extra + 1)], dim=2)
+    valid = _split(F.pad(valid, (front, back), value=False), size)
+    valid = torch.cat([valid.narrow(1, shift, chunks) for shift in range(extra + 1)], dim=2)
     allowed = _near(*_local(before, 1 + extra, size, q.device), options) & valid[:, :, None]  # (b, chunks, size, keys)
     if sinks is not None:
         position = torch.arange(chunks * size, device=q.device) + (options.start + j - i)
-        allowed = _cat(_far(position, sinks, options).unflatten(1, (chunks, size)), allowed, batch)
+        allowed = _cat(_split(_far(position, sinks, options), size), allowed, batch)
     allowed = allowed.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
     q = F.pad(q, (0, 0, 0, chunks * size - i))
     k, v = (F.pad(x, (0, 0, front, back)) for x in (k, v))
-    return _attend(q, k, v, sinks, allowed, size, extra, options)[:, :, :i]
+    out = _attend(q, k, v, sinks, allowed, size, extra, options)
+    if torch.compiler.is_exporting():  # a slice would be guarded on whether it is contiguous
+        return out.index_select(2, torch.arange(i, device=q.device))
+    return out[:, :, :i]
 
 
 def _attend(
@@ -159,18 +162,25 @@ def _attend(
     chunks = q.shape[2] // size
     k = _overlapping(k, None if sinks is None else sinks.keys, chunks, size, extra)
     v = _overlapping(v, None if sinks is None else sinks.values, chunks, size, extra)
-    folded = q.transpose(1, 2).reshape(q.shape[0] * chunks, size, q.shape[1], q.shape[3]).transpose(1, 2)
+    folded = _split(q.transpose(1, 2), size).flatten(0, 1).transpose(1, 2)
     out = softmax_attention(folded, k, v, mask=allowed, scale=options.scale, dropout=options.dropout)
-    return out.transpose(1, 2).reshape(q.shape[0], chunks * size, *out.shape[1::2]).transpose(1, 2)
+    return out.transpose(1, 2).unflatten(0, (q.shape[0], -1)).flatten(1, 2).transpose(1, 2)
 
 
 def _overlapping(x: Tensor, sinks: Tensor | None, chunks: int, size: int, extra: int) -> Tensor:
     """Keys or values (b, kv_h, (c + extra) size, e) as those of each chunk, (b c, kv_h, s + (1 + extra) size, e)."""
-    parts = x.transpose(1, 2).unflatten(1, (chunks + extra, size))
-    pieces = [parts[:, shift : shift + chunks] for shift in range(extra + 1)]
+    parts = _split(x.transpose(1, 2), size)
+    pieces = [parts.narrow(1, shift, chunks) for shift in range(extra + 1)]  # not slices, whose symbolic size is opaque
     if sinks is not None:
         pieces.insert(0, sinks.transpose(1, 2)[:, None].expand(-1, chunks, -1, -1, -1))
     return torch.cat(pieces, dim=2).flatten(0, 1).transpose(1, 2)
+
+
+def _split(x: Tensor, size: int) -> Tensor:
+    """(b, c size, ...) -> (b, c, size, ...)."""
+    if torch.compiler.is_exporting():  # a view would be guarded on whether c divides c size
+        return x.unfold(1, size, size).movedim(-1, 2)
+    return x.unflatten(1, (-1, size))
 
 
 def _chunks_before(window: int) -> int:
