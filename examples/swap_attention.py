@@ -2,7 +2,7 @@
 
     python examples/train_language_model.py                        # the original, if there is none yet
     python examples/swap_attention.py                              # a gate loop and a window, about five minutes
-    python examples/swap_attention.py --attention window --layers 1 2 3
+    python examples/swap_attention.py --attention window --layers 1,2,3
     python examples/swap_attention.py --model runs/mine --match 0  # cross-entropy alone
 
 Projections that fit are copied into the new layers. The loss is the cross-entropy and, for every new layer, the
@@ -73,17 +73,22 @@ def parse_options() -> argparse.Namespace:
     trained = Path("runs/language_model")
     add("--model", type=Path, default=trained, help="output folder of train_language_model.py (%(default)s)")
     add("--attention", default="gate_loop,window", help="new layers, cycled over --layers (%(default)s)")
-    add("--layers", type=int, nargs="+", help="indices of the layers to swap (every second, from 0)")
+    add("--layers", type=indices, help="indices of the layers to swap (0,2,...: every second)")
     add("--match", type=float, default=1.0, help="weight of the difference to the old layers (%(default)s)")
     add("--steps", type=int, default=650, help="training steps (%(default)s)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
     add("--data", help="text file, or folder of text files (those that the original was trained on)")
     add("--out", type=Path, default=Path("runs/swap_attention"), help="output folder (%(default)s)")
-    options = training.parse_options(parser, any_integer=("seed", "layers"))
+    options = training.parse_options(parser)
     if not 0 <= options.match < math.inf:
         parser.error(f"--match must be at least 0, got {options.match}")
     return options
+
+
+def indices(text: str) -> list[int]:
+    """The layers in a list such as 0,2."""
+    return sorted({int(part) for part in text.split(",")})
 
 
 def read_run(folder: Path) -> tuple[LanguageModel, dict[str, Any], list[tuple[int, float]]]:
@@ -112,7 +117,7 @@ class Difference:
 def swap(model: LanguageModel, original: LanguageModel, options: argparse.Namespace) -> list[Difference]:
     """Replace layers of `model`, a copy of `original`, and print what is new in them."""
     names, differences = options.attention.split(","), []
-    layers = range(0, len(model.stack.layers), 2) if options.layers is None else sorted(set(options.layers))
+    layers = range(0, len(model.stack.layers), 2) if options.layers is None else options.layers
     for place, layer in enumerate(layers):
         name = names[place % len(names)]
         found = replace_block(model, layer, spec_like(name, original, layer), init="copy")
