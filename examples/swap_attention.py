@@ -1,7 +1,7 @@
 """Swap half of the attention layers of a trained language model for gate loops and windows, and train on.
 
     python examples/train_language_model.py                        # the original, if there is none yet
-    python examples/swap_attention.py                              # a gate loop and a window, about five minutes
+    python examples/swap_attention.py                              # a gate loop and a window, a few minutes
     python examples/swap_attention.py --attention window --layers 1,2,3
     python examples/swap_attention.py --model runs/mine --match 0  # cross-entropy alone
 
