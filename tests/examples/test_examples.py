@@ -421,3 +421,93 @@ def test_long_context_example_prints_both_tables(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "bits per byte by position" in done.stdout
     assert "decoding after n bytes" in done.stdout
+
+
+# Layers swapped in a trained model.
+def run_here(monkeypatch: pytest.MonkeyPatch, module: ModuleType, *options: str) -> None:
+    """Run an example in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *options])
+    module.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model that train_language_model.py has trained for three steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    with pytest.MonkeyPatch.context() as patch:
+        options = ["--data", str(folder / "text.txt"), "--out", str(folder / "model"), "--steps", "3", *TINY]
+        module = example_module("train_language_model")
+        module.SAMPLE = module.SHORT_SAMPLE = 8
+        run_here(patch, module, "--device", "cpu", *options)
+    return folder / "model"
+
+
+def test_swapped_layers_are_saved_beside_a_table_and_a_plot(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example_module("swap_attention")
+    monkeypatch.setattr(module, "LENGTHS", (64, 128))
+    monkeypatch.setattr(module, "TIMED", 2)
+    both = ["--layers", "1,0", "--steps", "4"]
+    run_here(monkeypatch, module, "--model", str(trained), "--out", str(tmp_path), *both)
+    printed = capsys.readouterr().out
+    assert "layer 0: FullAttention -> GateLoopAttention\n  copied: to_q.weight, to_k.weight, to_v" in printed
+    assert "  new: to_a.weight, to_a.bias, norm.weight, norm.bias, to_gate.weight\n" in printed
+    assert "layer 1: FullAttention -> WindowAttention" in printed
+    lines = re.findall(r"^ +([\d.]+)% +(.+)$", printed, re.M)
+    rows = [[float(cell) for cell in (share, *rest.split())] for share, rest in lines]
+    assert [row[0] for row in rows] == [0.0, 33.3, 66.7, 100.0, 133.3]  # of three steps
+    assert all(len(row) == 5 for row in rows)
+    want = read_checkpoint(trained / "checkpoint.pt").extra["curves"]["validation"][-1][1]
+    assert rows[0][2] == pytest.approx(want, abs=1e-3)  # unchanged, before the first step
+    full, half = 2 * 2 * 16 * 4 / 1024, (2 * 16 * 8 + 2 * (31 + 4) * 16) * 4 / 1024  # KiB per token, and in total
+    sizes = re.findall(r"^ +(\d+) +([\d,]+) KiB +[\d.]+ ms +([\d,]+) KiB", printed, re.M)
+    assert sizes == [(str(n), f"{n * full:.0f}", f"{half:.0f}") for n in (64, 128)]
+    assert (tmp_path / "swap.png").read_bytes().startswith(b"\x89PNG")
+    blocks = [layer.sublayers[0].block for layer in LanguageModel.load(tmp_path).stack.layers]
+    assert [type(block).__name__ for block in blocks] == ["GateLoopAttention", "WindowAttention"]
+
+
+def test_differences_of_swapped_layers_are_relative_to_the_frozen_old_ones(trained: Path) -> None:
+    module = example_module("swap_attention")
+    original, model = LanguageModel.load(trained).requires_grad_(False), LanguageModel.load(trained)
+    (found,) = module.swap(model, original, Namespace(attention="gate_loop", layers=None))
+    old, new = (part.stack.layers[0].sublayers[0].block for part in (original, model))
+    x = torch.randn(2, 9, 16)
+    got, want = new(x), old(x)
+    assert found.layer == 0
+    torch.testing.assert_close(found.value, (got - want).pow(2).sum() / want.pow(2).sum())
+    found.value.backward()
+    assert all(weight.grad is not None for weight in new.parameters())
+    assert torch.equal(new.to_k.weight, old.to_qkv.part("k") if hasattr(old, "to_qkv") else old.to_k.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "nowhere"], "error: nowhere/model.safetensors does not exist"),
+        (["--model", "ENCODER"], "field 'class' must be 'LanguageModel', got 'Encoder'"),
+        (["--steps", "0"], "error: --steps must be at least 1, got 0"),
+        (["--attention", "gate_lop"], "did you mean 'gate_loop'?"),
+        (["--layers", "2"], "layer must be below 2, got layer=2"),
+        (["--layers", "-1"], "error: layer must be at least 0, got layer=-1"),
+        (["--layers", "first"], "argument --layers: invalid indices value: 'first'"),
+        (["--match", "nan"], "error: --match must be at least 0, got nan"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_models_and_layers_that_cannot_be_swapped_are_refused(
+    options: list[str],
+    message: str,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Encoder(num_tokens=256, dim=16, depth=1, num_classes=3, heads=2, dim_head=8).save(tmp_path)
+    options = [str(tmp_path) if part == "ENCODER" else part for part in options]
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, example_module("swap_attention"), "--model", str(trained), *options)
+    assert message in f"{capsys.readouterr().err} {stop.value.code}"

@@ -423,6 +423,8 @@ def test_a_replaced_block_gets_the_positions_of_the_model() -> None:
             "gate_loop",
             {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.weight"},
         ),
+        ("full", ("gate_loop", {"heads": 8, "dim_inner": 512, "sub_norm": True}), QKV_AND_OUT),
+        ("full", ("window", {"window": 3, "sinks": 1}), QKV_AND_OUT),
         ("full", "simple_gate_loop", set()),
     ],
 )
@@ -438,6 +440,14 @@ def test_init_copies_the_projections_that_fit(old: Any, new: Any, copied: set[st
         weights = [b.to_qkv.part("q") if q is None else q.weight for q, b in zip(queries, (before, after), strict=True)]
         assert torch.equal(*weights)
     assert replace_block(model, 1, new).copied == []
+
+
+def test_a_window_over_all_tokens_with_copied_projections_keeps_the_outputs() -> None:
+    model = LanguageModel(num_tokens=11, attention="full", **SMALL).eval()
+    before = model(tokens(2, 9))
+    for layer in range(2):
+        assert replace_block(model, layer, ("window", {"window": 9}), init="copy").new == []
+    torch.testing.assert_close(model(tokens(2, 9)), before)
 
 
 def test_the_stacks_of_a_memformer_are_edited_one_by_one(tmp_path: Path) -> None:
