@@ -150,6 +150,8 @@ class TalkingHeadsAttention(SelfAttention):
         heads = split_heads(self.to_qkv(x), self.dim_head)  # (..., 2 h_k + h_v, n, e)
         qk, v = heads[..., : -self.v_heads, :, :], heads[..., -self.v_heads :, :, :]
         q, k = map_queries_and_keys(lambda qk: self.prepare(qk, start), qk, self.qk_heads)
+        if self.rotary is not None:
+            q, k = self.rotary.decay(q, k, start)
         return (q, k, v) if x.ndim == 3 else (q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -103,7 +103,7 @@ def test_fractions_must_be_numbers(name: str, number: str) -> None:
 @pytest.mark.parametrize("name", ["full", "cosine_sim"])
 @pytest.mark.parametrize("bias", [True, 0.5, "t5", nn.Linear(2, 2), torch.zeros(8, 8)], ids=lambda bias: str(bias)[:9])
 def test_layers_reject_a_bias_of_another_type(name: str, bias: object) -> None:
-    with pytest.raises(TypeError, match="bias must be of type RelativeBias or None, got "):
+    with pytest.raises(TypeError, match="bias must be of type RelativeBias or ALiBi or None, got "):
         LAYERS[name](bias=bias)
 
 
