@@ -44,9 +44,11 @@ IGNORED = -100  # target ignored by the cross entropy
 
 
 # The models: attention layers, cycled over the depth. Positions are rotary where a layer supports them.
-Layers = tuple[str, ...]
+Layers = tuple[str | tuple[str, dict[str, Any]], ...]
 MODELS: dict[str, Layers] = {
     "full": ("full",),
+    "full with qk norm": (("full", {"qk_norm": "rms"}),),
+    "window + full": (("window", {"window": 32}), "full"),
     "cosine_sim": ("cosine_sim",),
     "talking_heads": ("talking_heads",),
     "relative_gate": ("relative_gate",),
@@ -138,9 +140,10 @@ def build(layers: Layers, size: Size, num_tokens: int, *, memory: bool = False) 
     """A model whose feedforward width gives it as many parameters as the model with full attention."""
 
     def make(layers: Layers, ff_mult: float) -> nn.Module:
-        parameters = {name: inspect.signature(BLOCKS[name]).parameters for name in layers}
         heads = {"heads": HEADS, "dim_head": size.dim // HEADS}  # not for recurrences, which have a head per channel
-        attention = [(name, heads) if "dim_head" in parameters[name] else name for name in layers]
+        specs = [(layer, {}) if isinstance(layer, str) else layer for layer in layers]
+        sized = {name for name, _ in specs if "dim_head" in inspect.signature(BLOCKS[name]).parameters}
+        attention = [(name, options | (heads if name in sized else {})) for name, options in specs]
         common = {"num_tokens": num_tokens, "dim": size.dim, "depth": size.depth, "ff_mult": ff_mult}
         if memory:
             slots = {"memory_slots": 8, "memory_heads": HEADS, "segment_len": SEGMENT}
@@ -327,7 +330,8 @@ def run(options: argparse.Namespace, sizes: dict[str, Size]) -> Results:
     for index, (seed, task, name) in enumerate(cells, 1):
         path = folder / f"{name} - {task} - {seed}.json".replace(" ", "_")
         label, size, layers = f"{name}, {task}, seed {seed}", sizes[task], MODELS[name]
-        config = {"blocks": list(layers), "size": size._asdict(), "source": text.source if task == "text" else None}
+        settings = {"blocks": layers, "size": size._asdict(), "source": text.source if task == "text" else None}
+        config = json.loads(json.dumps(settings))  # as in the file
         cell = json.loads(path.read_text()) if path.exists() else None
         if cell is None or cell["config"] != config:
             torch.manual_seed(seed)
