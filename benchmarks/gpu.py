@@ -17,23 +17,33 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from attention_zoo._checks import check_choice
 from attention_zoo._files import write_aside
 from attention_zoo.attention import BLOCKS
 from attention_zoo.cli import main as command
-from attention_zoo.cli._bench.setup import check_device, describe_machine, format_machine
+from attention_zoo.cli._bench.blocks import block_inputs, build_block, head_inputs, timed_call
+from attention_zoo.cli._bench.measure import compare
+from attention_zoo.cli._bench.setup import Setup, check_device, describe_machine, format_machine
+from attention_zoo.ops import gate_loop, prefer, reference, unit_gate
 from attention_zoo.testing import CHECKS, run_check
 from attention_zoo.testing.report import FAILED
+from attention_zoo.testing.subject import seeded
 from benchmarks.__main__ import main as studies
 
 ROOT = Path(__file__).parents[1]
 SHARES = 4  # parts of the contract checks
 LENGTHS = {"short": ("1024", "2048", "4096"), "long": ("8192", "16384")}
+SIZES = (300, 4096)  # tokens of the comparison of implementations; with the first all are compared to the reference
+FLEX = ("conv", "axial_row", "axial_col", "block_sparse")
 TRAINING = ["full", "gate_loop", "gate_loop+full"]
 # a model of 124 million parameters, as GPT-2
 GPT2 = ["--dim", "768", "--heads", "12", "--depth", "12", "--num-tokens", "50304", "--lengths", "1024", "--batch", "8"]
@@ -79,6 +89,53 @@ def cuda_tests(device: str) -> str:
     )
     lines = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR")) or " in " in line]
     return as_code(lines[-40:])
+
+
+def implementations(device: str) -> str:
+    """Opt-in implementations beside the default, forward and backward: error against the reference, and time."""
+    lines = []
+    for length, dtype in product(SIZES, (torch.float32, torch.bfloat16)):
+        setup = Setup(512, 8, 64, 7, torch.device(device), dtype)
+        for name in FLEX:
+            block = build_block(name, length, setup)
+            found = beside(block, prefer("flex")(block.forward), block_inputs(block, length, setup), setup, block)
+            lines.append(f"- {name}, {length} tokens, {dtype}: flex {found}")
+        run = partial(loop, gate=unit_gate(setup.randn(1, length, 8, 2)).transpose(1, 2))
+        found = beside(run, partial(run, impl="fla"), head_inputs(length, setup), setup)
+        lines.append(f"- gate_loop, {length} tokens, {dtype}: fla {found}")
+    return "\n".join(lines)
+
+
+def loop(q: Tensor, k: Tensor, v: Tensor, *, gate: Tensor, impl: str = "auto") -> Tensor:
+    """The output of the gate loop."""
+    return gate_loop(q, k, v, gate, impl=impl).out
+
+
+def beside(
+    run: Callable[..., Tensor],
+    other: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    setup: Setup,
+    block: nn.Module | None = None,
+) -> str:
+    """The time of `other` over that of `run`, and the largest relative errors of their gradients."""
+    try:
+        with seeded(0):  # the gradient of the output is random
+            other_call = timed_call("training", other, inputs, block)
+        with seeded(0):
+            call = timed_call("training", run, inputs, block)
+        ratio = compare(other_call, call, setup.device, setup.runs)[2]
+        if inputs[0].shape[-2] > min(SIZES):  # the reference takes too much memory
+            return f"takes {ratio:.2f} times as long"
+        with reference():
+            want: Any = call()
+        errors = [
+            max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True) if b is not None and b.norm())
+            for got in (other_call(), call())  # type: ignore[arg-type]
+        ]
+        return f"takes {ratio:.2f} times as long, error {errors[0]:.1g}, by default {errors[1]:.1g}"
+    except Exception as error:  # part of the report
+        return f"{type(error).__name__}: {error}"
 
 
 def bench(which: str, device: str) -> str:
@@ -134,6 +191,7 @@ PARTS: dict[str, tuple[Callable[..., str], tuple[object, ...]]] = {
     **{f"contract-{share + 1}": (contract, (share,)) for share in range(SHARES)},
     "tests": (cuda_tests, ()),
     **{f"bench-{which}": (bench, (which,)) for which in LENGTHS},
+    "implementations": (implementations, ()),
     "training": (training, ()),
     "decoding": (decoding, ()),
 }

@@ -87,14 +87,17 @@ def register_operator(
             _check_tensors(name, list(_tensors(given)))
         return operator(*given)
 
+    # a seed is read on the host: torch.compile(mode="reduce-overhead") must not capture the operator in a CUDA graph
+    tags = (torch.Tag.cudagraph_unsafe,) if "seed" in hints else ()
     operator = torch.library.custom_op(
-        f"attention_zoo::{name}", run_forward, mutates_args=(), schema=f"({arguments}) -> Tensor[]"
+        f"attention_zoo::{name}", run_forward, mutates_args=(), schema=f"({arguments}) -> Tensor[]", tags=tags
     )
     operator_backward = torch.library.custom_op(
         f"attention_zoo::{name}_backward",
         run_backward,
         mutates_args=(),
         schema=f"(Tensor[] gradients, Tensor[] outputs, {arguments}) -> Tensor[]",
+        tags=tags,
     )
     operator.register_fake(lambda *args: list(fake(inputs(*args))))
     operator_backward.register_fake(fake_backward)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from attention_zoo import BLOCKS
 from benchmarks import gpu
 from tests.cases import CASES
 
@@ -22,16 +23,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "SHARES", len(CASES))
     monkeypatch.setattr(gpu, "CHECKS", ["shapes", "synchronisation"])
     monkeypatch.setattr("benchmarks.decode.NEW", 2)
+    monkeypatch.setattr(gpu, "SIZES", (70,))
+    monkeypatch.setattr(gpu, "FLEX", ("conv",))
 
 
 @pytest.mark.usefixtures("small")
 def test_parts_are_written_and_joined_to_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, "contract-1", "bench-short", "report", "--device", "cpu") == 0
+    assert run(tmp_path, "contract-1", "report", "--device", "cpu") == 0
     report = (tmp_path / "gpu.md").read_text()
     assert "1 rows of tests/cases.py: 2 checks without a failure, 0 with one." in report
-    assert "| " not in report
-    assert "block_sparse" in report
-    assert "Not run: contract-2, contract-3, contract-4, tests, bench-long, training, decoding." in report
+    assert "Not run: contract-2, contract-3, contract-4, tests, bench-short, bench-long, impl" in report
     assert "torch" in report
     assert "full: shapes passed" in capsys.readouterr().out
 
@@ -47,6 +48,23 @@ def test_a_part_that_fails_is_in_the_report_and_the_others_run(tmp_path: Path, m
     report = (tmp_path / "gpu.md").read_text()
     assert "MemoryError: too large" in report
     assert "on cpu" in report
+
+
+@pytest.mark.usefixtures("small")
+def test_implementations_are_compared_with_the_reference(tmp_path: Path) -> None:
+    assert run(tmp_path, "implementations", "--device", "cpu") == 0
+    lines = (tmp_path / "parts" / "implementations.md").read_text().splitlines()
+    (first,) = [line for line in lines if line.startswith("- conv, 70 tokens, torch.float32: flex takes ")]
+    assert max(float(part.split()[-1]) for part in first.split(", ")[-2:]) < 1e-5
+    assert sum("flash-linear-attention" in line for line in lines) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_layers_are_measured_beside_sdpa(tmp_path: Path) -> None:
+    assert run(tmp_path, "bench-short", "--device", "cpu") == 0
+    text = (tmp_path / "parts" / "bench-short.md").read_text()
+    assert {line.split()[0] for line in text.splitlines() if " training " in line} >= {*BLOCKS}
 
 
 @pytest.mark.slow
