@@ -241,7 +241,9 @@ def plot(found: Found, path: Path) -> None:
         left.plot([100 * step / found.steps for step, _ in points], [bits for _, bits in points], style, label=label)
     want = found.unchanged[0].bits
     left.axhline(want, color="gray", linestyle="--", label=f"original: {want:.2f}")
-    left.set(xlabel="training steps, % of the original's", ylabel="bits per byte of validation text")
+    left.set(xlabel="training steps, % of the original's", ylabel="bits per byte of validation text", yscale="log")
+    left.yaxis.set_major_formatter("{x:.1f}")
+    left.yaxis.set_minor_formatter("{x:.1f}")
     for label, costs in zip(("original", "layers swapped"), found.costs, strict=True):
         right.plot([cost.length for cost in costs], [cost.state_bytes / 1024 for cost in costs], "o-", label=label)
     right.set(xlabel="bytes of context", ylabel="decoding state in KiB", xscale="log", yscale="log")
