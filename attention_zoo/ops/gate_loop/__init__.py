@@ -71,8 +71,8 @@ def gate_loop(
             equal ids; see `Documents`.
         impl: "reference" (loop over time, twice differentiable), "chunked" (matrix products in chunks of 64 tokens, one
             group of chunks after the other), "batched" (those of all chunks at once, and one product for the states
-            between chunks) or "auto": chunked on the CPU, otherwise batched, and an elementwise recurrence for heads
-            of size 1. A second derivative of these raises RuntimeError. "fla" is `chunk_simple_gla` of
+            between chunks) or "auto": chunked on the CPU, otherwise batched, an elementwise recurrence for heads of
+            size 1, and the equation itself for a single token. A second derivative of the others raises RuntimeError. "fla" is `chunk_simple_gla` of
             flash-linear-attention, which needs a GPU, computes products of matrices in the dtype of v, and has not been
             tested on one; the rounding error of its gradient of a gate grows with 1 / |a|.
 
@@ -105,6 +105,9 @@ def gate_loop(
             out, state = gate_loop_reference(*args)
         elif impl == "fla":
             out, state = simple_gla_gate_loop(*args, v.dtype)
+        elif impl == "auto" and q.shape[2] == 1:  # a decoding step
+            state = args[3][..., None] * state + args[1].transpose(-1, -2) @ args[2]
+            out = args[0] @ state.real
         elif impl == "auto" and q.shape[3] == v.shape[3] == 1:
             out, state = elementwise_gate_loop(*args, _fast_impl("auto", q))
         else:
