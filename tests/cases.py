@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from torch import Tensor, nn
 
 from attention_zoo import (
@@ -356,3 +358,8 @@ CASES = [
         ),
     ),
 ]
+
+
+def one_per_block(cases: Sequence[Case]) -> list[ParameterSet]:
+    """The cases as test parameters: the first of every block by default, and the variants among the slow tests."""
+    return [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (":" in case.name)) for case in cases]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +78,28 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
             yield from ((node.module or "", alias.name) for alias in node.names)
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """The modules that a file imports anywhere but for type annotations."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text())  # not `parsed`, whose tree is not to be changed
     tree.body = [
         node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     ]
     return {module for module, _ in imported(tree)}
 
 
+@cache
 def top_level_imports(path: Path) -> set[str]:
     """The modules that a file imports when it is imported."""
     return {
         module
-        for node in ast.parse(path.read_text()).body
+        for node in parsed(path).body
         if isinstance(node, ast.Import | ast.ImportFrom)
         for module, _ in imported(node)
     }
@@ -243,7 +252,7 @@ def test_a_reference_is_imported_only_by_its_operation_when_it_runs() -> None:
 @every_file
 def test_only_one_file_registers_custom_operators(name: str, path: Path) -> None:
     if name != "ops.custom_op":
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         registering = {"custom_op", "triton_op", "register_fake", "register_autograd"}
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & registering
         used |= {what for module, what in imported(tree) if module.startswith("torch.library") and what in registering}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
@@ -15,15 +17,18 @@ from tests.cases import CASES, DIM, Case
 REASONS = ("the block is not causal", "the block refuses document_ids: ")
 
 
-def case_and_check(case: Case, check: str) -> ParameterSet:
-    """Every check but compile runs on every layer by default; variants of layers run theirs among the slow tests."""
-    slow = check == "compile" or ":" in case.name
-    return pytest.param(case, check, id=f"{case.name}-{check}", marks=[pytest.mark.slow] if slow else [])
+def runs() -> Iterator[ParameterSet]:
+    """Every check of every row at all lengths among the slow tests; by default one row per block at half of them."""
+    for case in CASES:
+        for check in CHECKS:
+            yield pytest.param(case, check, case.lengths, id=f"{case.name}-{check}-all", marks=pytest.mark.slow)
+            if ":" not in case.name and check != "compile":
+                yield pytest.param(case, check, case.lengths[::2], id=f"{case.name}-{check}")
 
 
-@pytest.mark.parametrize(("case", "check"), [case_and_check(case, check) for case in CASES for check in CHECKS])
-def test_every_case_passes_every_check(case: Case, check: str) -> None:
-    outcome = run_check(check, case.subject(strict=True, effort="quick"))
+@pytest.mark.parametrize(("case", "check", "lengths"), runs())
+def test_every_case_passes_every_check(case: Case, check: str, lengths: Sequence[int]) -> None:
+    outcome = run_check(check, case.subject(strict=True, effort="quick", lengths=lengths))
     assert outcome.status != FAILED, outcome.message
     if outcome.status == NOT_APPLICABLE:
         assert outcome.message.startswith(REASONS)

@@ -50,6 +50,7 @@ def test_a_part_that_fails_is_in_the_report_and_the_others_run(tmp_path: Path, m
     assert "on cpu" in report
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_implementations_are_compared_with_the_reference(tmp_path: Path) -> None:
     assert run(tmp_path, "implementations", "--device", "cpu") == 0

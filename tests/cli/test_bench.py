@@ -39,7 +39,7 @@ class Averaging(AttentionBlock):
         return self.to_out(x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_json_has_every_field_of_every_layer_length_and_phase(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
 ) -> None:

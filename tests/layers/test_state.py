@@ -23,7 +23,7 @@ from attention_zoo import (
 from attention_zoo.layers import TokenShift
 from attention_zoo.layers import state as state_module
 from attention_zoo.layers.state import MIN_BUFFER, State, count_tokens
-from tests.cases import CASES, DIM, Case
+from tests.cases import CASES, DIM, Case, one_per_block
 
 MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 Held = tuple[Tensor, Tensor]
@@ -258,7 +258,7 @@ def step_inputs(case: Case, count: int) -> Tensor:
     return torch.randn((2, streams, count, DIM) if streams > 1 else (2, count, DIM))
 
 
-@pytest.mark.parametrize("case", DECODED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", one_per_block(DECODED))
 @pytest.mark.parametrize("mode", MODES)
 def test_a_first_state_does_not_share_memory_with_the_arguments(mode: str, case: Case) -> None:
     with MODES[mode]():

@@ -124,7 +124,10 @@ def refusal(model: str, block: str) -> str:
 
 
 @pytest.mark.parametrize("block", SELF_ATTENTION)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["LanguageModel", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "LanguageModel")],
+)
 def test_every_block_trains_decodes_and_is_saved_in_every_model_or_is_refused(
     name: str, block: str, tmp_path: Path
 ) -> None:

@@ -254,7 +254,7 @@ HYBRIDS = {
 }
 
 
-@pytest.mark.parametrize("splits", [[11], [1] * 11, [4, 1, 5, 1]])
+@pytest.mark.parametrize("splits", [pytest.param([11], marks=pytest.mark.slow), [1] * 11, [4, 1, 5, 1]])
 @pytest.mark.parametrize("hybrid", HYBRIDS)
 @pytest.mark.parametrize("residual", ["pre", "post", "sandwich", "deepnorm"])
 @pytest.mark.parametrize("grad", [False, True])

@@ -77,7 +77,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("splits", [[1] * 17, [17], [3, 5, 9], [6, 2, 1, 8], [10, 7]], ids=str)
+@pytest.mark.parametrize(
+    "splits", [pytest.param([1] * 17, marks=pytest.mark.slow), [17], [3, 5, 9], [6, 2, 1, 8], [10, 7]], ids=str
+)
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_steps_over_any_split_equal_the_full_pass(options: dict[str, Any], splits: list[int]) -> None:
     model, (text, image) = small(**options), sample()

@@ -118,6 +118,7 @@ def test_a_bidirectional_model_is_checked_with_causal_false() -> None:
     assert "causal=False" in check_model(make, num_tokens=NUM_TOKENS, checks=["shapes"])["shapes"].message
 
 
+@pytest.mark.slow
 def test_the_checks_leave_the_callers_model_as_it_is() -> None:
     model = LanguageModel(**SIZES, **HEADS)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -99,7 +99,15 @@ def test_output_and_gradients_equal_the_formula_on_every_path(
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.mark.parametrize(("i", "j"), [(131, 131), (1, 521), (67, 521), (149, 131)])
+@pytest.mark.parametrize(
+    ("i", "j"),
+    [
+        (131, 131),
+        (1, 521),
+        pytest.param(67, 521, marks=pytest.mark.slow),
+        pytest.param(149, 131, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_path_equals_the_formula_across_tile_boundaries_in_every_dtype(
