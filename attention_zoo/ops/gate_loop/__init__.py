@@ -72,9 +72,10 @@ def gate_loop(
         impl: "reference" (loop over time, twice differentiable), "chunked" (matrix products in chunks of 64 tokens, one
             group of chunks after the other), "batched" (those of all chunks at once, and one product for the states
             between chunks) or "auto": chunked on the CPU, otherwise batched, an elementwise recurrence for heads of
-            size 1, and the equation itself for a single token. A second derivative of the others raises RuntimeError. "fla" is `chunk_simple_gla` of
-            flash-linear-attention, which needs a GPU, computes products of matrices in the dtype of v, and has not been
-            tested on one; the rounding error of its gradient of a gate grows with 1 / |a|.
+            size 1, and the equation itself for a single token. A second derivative of the others raises RuntimeError.
+            "fla" is `chunk_simple_gla` of flash-linear-attention, which needs a GPU, computes products of matrices in
+            the dtype of v, and has not been tested on one; the rounding error of its gradient of a gate grows with
+            1 / |a|.
 
     Returns:
         `out` (b, h, n, e_v) in the dtype of v, and the final `state` (b, h, e, e_v), complex.
