@@ -255,7 +255,11 @@ def check_number(**numbers: float) -> None:
     for name, number in numbers.items():
         if not isinstance(number, (Real, torch.SymInt, torch.SymFloat)) or isinstance(number, bool):
             raise TypeError(f"{name} must be a number, got {name}={number!r}")
-        if not math.isfinite(number):
+        try:
+            finite = math.isfinite(number)
+        except OverflowError as error:
+            raise ValueError(f"{name} must be finite, got an int above the largest float") from error
+        if not finite:
             raise ValueError(f"{name} must be finite, got {name}={number}")
 
 

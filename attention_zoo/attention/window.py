@@ -123,8 +123,10 @@ class WindowAttention(SelfAttention):
         self, q: Tensor, k: Tensor, v: Tensor, state: State | None, mask: Tensor | None, attn_mask: Tensor | None
     ) -> tuple[Tensor, State]:
         old = state if isinstance(state, WindowState) else WindowState.empty(k, v)
-        held = old.keys.shape[2]
+        held, sinks = min(old.length, self.window - 1), min(old.length, self.sinks)
         check_state_shape(old.keys, "(b, kv_heads, w, dim_head)", (*k.shape[:2], held, self.dim_head))
+        first = old.keys[:, :, :0] if old.sink_keys is None else old.sink_keys
+        check_state_shape(first, "sinks (b, kv_heads, s, dim_head)", (*k.shape[:2], sinks, self.dim_head))
         keys, values, valid, new = old.append(k, v, mask, window=self.window, sinks=self.sinks)
         out = cached_window_attention(
             q,

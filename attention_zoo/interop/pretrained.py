@@ -63,6 +63,11 @@ def from_pretrained_folder(
     check_instance(torch.dtype, type(None), dtype=dtype)
     if dtype is not None:
         check_choice("dtype", str(dtype), map(str, FLOATS.values()))
+    check_instance(str, os.PathLike, path=path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch has no common error for them
+        raise ValueError(f"device must be one of this machine, got {device!r}: {error}") from error
     folder = Path(path)
     if not folder.is_dir():
         raise ModelFileNotFoundError(f"{folder} must be a folder with {CONFIG} and {WEIGHTS}, as downloaded")
@@ -152,13 +157,9 @@ def _check_tensors(folder: Path, decoder: Decoder, tensors: Mapping[str, Any]) -
     found = {name for name in tensors if not name.endswith(RECOMPUTED)}
     parameters = dict(decoder.parameters())
     shapes = {name: shape for sources in parameters.values() for name, shape in sources.items()}
-    if decoder.tied and "lm_head.weight" in found:  # written by some, though it is the embedding again
-        head, embedding = (tensors[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        if not torch.equal(head, embedding):
-            raise ValueError(
-                f"{folder}: lm_head.weight must equal model.embed_tokens.weight with tie_word_embeddings=true"
-            )
-        found.remove("lm_head.weight")
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    copied = decoder.tied and head in found  # written by some, though it is the embedding again
+    found -= {head} if copied else set()
     for names, what in ((shapes.keys() - found, "missing"), (found - shapes.keys(), "unexpected")):
         if names:
             raise ValueError(f"{folder} must have the tensors of its {CONFIG}: {what} {_some(names)}")
@@ -171,6 +172,8 @@ def _check_tensors(folder: Path, decoder: Decoder, tensors: Mapping[str, Any]) -
                 f"{folder}: tensor {name!r} must have a dtype of {', '.join(FLOATS)}, got {header.get_dtype()}; "
                 "quantized weights are not read"
             )
+    if copied and not torch.equal(tensors[head].get_tensor(head), tensors[embedding].get_tensor(embedding)):
+        raise ValueError(f"{folder}: {head} must equal {embedding} with tie_word_embeddings=true")
     return {name: list(sources) for name, sources in parameters.items()}
 
 

@@ -182,7 +182,10 @@ def _decoder(given: Mapping[str, Any]) -> Decoder:
         raise ValueError(f"quantization_config must not be given, got {given['quantization_config']!r}")
     family: Any = given.get("model_type")
     check_choice("model_type", family, FAMILIES)
-    for name in given.get("architectures") or ():
+    architectures = given.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"architectures must be a list, got {architectures!r}")
+    for name in architectures:
         if not str(name).endswith("ForCausalLM"):
             raise ValueError(f"architectures must be a language model, ...ForCausalLM, got {name!r}")
     known = COMMON | FAMILIES[family]

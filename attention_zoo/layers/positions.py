@@ -187,6 +187,7 @@ class Rotary(RotaryEmbedding):
             raise ValueError(f"dim must be even, features are rotated in pairs, got {dim=}")
         self.scaling = None if scaling is None else check_scaling(scaling, theta)
         if freqs is not None:
+            check_instance(Sequence, freqs=freqs)
             freqs = list(freqs)
             for freq in freqs:
                 check_number(freqs=freq)
@@ -364,6 +365,8 @@ def rotary_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | None
         last = last + 0.001 if first == last else last
         kept = 1 - ((index / 2 - first) / (last - first)).clamp(0, 1)
         freqs = 1.0 / (factor * periods) * (1 - kept) + freqs * kept
+    if not bool(freqs.isfinite().all()):
+        raise ValueError(f"theta must give finite frequencies in float32, got {theta=}")
     return freqs.tolist()
 
 

@@ -78,25 +78,31 @@ def replace_block(
     stack.replace(old, block, resolved)
     target = _parameters(old.attention)  # type: ignore[arg-type]  # it is not a feedforward
     source = _parameters(old_attention) if init == "copy" else {}
-    copied = [name for name in target if name in source and source[name].shape == target[name].shape]
+    copied = [name for name in target if name in source and _fits(source[name], target[name])]
     with torch.no_grad():
         for name in copied:
-            target[name].copy_(source[name])
+            target[name][1].copy_(source[name][1])
     return Replacement(copied, [name for name in target if name not in copied])
 
 
-def _parameters(block: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a block by name, with those of each of the `Projections` apart: "to_q.weight", ..."""
-    parameters: dict[str, Tensor] = {}
+def _fits(source: tuple[type, Tensor], target: tuple[type, Tensor]) -> bool:
+    """Whether two parameters have one shape and meaning: the scale of a head is no weight of a feature."""
+    return source[0] is target[0] and source[1].shape == target[1].shape
+
+
+def _parameters(block: nn.Module) -> dict[str, tuple[type, Tensor]]:
+    """The class of the module and the parameter, by its name in a block, with those of each of the `Projections` apart:
+    "to_q.weight", ..."""
+    parameters: dict[str, tuple[type, Tensor]] = {}
     for path, module in block.named_modules():
         prefix = path.rpartition(".")[0]
         for kind, tensor in module.named_parameters(path, recurse=False):
             if isinstance(module, Projections):
                 kind = kind.rpartition(".")[2]
                 names = {f"{prefix}.to_{part}.{kind}".lstrip("."): part for part in module.sizes}
-                parameters |= {name: module.part(part, kind) for name, part in names.items()}
+                parameters |= {name: (nn.Linear, module.part(part, kind)) for name, part in names.items()}
             else:
-                parameters[kind] = tensor
+                parameters[kind] = type(module), tensor
     return parameters
 
 

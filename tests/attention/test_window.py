@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from attention_zoo import (
     AxialAttention,
@@ -131,6 +132,26 @@ def test_a_layer_refuses_the_state_of_another_batch_or_layer() -> None:
     _, other = full(layer).step(x)
     with pytest.raises(TypeError, match="state must be a WindowState"):
         layer.step(x, other)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_state_holds_no_memory_of_the_prompt(mode: Any) -> None:
+    held = []
+    for prompt in (50, 5000):
+        layer = block(9, 3)
+        with mode():
+            _, state = layer.step(torch.randn(1, prompt, DIM))
+        storages = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage() for leaf in tree_leaves(state.detach())}
+        held.append(sum(storage.nbytes() for storage in storages.values()))
+    assert held[0] == held[1]
+
+
+@pytest.mark.parametrize("other", [(9, 1), (4, 3), (3, 1), (4, 0)])
+def test_a_layer_refuses_the_state_of_another_window(other: tuple[int, int]) -> None:
+    x = torch.randn(2, 12, DIM)
+    _, state = block(4, 1).step(x)
+    with pytest.raises(ValueError, match="state must come from this layer and batch"):
+        block(*other).step(x[:, :1], state)
 
 
 def test_models_take_windows_by_name_save_them_and_generate(tmp_path: Path) -> None:

@@ -169,6 +169,23 @@ def test_tied_logits_may_be_in_the_file_if_they_equal_the_embedding(folder: Path
     model = from_pretrained_folder(folder)
     edit_tensors(folder, **{"lm_head.weight": None})
     assert torch.equal(from_pretrained_folder(folder)(TOKENS), model(TOKENS))
+    edit_tensors(folder, **{"lm_head.weight": embedding.clone(), "model.embed_tokens.weight": None})
+    with pytest.raises(ValueError, match=r"missing 'model.embed_tokens.weight'"):
+        from_pretrained_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"path": 3}, TypeError, "path must be of type str or PathLike, got int"),
+        ({"device": "nowhere"}, ValueError, "device must be one of this machine, got 'nowhere'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(
+    folder: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        from_pretrained_folder(**{"path": folder, **options})
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,8 @@ def test_rotary_compiles_as_one_graph_at_any_start() -> None:
         (lambda: Rotary(0), "dim must be at least 1, got dim=0"),
         (lambda: Rotary(4, freqs=[1.0, math.inf]), "freqs must be finite, got freqs=inf"),
         (lambda: Rotary(theta=0), "theta must be positive, got theta=0"),
+        (lambda: Rotary(theta=10**400), "theta must be finite, got an int above the largest float"),
+        (lambda: FullAttention(16, rotary=Rotary(theta=1e-40)), "theta must give finite frequencies"),
         (lambda: Rotary(theta=-1.0), "theta must be positive, got theta=-1.0"),
         (lambda: Rotary(theta=math.inf), "theta must be finite, got theta=inf"),
         (lambda: Rotary(theta=math.nan), "theta must be finite, got theta=nan"),

@@ -445,6 +445,14 @@ def test_init_copies_the_projections_that_fit(old: Any, new: Any, copied: set[st
     assert replace_block(model, 1, new).copied == []
 
 
+def test_init_copies_no_norm_of_another_kind() -> None:
+    options = {"num_tokens": 11, "dim": 16, "depth": 1, "heads": 8, "dim_head": 8}
+    model = LanguageModel(**options, attention=("full", {"qk_norm": "rms"}))
+    result = replace_block(model, 0, ("full", {"qk_norm": "l2"}), init="copy")
+    assert "q_norm.weight" in result.new
+    assert torch.allclose(model.stack.layers[0].sublayers[0].block.q_norm.weight, torch.tensor(8**0.5))
+
+
 def test_a_window_over_all_tokens_with_copied_projections_keeps_the_outputs() -> None:
     model = LanguageModel(num_tokens=11, attention="full", **SMALL).eval()
     before = model(tokens(2, 9))

@@ -48,7 +48,8 @@ def first_sinks(
     if mask is None and (old is None or old.position is None):
         if old is not None and have == count:
             return old
-        keys, values = keys[:, :, : count - have], values[:, :, : count - have]
+        # copies: a state does not hold the memory of all tokens
+        keys, values = keys[:, :, : count - have].clone(), values[:, :, : count - have].clone()
         if old is None:
             return Sinks(keys, values, None)
         return Sinks(torch.cat((old.keys, keys), 2), torch.cat((old.values, values), 2), None)
