@@ -67,8 +67,9 @@ class TalkingHeadsAttention(SelfAttention):
     streams the mixes are (s h, s h_k) and (s h_v, s h) matrices. An output projection follows. An additive `attn_mask`
     is added after `pre_softmax`; its heads are those of the softmax.
 
-    Time O(n^2 (d + s^2 h (h_k + h_v))), memory O(n d). State: keys and values of all tokens of all streams,
-    n s (h_k + h_v) e numbers per row.
+    Time O(n^2 (d + s^2 h (h_k + h_v))), memory O(n d), in query tiles of limited memory, whose number grows with the
+    length and, on other devices than the CPU beyond about a thousand tokens, with the batch. State: keys and values of
+    all tokens of all streams, n s (h_k + h_v) e numbers per row.
 
     Args:
         dim, heads, dim_head, scale, rotary, causal, dropout, output_gate, output_gate_per: see `SelfAttention`; `heads`

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from attention_zoo._checks import check_choice
@@ -86,10 +85,12 @@ def is_preferred(impl: str) -> bool:
 
 
 def flex_can_run(*tensors: Tensor | None) -> bool:
-    """Whether FlexAttention can compute on these tensors: it has no gradients on the CPU, as of torch 2.13."""
+    """Whether FlexAttention can compute on these tensors.
+
+    On the CPU, as of torch 2.13, it takes none that requires gradients, inside `torch.no_grad()` either.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
-    on_cpu = any(tensor.device.type == "cpu" for tensor in given)
-    return not (on_cpu and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+    return not any(tensor.device.type == "cpu" and tensor.requires_grad for tensor in given)
 
 
 def in_reference_mode() -> bool:

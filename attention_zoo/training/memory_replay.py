@@ -124,7 +124,7 @@ def memory_replay(
     for index in reversed(range(count)):
         # Autocast caches the cast weights of the pass without a graph, which would receive no gradient.
         torch.clear_autocast_cache()
-        before = memories.pop().requires_grad_()
+        before = memories.pop().detach().requires_grad_()  # a model may return the memory that it was given
         # The generators end in the state after the last segment, which is recomputed first.
         with torch.random.fork_rng(devices=cuda, enabled=index < count - 1):
             set_random_state(random_states[index])

@@ -74,8 +74,18 @@ def test_replay_equals_full_back_propagation(targets: str, dropout: float, updat
     expect_same(model, want)
 
 
-def test_replay_with_a_custom_loss_equals_full_back_propagation() -> None:
+class Keeps(nn.Module):
+    """A memory update that returns the memory that it was given."""
+
+    def forward(self, memory: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return memory
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_replay_with_a_custom_loss_equals_full_back_propagation(writes: bool) -> None:
     model = Memformer(**SIZES).double()
+    if not writes:
+        model.update = Keeps()
 
     def loss(output: Any, target: Tensor | None) -> Tensor:
         return output.encoded.square().mean() + output.memory[:, 0].sum()
