@@ -91,7 +91,7 @@ def by_formula(block: Any, x: Tensor, mask: Tensor | None, attn_mask: Tensor) ->
     return attend_one_by_one(q, k, v, allowed, bias, block.dim_head**-0.5 if block.scale is None else block.scale)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(form, marks=[pytest.mark.slow] * ("1" in form)) for form in FORMS])
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 @pytest.mark.parametrize("name", [name for name in MASKED if name != "talking_heads"])
 def test_attn_mask_combines_with_causality_padding_bias_and_pattern(name: str, kind: str, form: str) -> None:

@@ -80,7 +80,7 @@ def alone(layer: nn.Module, x: Tensor, mask: Tensor | None, rows: Any) -> Tensor
 
 
 @pytest.mark.parametrize("rows", [ROWS, EQUAL], ids=["lengths that differ", "equal lengths"])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_packed_documents_equal_separate_ones(name: str, padded: bool, rows: Any) -> None:
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def test_packed_documents_equal_separate_ones(name: str, padded: bool, rows: Any
             assert (got - gradient).norm() <= 1e-10 * gradient.norm().clamp(min=1e-3), path
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 @pytest.mark.parametrize("name", LAYERS)
 def test_no_gradient_crosses_a_document(name: str, dtype: torch.dtype) -> None:
     layer = LAYERS[name]().to(dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo import BiasedMemoryUpdate, MemoryUpdate, Stack
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, one_per_block
 
 BAD = [torch.nan, torch.inf, -torch.inf, 1e30, 3e38]
 
@@ -22,7 +22,7 @@ def same(got: Tensor, want: Tensor) -> bool:
     return bool(got.isfinite().all()) and float((got - want).norm()) <= 1e-5 * max(float(want.norm()), 1e-3)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", one_per_block(CASES))
 def test_outputs_and_gradients_do_not_depend_on_masked_content(case: Case) -> None:
     subject = case.subject()
     n = min(41, max(subject.lengths))

@@ -471,7 +471,7 @@ def test_additive_mask_is_added_to_scores_and_bias_on_every_path(form: str, bias
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("path", PATHS)
 def test_additive_mask_of_any_dtype_crosses_tile_boundaries(
     path: str, dtype: torch.dtype, mask_dtype: torch.dtype

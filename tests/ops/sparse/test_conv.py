@@ -31,7 +31,11 @@ def test_conv_mask_equals_the_definition(layout: TextImageLayout, name: str) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layout", LENGTHS, ids=["text", "no text", "long text"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(layout, marks=[pytest.mark.slow] * (place == 2)) for place, layout in enumerate(LENGTHS)],
+    ids=["text", "no text", "long text"],
+)
 def test_conv_tiles_equal_the_reference_in_outputs_and_gradients(layout: TextImageLayout, name: str) -> None:
     attention = MAKE_CASE[name](layout).attention
     for n in LENGTHS[layout]:

@@ -23,7 +23,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", MAKE_CASE)
-@pytest.mark.parametrize("layout", LENGTHS, ids=["text", "no text"])
+@pytest.mark.parametrize("layout", [LAYOUT, pytest.param(IMAGE, marks=pytest.mark.slow)], ids=["text", "no text"])
 def test_outputs_and_gradients_equal_attention_one_query_at_a_time(layout: TextImageLayout, name: str) -> None:
     case = MAKE_CASE[name](layout)
     for n in LENGTHS[layout]:
