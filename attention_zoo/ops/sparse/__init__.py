@@ -91,10 +91,12 @@ def pattern_attention(
     i, j = q.shape[2], k.shape[2]
     plain = bias is None and (mask is None or mask.ndim == 2)
     sparse = pattern.has_tiles and plain and q.shape[1] == k.shape[1]
+    # a traced branch on the length would limit an exported layer; on the CPU traced layers run tiles
+    may_fold = impl == "folded" or not (torch.compiler.is_compiling() and tiling.prefers_tiles(q))
     can = {
         "tiled": sparse and i == j and not dropout,
         "gather": sparse and i == 1,
-        "folded": plain and i == j and pattern.folds(j),
+        "folded": plain and i == j and may_fold and pattern.folds(j),
         "flex": plain and not dropout and flex_can_run(q, k, v),
     }
     if impl == "auto":
