@@ -24,6 +24,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "CHECKS", ["shapes", "synchronisation"])
     monkeypatch.setattr("benchmarks.decode.NEW", 2)
     monkeypatch.setattr(gpu, "SIZES", (70,))
+    monkeypatch.setattr(gpu, "TRAINING", ["full"])
     monkeypatch.setattr(gpu, "FLEX", ("conv",))
 
 
